@@ -1,0 +1,23 @@
+"""The operations: what a custom training loop needs of the LM head. See docs/operations.md."""
+
+from .backends import checked, describe, use_backend
+from .logprobs import linear_logprobs, logprobs_from_logits
+from .objective import PolicyObjective
+from .policy import PolicyLoss, linear_policy_loss, policy_loss_from_logits
+from .reference import Sample
+from .sampling import linear_sample, sample_from_logits
+
+__all__ = [
+    "PolicyLoss",
+    "PolicyObjective",
+    "Sample",
+    "checked",
+    "describe",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "linear_sample",
+    "logprobs_from_logits",
+    "policy_loss_from_logits",
+    "sample_from_logits",
+    "use_backend",
+]

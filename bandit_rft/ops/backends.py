@@ -1,0 +1,146 @@
+"""Which backend serves which call: one table, pure predicates. `describe()` prints it; BANDIT_RFT_BACKEND forces one.
+
+    cpu     the compiled core (csrc/cpu): float32 and bfloat16 rows in CPU memory
+    torch   plain PyTorch, chunked: any device, any floating dtype
+
+A backend computes rows of logits; the matrix products around them are the vendor's (or, for sampling on the cpu
+backend, the core's own batch-invariant product).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+try:
+    from bandit_rft import _C as native
+except ImportError as error:  # a source tree or a platform without the compiled module
+    native: ModuleType | None = None  # type: ignore[no-redef]
+    native_error: str | None = str(error)
+else:
+    native_error = None
+
+
+class Call(NamedTuple):
+    """What a predicate may look at."""
+
+    device_type: str
+    dtype: torch.dtype
+
+
+class Backend(NamedTuple):
+    name: str
+    what: str
+    #: None if the backend serves the call, otherwise the reason why not.
+    refusal: Callable[[Call], str | None]
+
+
+def _cpu_refusal(call: Call) -> str | None:
+    if native is None:
+        return f"the compiled module bandit_rft._C is not installed ({native_error})"
+    if call.device_type != "cpu":
+        return f"it reads CPU memory; the tensors are on {call.device_type}"
+    if call.dtype not in (torch.float32, torch.bfloat16):
+        return f"it reads float32 and bfloat16; the tensors are {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+BACKENDS = (
+    Backend("cpu", "compiled core, float32 and bfloat16 in CPU memory", _cpu_refusal),
+    Backend("torch", "plain PyTorch, any device and floating dtype", lambda call: None),
+)
+
+_forced: ContextVar[str | None] = ContextVar("bandit_rft_backend", default=None)
+_checked: ContextVar[bool | None] = ContextVar("bandit_rft_checked", default=None)
+_told = False
+
+
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves tensors of this device and dtype.
+
+    Raises ValueError if BANDIT_RFT_BACKEND (or `use_backend`) names one that cannot.
+    """
+    global _told
+    call = Call(device.type, dtype)
+    forced = _forced.get() or os.environ.get("BANDIT_RFT_BACKEND")
+    if forced:
+        named = {backend.name: backend for backend in BACKENDS}
+        if forced not in named:
+            raise ValueError(f"BANDIT_RFT_BACKEND must be one of {', '.join(named)}; got {forced!r}")
+        if reason := named[forced].refusal(call):
+            raise ValueError(f"BANDIT_RFT_BACKEND={forced} cannot serve this call: {reason}")
+        return forced
+    if native is None and call.device_type == "cpu" and not _told:
+        _told = True
+        warnings.warn(
+            f"bandit_rft runs through PyTorch: the compiled module is missing ({native_error}). "
+            "Results are the same, slower; `pip install .` in the source tree builds it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return next(backend.name for backend in BACKENDS if backend.refusal(call) is None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend within a `with` block (tests, measurements)."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Within the block, a NaN or infinite logit row, advantage or log-probability raises with its index.
+
+    This synchronizes with a GPU. BANDIT_RFT_CHECKED=1 does the same for a whole process. Without it such rows make the
+    loss NaN and are counted in stats["nonfinite_rows"].
+    """
+    token = _checked.set(enabled)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def is_checked() -> bool:
+    value = _checked.get()
+    return os.environ.get("BANDIT_RFT_CHECKED", "0") not in ("", "0") if value is None else value
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """How much memory an operation may use beyond its inputs and results; BANDIT_RFT_WORKSPACE_MIB overrides it."""
+    default = 64 if device.type == "cpu" else 1024
+    text = os.environ.get("BANDIT_RFT_WORKSPACE_MIB", "")
+    if not text:
+        return default << 20
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"BANDIT_RFT_WORKSPACE_MIB must be a positive whole number of MiB; got {text!r}")
+    return int(text) << 20
+
+
+def describe() -> str:
+    """The table of backends on this machine, and what the compiled core was built and chosen for."""
+    lines = []
+    if native is None:
+        lines.append(f"compiled core  missing: {native_error}")
+    else:
+        lines.append(f"compiled core  {native.version}, instruction set {native.instruction_set()}")
+    lines.append(f"torch          {torch.__version__}, {torch.get_num_threads()} threads")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            serving = select(torch.device(device), dtype)
+            lines.append(f"{device:<5}{str(dtype).removeprefix('torch.'):<10}-> {serving}")
+    for backend in BACKENDS:
+        lines.append(f"{backend.name:<15}{backend.what}")
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""What bad input gets: a ValueError or TypeError that names the argument, what it is and what was expected.
+
+Everything that shape, dtype and device tell is checked before any kernel runs, at no cost. Values are checked where
+looking at them does not wait for a GPU: on a CPU always, elsewhere in checked mode (backends.checked).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_of(tensor: Tensor) -> str:
+    return f"[{', '.join(str(n) for n in tensor.shape)}]"
+
+
+def tensor(name: str, value: object, rank: int, axes: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {axes}; got {type(value).__name__}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} must be {axes}; got shape {shape_of(value)}")
+    return value
+
+
+def floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {_name(value.dtype)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}; got {value.device}")
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: str) -> None:
+    """hidden [rows, H], weight [V, H], bias [V]."""
+    tensor("hidden", hidden, 2, f"[{rows}, H]")
+    tensor("weight", weight, 2, "[V, H]")
+    floating("hidden", hidden)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have hidden's dtype {_name(hidden.dtype)}; got {_name(weight.dtype)}")
+    same_device("weight", weight, "hidden", hidden)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight must be [V, H] with H = {hidden.shape[1]} as in hidden {shape_of(hidden)}; got {shape_of(weight)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight must have V >= 1 and H >= 1; got {shape_of(weight)}")
+    if bias is not None:
+        tensor("bias", bias, 1, "[V]")
+        floating("bias", bias)
+        same_device("bias", bias, "hidden", hidden)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias must be [V] with V = {weight.shape[0]} as in weight; got {shape_of(bias)}")
+
+
+def logits(value: Tensor, rows: str) -> None:
+    tensor("logits", value, 2, f"[{rows}, V]")
+    floating("logits", value)
+    if value.shape[1] == 0:
+        raise ValueError(f"logits must have V >= 1; got {shape_of(value)}")
+
+
+def per_row(name: str, value: object, rows: int, axis: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A vector with one entry a row of `like`."""
+    vector = tensor(name, value, 1, f"[{axis}]")
+    if vector.shape[0] != rows:
+        raise ValueError(f"{name} must be [{axis}] with {axis} = {rows}; got {shape_of(vector)}")
+    same_device(name, vector, "hidden" if like.dim() == 2 else "logits", like)
+    if dtype is torch.int64 and vector.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64; got {_name(vector.dtype)}")
+    if dtype is None:
+        floating(name, vector)
+    return vector
+
+
+def scaling(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, rows: int, axis: str, like: Tensor
+) -> None:
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        per_row("temperature", temperature, rows, axis, like)
+    elif isinstance(temperature, Tensor):
+        raise ValueError(f"temperature must be a float or a [{axis}] tensor; got a 0-d tensor (use .item())")
+    else:
+        positive("temperature", temperature)
+    if softcap is not None:
+        positive("softcap", softcap)
+    if isinstance(logit_scale, Tensor) or not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale must be a finite number other than 0; got {logit_scale}")
+
+
+def positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number > 0; got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be > 0 and finite; got {value}")
+
+
+def filters(top_k: int, top_p: float, min_p: float) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k must be a whole number >= 0 (0 keeps every token); got {top_k!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1] (1 keeps every token); got {top_p!r}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie in [0, 1] (0 keeps every token); got {min_p!r}")
+
+
+def sequences(cu_seqlens: object, tokens: int, like: Tensor) -> Tensor:
+    cu = tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]")
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 (or int64); got {_name(cu.dtype)}")
+    if cu.shape[0] == 0:
+        raise ValueError("cu_seqlens must be [B + 1] and start with 0; got an empty tensor")
+    same_device("cu_seqlens", cu, "hidden", like)
+    return cu
+
+
+def readable(value: Tensor) -> bool:
+    """Whether looking at values is free: on a CPU, or asked for."""
+    return value.device.type == "cpu" or backends.is_checked()
+
+
+def sequence_values(cu_seqlens: Tensor, tokens: int) -> None:
+    if readable(cu_seqlens):
+        steps = torch.diff(cu_seqlens)
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((steps < 0).any()):
+            shown = cu_seqlens.tolist()
+            shown = shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]]
+            raise ValueError(f"cu_seqlens must be increasing from 0 to N = {tokens}; got {shown}")
+
+
+def target_values(targets: Tensor, vocabulary: int) -> None:
+    if readable(targets) and targets.numel():
+        outside = (targets < 0) | (targets >= vocabulary)
+        if bool(outside.any()):
+            where = int(outside.nonzero()[0, 0])
+            raise ValueError(f"targets must lie in [0, V = {vocabulary}); targets[{where}] is {int(targets[where])}")
+
+
+def temperature_values(temperature: Tensor | None) -> None:
+    if temperature is not None and readable(temperature) and temperature.numel():
+        bad = ~(torch.isfinite(temperature) & (temperature > 0))
+        if bool(bad.any()):
+            where = int(bad.nonzero()[0, 0])
+            raise ValueError(f"temperature must be > 0 and finite; temperature[{where}] is {float(temperature[where])}")
+
+
+def finite_values(name: str, values: Tensor | None) -> None:
+    """In checked mode: raise on a NaN or infinity with its index."""
+    if values is not None and backends.is_checked() and values.numel():
+        bad = ~torch.isfinite(values)
+        if bool(bad.any()):
+            where = int(bad.nonzero()[0, 0])
+            raise ValueError(f"{name} must be finite; row {where} is {float(values[where])} (checked mode)")

@@ -1,0 +1,173 @@
+"""Draw one token a row and know its probability: from the head, or from logits. The trainer never has to ask again.
+
+    token = argmax_j z_j + g_j,  g_j Gumbel noise of (seed, sequence id, position, j)        (the Gumbel-max trick)
+
+A row's draw does not depend on the batch it is in. On the cpu backend neither do the bits of its statistics: the head's
+product sums every logit in the same order whatever the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, head, rows
+from .logprobs import joined, split, with_unit_columns
+from .reference import Sample, computing_dtype
+from .rows import Scaling
+
+
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    seed: int | Tensor,
+    sequence_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Sample:
+    """Draw the next token of B sequences from the LM head.
+
+    Args:
+        hidden: [B, H]; weight: [V, H]; bias, temperature (float or [B]), softcap, logit_scale: as in `linear_logprobs`.
+        seed: a 64-bit integer, or a 0-d int64 tensor (for CUDA graphs).
+        sequence_ids: [B] int64, which random stream a row draws from.
+        positions: [B] int64 in [0, 2^32), where in the stream: usually the index of the token in its completion.
+        top_k, top_p, min_p: applied in this order to the tempered softmax; 0, 1 and 0 keep every token. top_k=1 is greedy.
+
+    Returns:
+        Sample(tokens, logprobs, sampling_logprobs, entropy, kept_mass), each [B]. `logprobs` are under the full softmax
+        at this temperature, `sampling_logprobs` under what was drawn from. Nothing is differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is computed.
+    """
+    checks.head(hidden, weight, bias, "B")
+    checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "B", hidden)
+    stream = _stream(seed, sequence_ids, positions, hidden)
+    checks.filters(top_k, top_p, min_p)
+    return Sample(
+        *_linear_sample(
+            hidden.detach(), weight.detach(), None if bias is None else bias.detach(), *stream, *split(temperature),
+            softcap, logit_scale, top_k, float(top_p), float(min_p),
+        )
+    )  # fmt: skip
+
+
+def sample_from_logits(
+    logits: Tensor,
+    *,
+    seed: int | Tensor,
+    sequence_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Sample:
+    """As `linear_sample`, from logits [B, V] that exist already (a logit of -inf is a token that cannot be drawn)."""
+    checks.logits(logits, "B")
+    checks.scaling(temperature, softcap, logit_scale, logits.shape[0], "B", logits)
+    stream = _stream(seed, sequence_ids, positions, logits)
+    checks.filters(top_k, top_p, min_p)
+    return Sample(
+        *_logits_sample(
+            logits.detach(), *stream, *split(temperature), softcap, logit_scale, top_k, float(top_p), float(min_p)
+        )
+    )
+
+
+def _stream(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed.dtype} {checks.shape_of(seed)}")
+        checks.same_device("seed", seed, "hidden", like)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit 64 bits; got {seed}")
+    else:
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        seed = torch.full((), signed, dtype=torch.int64, device=like.device)
+    checks.per_row("sequence_ids", sequence_ids, like.shape[0], "B", like, torch.int64)
+    checks.per_row("positions", positions, like.shape[0], "B", like, torch.int64)
+    return seed, sequence_ids, positions
+
+
+def _check_values(positions: Tensor, temperatures: Tensor | None) -> None:
+    checks.temperature_values(temperatures)
+    if checks.readable(positions) and positions.numel():
+        bad = (positions < 0) | (positions >= 1 << 32)
+        if bool(bad.any()):
+            where = int(bad.nonzero()[0, 0])
+            raise ValueError(f"positions must lie in [0, 2^32); positions[{where}] is {int(positions[where])}")
+
+
+@torch.library.custom_op("bandit_rft::linear_sample", mutates_args=())
+def _linear_sample(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
+    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
+    top_k: int, top_p: float, min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(positions, temperatures)
+    scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
+    backend = backends.select(hidden.device, hidden.dtype)
+    plan = head.chunks(len(hidden), len(weight), hidden.device, computing_dtype(hidden), backend)
+    buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
+    parts = []
+    for chunk in plan or [slice(0, 0)]:
+        h = hidden[chunk]
+        if backend == "cpu":
+            z = rows.batch_invariant_logits(h, weight, bias, buffer[: len(h)])
+        else:
+            z = head.logits(h, weight, bias, buffer)
+        parts.append(
+            rows.sample(
+                z, scaling.rows(chunk), seed=seed, sequence_ids=sequence_ids[chunk], positions=positions[chunk],
+                top_k=top_k, top_p=top_p, min_p=min_p,
+            )
+        )  # fmt: skip
+    drawn = parts[0] if len(parts) == 1 else Sample(*map(torch.cat, zip(*parts, strict=True)))
+    checks.finite_values("the logits", drawn.logprobs)
+    return tuple(drawn)
+
+
+@torch.library.custom_op("bandit_rft::logits_sample", mutates_args=())
+def _logits_sample(
+    logits: Tensor, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
+    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
+    top_k: int, top_p: float, min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(positions, temperatures)
+    drawn = rows.sample(
+        with_unit_columns(logits), Scaling(joined(temperature, temperatures), softcap, logit_scale),
+        seed=seed, sequence_ids=sequence_ids, positions=positions, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
+    checks.finite_values("the logits", drawn.logprobs)
+    return tuple(drawn)
+
+
+def _empty_sample(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size, dtype = like.shape[0], computing_dtype(like)
+    a, b, c, d = (like.new_empty(size, dtype=dtype) for _ in range(4))
+    return like.new_empty(size, dtype=torch.int64), a, b, c, d
+
+
+@_linear_sample.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_sample(hidden)
+
+
+@_logits_sample.register_fake
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_sample(logits)

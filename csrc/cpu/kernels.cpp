@@ -1,0 +1,350 @@
+// Rows of logits and the LM head on a CPU. Compiled once for each instruction set (BRFT_ISA, BRFT_LANES); see kernels.h.
+//
+//   pass 1   (m, s, t) of each block of 768 logits, merged in order          -> lse, logp, entropy
+//   pass 2   dz_j = p_j (-c + e (log p_j + entropy)) + c [j = target]        -> over the logits
+//   draw     argmax_j z_j + g_j, where g_j is only computed if it can win
+//
+// Never in memory: probabilities, noise, or anything else of the row's length but the row itself (read from L2 in pass 2).
+// Loops are written for the compiler's vectorizer; nothing here may instantiate a template of the standard library, since
+// the linker keeps one copy of those for all instruction sets.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstring>
+
+#ifndef BRFT_ISA
+#error "compile with -DBRFT_ISA=<name> -DBRFT_LANES=<float lanes>"
+#endif
+
+#define BRFT_PASTE2(a, b) a##b
+#define BRFT_PASTE(a, b) BRFT_PASTE2(a, b)
+#define BRFT_STRING2(a) #a
+#define BRFT_STRING(a) BRFT_STRING2(a)
+
+namespace bandit_rft::cpu {
+namespace BRFT_ISA {
+
+BRFT_INLINE float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+BRFT_INLINE uint32_t to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+BRFT_INLINE float from_bf16(uint16_t x) { return from_bits(uint32_t(x) << 16); }
+BRFT_INLINE uint16_t to_bf16(float x) {  // round to nearest even; a NaN stays one
+    const uint32_t bits = to_bits(x);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return uint16_t(x != x ? 0x7FC0u : rounded);
+}
+
+// exp(x) to about 1 ulp for x <= 88, 0 below -87.3 (where float32 turns subnormal); a NaN stays one.
+BRFT_INLINE float exp_fast(float x) {
+    const float clamped = x < -87.3f ? -87.3f : x;
+    const float shifted = clamped * 1.44269504f + 12582912.0f;  // round to nearest by the magic number 1.5 * 2^23
+    const float n = shifted - 12582912.0f;
+    float r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const float scaled = p * from_bits((to_bits(shifted) + (127u - 0x4B400000u)) << 23);
+    return x < -87.3f ? 0.0f : scaled;
+}
+
+// tanh(x) to a few ulp: odd polynomial near 0 (where 1 - 2/(e^2x + 1) cancels), the exponential form elsewhere.
+BRFT_INLINE float tanh_fast(float x) {
+    const float magnitude = x < 0 ? -x : x;
+    const float limited = magnitude > 44.0f ? 44.0f : magnitude;
+    const float far = 1.0f - 2.0f / (exp_fast(2.0f * limited) + 1.0f);
+    const float x2 = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * x2 + 2.06390887954e-2f;
+    p = p * x2 - 5.37397155531e-2f;
+    p = p * x2 + 1.33314422036e-1f;
+    p = p * x2 - 3.33332819422e-1f;
+    const float near = p * x2 * x + x;
+    return magnitude < 0.625f ? near : (x < 0 ? -far : far);
+}
+
+// z of `n` logits from `begin` on. Returns a pointer to them: the row itself where nothing has to be done.
+const float* scaled_block(const Row& row, int64_t begin, int n, float* buffer) {
+    const float* source;
+    if (row.dtype == DType::f32) {
+        source = static_cast<const float*>(row.logits) + begin;
+    } else {
+        const uint16_t* raw = static_cast<const uint16_t*>(row.logits) + begin;
+        for (int i = 0; i < n; ++i) buffer[i] = from_bf16(raw[i]);
+        source = buffer;
+    }
+    if (row.scaling.logit_scale != 1.0f) {
+        const float scale = row.scaling.logit_scale;
+        for (int i = 0; i < n; ++i) buffer[i] = source[i] * scale;
+        source = buffer;
+    }
+    if (row.scaling.softcap != 0.0f) {
+        const float cap = row.scaling.softcap;
+        for (int i = 0; i < n; ++i) buffer[i] = cap * tanh_fast(source[i] / cap);
+        source = buffer;
+    }
+    if (row.temperature != 1.0f) {
+        const float temperature = row.temperature;
+        for (int i = 0; i < n; ++i) buffer[i] = source[i] / temperature;
+        source = buffer;
+    }
+    return source;
+}
+
+BRFT_INLINE float block_max(const float* z, int n) {
+    float m = kLowest;
+#pragma omp simd reduction(max : m)
+    for (int i = 0; i < n; ++i) m = z[i] > m ? z[i] : m;
+    return m;
+}
+
+// The state of a block; exp(z - m) is left in `e` if the caller wants it.
+template <bool Keep>
+BRFT_INLINE SoftmaxState<double> block_state(const float* z, int n, float* e) {
+    const float m = block_max(z, n);
+    float s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+    for (int i = 0; i < n; ++i) {
+        const float d = z[i] - m;
+        const float x = exp_fast(d);
+        if (Keep) e[i] = x;
+        s += x;
+        t += x * (d < -104.0f ? -104.0f : d);  // 0 * -inf must not become NaN
+    }
+    SoftmaxState<double> state;
+    state.m = m;
+    state.s = s;
+    state.t = t;
+    return state;
+}
+
+BRFT_INLINE int block_length(int64_t vocabulary, int64_t begin) {
+    return int(vocabulary - begin < kBlock ? vocabulary - begin : kBlock);
+}
+
+SoftmaxState<double> row_state(const Row& row) {
+    alignas(64) float buffer[kBlock];
+    SoftmaxState<double> state;
+    for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
+        const int n = block_length(row.vocabulary, begin);
+        state = merge(state, block_state<false>(scaled_block(row, begin, n, buffer), n, nullptr));
+    }
+    return state;
+}
+
+float row_logit(const Row& row, int64_t index) {
+    float buffer[1];
+    return *scaled_block(row, index, 1, buffer);
+}
+
+void row_scaled(const Row& row, float* z) {
+    for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
+        const int n = block_length(row.vocabulary, begin);
+        const float* source = scaled_block(row, begin, n, z + begin);
+        if (source != z + begin) memcpy(z + begin, source, sizeof(float) * size_t(n));
+    }
+}
+
+void row_gradient(const Row& row, void* out, int64_t target, const SoftmaxState<double>& state, float c, float e) {
+    alignas(64) float buffer[kBlock], dz[kBlock];
+    const float m = state.m, log_s = float(log(state.s)), entropy = row_entropy(state);
+    const float chain = row.scaling.logit_scale / row.temperature;  // dz/dx but for the softcap's own slope
+    const float constant = (-c + e * entropy) * chain, slope = e * chain;
+    const float cap = row.scaling.softcap, unit = cap != 0.0f ? row.temperature / cap : 0.0f;
+    const float z_target = row_logit(row, target);
+    // p_target - 1 through expm1: near certainty the subtraction would lose every digit.
+    const float logp_target = row_logprob(state, z_target);
+    float at_target = (-c * expm1f(logp_target) + e * expf(logp_target) * (logp_target + entropy)) * chain;
+    if (cap != 0.0f) at_target *= 1.0f - (z_target * unit) * (z_target * unit);
+    for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
+        const int n = block_length(row.vocabulary, begin);
+        const float* z = scaled_block(row, begin, n, buffer);
+        float* to = row.dtype == DType::f32 ? static_cast<float*>(out) + begin : dz;
+        if (slope == 0.0f) {
+#pragma omp simd
+            for (int i = 0; i < n; ++i) to[i] = exp_fast((z[i] - m) - log_s) * constant;
+        } else {
+#pragma omp simd
+            for (int i = 0; i < n; ++i) {
+                const float logp = (z[i] - m) - log_s;
+                to[i] = exp_fast(logp) * (constant + slope * (logp < -104.0f ? -104.0f : logp));
+            }
+        }
+        if (cap != 0.0f) {  // z may be the very buffer: it is still the z of this block here
+            for (int i = 0; i < n; ++i) {
+                const float u = z[i] * unit;
+                to[i] *= 1.0f - u * u;
+            }
+        }
+        if (target >= begin && target < begin + n) to[target - begin] = at_target;
+        if (row.dtype == DType::bf16) {
+            uint16_t* narrow = static_cast<uint16_t*>(out) + begin;
+            for (int i = 0; i < n; ++i) narrow[i] = to_bf16(dz[i]);
+        }
+    }
+}
+
+// Philox words of the token ids [4 * first_quad, 4 * first_quad + kBlock).
+BRFT_INLINE void block_words(const Stream& stream, uint32_t first_quad, uint32_t* words) {
+    alignas(64) uint32_t plane[4][kBlock / 4];
+    for (int i = 0; i < kBlock / 4; ++i) {
+        const PhiloxWords w = philox4x32_10(first_quad + uint32_t(i), stream.position, stream.sequence_low,
+                                            stream.sequence_high, stream.key);
+        plane[0][i] = w.word[0];
+        plane[1][i] = w.word[1];
+        plane[2][i] = w.word[2];
+        plane[3][i] = w.word[3];
+    }
+    for (int i = 0; i < kBlock / 4; ++i)
+        for (int j = 0; j < 4; ++j) words[4 * i + j] = plane[j][i];
+}
+
+// Offers every token of a block to the draw. Since -log1p(-u) >= u, a token beats `best` only if u < exp(z - best):
+// that is e_j * exp(m - best), a product of what is known already, so almost no logarithm is ever taken, and a block
+// whose most likely token cannot win even with the largest noise (22.9) needs no random numbers at all.
+BRFT_INLINE void draw_block(const float* z, const float* e, float m, int n, int64_t begin, const Stream& stream, Draw& draw) {
+    // Room for the rounding of z + g and of the exponentials.
+    const auto bound_for = [m](float best) {
+        const float slack = 1.0f + 1e-4f + 4e-7f * (fabsf(m) + (best > kLowest ? fabsf(best) : 0.0f) + 32.0f);
+        return slack * expf(m - best);
+    };
+    float bound = bound_for(draw.best);
+    if (bound < 0x1p-33f) return;
+    alignas(64) uint32_t words[kBlock];
+    block_words(stream, uint32_t(begin / 4), words);
+    constexpr int kGroup = 32;
+    for (int i = 0; i < n; i += kGroup) {
+        const int length = n - i < kGroup ? n - i : kGroup;
+        int candidates = 0;
+#pragma omp simd reduction(+ : candidates)
+        for (int j = 0; j < length; ++j)
+            candidates += float(int32_t(words[i + j] >> 1)) * 0x1p-31f <= e[i + j] * bound ? 1 : 0;
+        if (candidates == 0) continue;
+        for (int j = i; j < i + length; ++j) {
+            if (!(float(int32_t(words[j] >> 1)) * 0x1p-31f <= e[j] * bound)) continue;
+            const float perturbed = z[j] + gumbel_from_word(words[j]);
+            if (perturbed > draw.best) {
+                draw.best = perturbed;
+                draw.token = begin + j;
+                bound = bound_for(perturbed);
+            }
+        }
+    }
+}
+
+SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) {
+    alignas(64) float buffer[kBlock], e[kBlock];
+    SoftmaxState<double> state;
+    for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
+        const int n = block_length(row.vocabulary, begin);
+        const float* z = scaled_block(row, begin, n, buffer);
+        const SoftmaxState<double> block = block_state<true>(z, n, e);
+        draw_block(z, e, block.m, n, begin, stream, draw);
+        state = merge(state, block);
+    }
+    return state;
+}
+
+// The head. Lanes run over the batch, so weights are read once, as they lie, and every output is one chain of
+// fused multiply-adds over k (in stretches of 256, summed in order) whatever else is computed beside it.
+typedef float Vector __attribute__((vector_size(BRFT_LANES * 4), aligned(4)));
+constexpr int kColumns = 2;                       // vectors of batch rows in a panel
+constexpr int kPanel = kColumns * BRFT_LANES;     // batch rows in a panel
+constexpr int kTile = BRFT_LANES == 16 ? 12 : 6;  // weight rows whose sums stay in registers
+constexpr int kStretch = 256;
+static_assert(kBlock % 12 == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and Philox counters");
+
+template <int Rows, int Columns>
+BRFT_INLINE void head_tile(const float* weight, int64_t weight_stride, const float* panel, int64_t hidden_size, float* sums) {
+    for (int i = 0; i < Rows * kPanel; ++i) sums[i] = 0;
+    for (int64_t start = 0; start < hidden_size; start += kStretch) {
+        const int64_t stop = start + kStretch < hidden_size ? start + kStretch : hidden_size;
+        Vector sum[Rows][Columns] = {};
+        for (int64_t k = start; k < stop; ++k) {
+            Vector h[Columns];
+            BRFT_UNROLL
+            for (int c = 0; c < Columns; ++c) memcpy(&h[c], panel + k * kPanel + c * BRFT_LANES, sizeof(Vector));
+            BRFT_UNROLL
+            for (int r = 0; r < Rows; ++r) {
+                const float w = weight[r * weight_stride + k];
+                BRFT_UNROLL
+                for (int c = 0; c < Columns; ++c) sum[r][c] += w * h[c];
+            }
+        }
+        for (int r = 0; r < Rows; ++r)
+            for (int c = 0; c < Columns; ++c)
+                for (int l = 0; l < BRFT_LANES; ++l) sums[r * kPanel + c * BRFT_LANES + l] += sum[r][c][l];
+    }
+}
+
+void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
+                 int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride,
+                 float* scratch) {
+    alignas(64) float sums[kTile * kPanel];
+    for (int64_t v = begin; v < end; v += kTile) {
+        const int rows = int(end - v < kTile ? end - v : kTile);
+        const float* tile;
+        int64_t tile_stride;
+        if (weight_dtype == DType::f32) {
+            tile = static_cast<const float*>(weight) + v * weight_stride;
+            tile_stride = weight_stride;
+        } else {
+            for (int r = 0; r < rows; ++r) {
+                const uint16_t* narrow = static_cast<const uint16_t*>(weight) + (v + r) * weight_stride;
+                for (int64_t k = 0; k < hidden_size; ++k) scratch[r * hidden_size + k] = from_bf16(narrow[k]);
+            }
+            tile = scratch;
+            tile_stride = hidden_size;
+        }
+        for (int64_t first = 0; first < batch; first += kPanel) {
+            const int members = int(batch - first < kPanel ? batch - first : kPanel);
+            const float* panel = packed + first * hidden_size;
+            if (rows == kTile && members > BRFT_LANES) {
+                head_tile<kTile, kColumns>(tile, tile_stride, panel, hidden_size, sums);
+            } else if (rows == kTile) {
+                head_tile<kTile, 1>(tile, tile_stride, panel, hidden_size, sums);
+            } else {
+                for (int r = 0; r < rows; ++r)
+                    head_tile<1, kColumns>(tile + r * tile_stride, tile_stride, panel, hidden_size, sums + r * kPanel);
+            }
+            for (int b = 0; b < members; ++b) {
+                float* to = out + (first + b) * out_stride + v;
+                for (int r = 0; r < rows; ++r) to[r] = sums[r * kPanel + b] + (bias ? bias[v + r] : 0.0f);
+            }
+        }
+    }
+}
+
+void pack_hidden(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size, float* packed) {
+    for (int64_t b = 0; b < (batch + kPanel - 1) / kPanel * kPanel; ++b) {
+        float* to = packed + b / kPanel * kPanel * hidden_size + b % kPanel;
+        for (int64_t k = 0; k < hidden_size; ++k) {
+            float x = 0.0f;
+            if (b < batch)
+                x = dtype == DType::f32 ? static_cast<const float*>(hidden)[b * stride + k]
+                                        : from_bf16(static_cast<const uint16_t*>(hidden)[b * stride + k]);
+            to[k * kPanel] = x;
+        }
+    }
+}
+
+}  // namespace BRFT_ISA
+
+const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
+    BRFT_STRING(BRFT_ISA),  BRFT_LANES,           BRFT_ISA::kTile,       BRFT_ISA::kPanel,
+    BRFT_ISA::row_state,    BRFT_ISA::row_logit,  BRFT_ISA::row_scaled,  BRFT_ISA::row_gradient,
+    BRFT_ISA::row_draw,     BRFT_ISA::head_logits, BRFT_ISA::pack_hidden,
+};
+
+}  // namespace bandit_rft::cpu

@@ -1,0 +1,160 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <exception>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "filter.h"
+#include "kernels.h"
+
+namespace bandit_rft::cpu {
+namespace {
+
+const Kernels* best_kernels() {
+#if defined(BRFT_X86_DISPATCH)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
+        return &kernels_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
+#endif
+    return &kernels_baseline;
+}
+
+std::atomic<const Kernels*>& chosen() {
+    static std::atomic<const Kernels*> kernels{best_kernels()};
+    return kernels;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+// Runs work(begin, end) on [0, count), cut at multiples of `grain`, on at most `threads` threads of `elements` logits or
+// more each: a thread costs about 30 microseconds to start, a logit about one nanosecond. Threads end with the call, so
+// nothing survives a fork.
+template <class Work>
+void parallel(int64_t count, int64_t grain, int64_t elements, int threads, const Work& work) {
+    const int64_t worthwhile = elements / (1 << 17);
+    const int64_t pieces = (count + grain - 1) / grain;
+    const int64_t used = std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), pieces, worthwhile}));
+    const auto bound = [&](int64_t i) { return std::min(count, pieces * i / used * grain); };
+    if (used == 1) return work(int64_t(0), count);
+    std::vector<std::exception_ptr> errors(static_cast<size_t>(used));
+    std::vector<std::thread> helpers;
+    const auto guarded = [&](int64_t i) {
+        try {
+            work(bound(i), bound(i + 1));
+        } catch (...) {
+            errors[size_t(i)] = std::current_exception();
+        }
+    };
+    for (int64_t i = 1; i < used; ++i) helpers.emplace_back(guarded, i);
+    guarded(0);
+    for (auto& helper : helpers) helper.join();
+    for (const auto& error : errors)
+        if (error) std::rethrow_exception(error);
+}
+
+Row row_of(const Rows& rows, int64_t i) {
+    return {rows.row(i), rows.dtype, rows.vocabulary, rows.scaling, rows.temperature_of(i)};
+}
+
+}  // namespace
+
+std::string instruction_set() { return kernels().name; }
+
+void use_instruction_set(const std::string& name) {
+    std::vector<const Kernels*> usable{&kernels_baseline};
+#if defined(BRFT_X86_DISPATCH)
+    if (best_kernels() != &kernels_baseline) usable.push_back(&kernels_avx2);
+    if (best_kernels() == &kernels_avx512) usable.push_back(&kernels_avx512);
+#endif
+    for (const Kernels* candidate : usable)
+        if (name == candidate->name) return chosen().store(candidate);
+    throw std::invalid_argument("instruction set '" + name + "' is not one that this build and this processor have");
+}
+
+void logprob_rows(const Rows& rows, const int64_t* targets, float* logprobs, float* entropy, int threads) {
+    const Kernels& k = kernels();
+    parallel(rows.count, 1, rows.count * rows.vocabulary, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Row row = row_of(rows, i);
+            const auto state = k.row_state(row);
+            logprobs[i] = row_logprob(state, k.row_logit(row, targets[i]));
+            entropy[i] = row_entropy(state);
+        }
+    });
+}
+
+void policy_rows(const Rows& rows, const int64_t* targets, const PolicyInputs& in, float* logprobs, float* entropy,
+                 int threads) {
+    const Kernels& k = kernels();
+    parallel(rows.count, 1, rows.count * rows.vocabulary, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Row row = row_of(rows, i);
+            const auto state = k.row_state(row);
+            const float logp = row_logprob(state, k.row_logit(row, targets[i]));
+            logprobs[i] = logp;
+            entropy[i] = row_entropy(state);
+            float c, e;  // dL/dlogp, and -dL/dentropy
+            if (in.objective.kind == ObjectiveKind::given) {
+                c = in.given_logprob[i];
+                e = in.given_entropy ? -in.given_entropy[i] : 0.0f;
+            } else {
+                const float ratio = in.behavior ? std::exp(logp - in.behavior[i]) : 1.0f;
+                c = token_coefficient(in.objective, logp, ratio, in.advantages[i], in.weights[i],
+                                      in.reference ? in.reference[i] : 0.0f);
+                e = in.objective.entropy_coef * in.weights[i];
+            }
+            k.row_gradient(row, rows.row(i), targets[i], state, c, e);
+        }
+    });
+}
+
+void sample_rows(const Rows& rows, const SampleInputs& in, const SampleOutputs& out, int threads) {
+    const Kernels& k = kernels();
+    const bool filtered = in.top_k > 0 || in.top_p < 1.0f || in.min_p > 0.0f;
+    const PhiloxKey key{uint32_t(in.seed), uint32_t(in.seed >> 32)};
+    parallel(rows.count, 1, rows.count * rows.vocabulary, threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> kept(filtered ? size_t(rows.vocabulary) : 0);
+        for (int64_t i = begin; i < end; ++i) {
+            const Row row = row_of(rows, i);
+            const uint64_t sequence = uint64_t(in.sequence_ids[i]);
+            const Stream stream{key, uint32_t(in.positions[i]), uint32_t(sequence), uint32_t(sequence >> 32)};
+            Draw draw;
+            SoftmaxState<double> state, kept_state;
+            if (filtered) {
+                state = k.row_state(row);
+                k.row_scaled(row, kept.data());
+                filter_row(kept.data(), rows.vocabulary, state.m, in.top_k, in.top_p, in.min_p);
+                kept_state = k.row_draw({kept.data(), DType::f32, rows.vocabulary, Scaling{}, 1.0f}, stream, draw);
+            } else {
+                state = kept_state = k.row_draw(row, stream, draw);
+            }
+            if (draw.token < 0) draw.token = 0;  // no finite logit: the log-probability below is NaN and says so
+            const float z = k.row_logit(row, draw.token);
+            out.tokens[i] = draw.token;
+            out.logprobs[i] = row_logprob(state, z);
+            out.sampling_logprobs[i] = row_logprob(kept_state, z);
+            out.entropy[i] = row_entropy(state);
+            out.kept_mass[i] = filtered ? float(std::exp(double(kept_state.m) - state.m) * kept_state.s / state.s) : 1.0f;
+        }
+    });
+}
+
+void head_logits(const Head& head, float* out, int threads) {
+    const Kernels& k = kernels();
+    const int64_t panels = (head.batch + k.head_panel - 1) / k.head_panel;
+    std::vector<float> packed(size_t(panels * k.head_panel * head.hidden_size));
+    k.pack_hidden(head.hidden, head.hidden_dtype, head.hidden_stride, head.batch, head.hidden_size, packed.data());
+    const int64_t work = panels * k.head_panel * head.hidden_size / 16 * head.vocabulary;
+    parallel(head.vocabulary, k.head_tile, work, threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(head.weight_dtype == DType::f32 ? 0 : size_t(k.head_tile * head.hidden_size));
+        k.head_logits(packed.data(), head.batch, head.hidden_size, head.weight, head.weight_dtype, head.weight_stride,
+                      head.bias, begin, end, out, head.vocabulary, scratch.data());
+    });
+}
+
+}  // namespace bandit_rft::cpu

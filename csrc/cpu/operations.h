@@ -1,0 +1,63 @@
+// The two operations on a CPU, on raw memory: policy-gradient rows and sample rows. Threads live for one call only.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../row_math.h"
+#include "../tensor_view.h"
+
+namespace bandit_rft::cpu {
+
+std::string instruction_set();                  // the one in use
+void use_instruction_set(const std::string&);   // for tests and measurements; throws std::invalid_argument
+
+struct Rows {
+    void* logits;
+    DType dtype;
+    int64_t count, vocabulary, stride;
+    Scaling scaling;
+    float temperature;
+    const float* temperatures;  // [count], or null for the one above
+
+    float temperature_of(int64_t i) const { return temperatures ? temperatures[i] : temperature; }
+    char* row(int64_t i) const { return static_cast<char*>(logits) + i * stride * (dtype == DType::f32 ? 4 : 2); }
+};
+
+// logprobs and entropy [count] of targets; logits are only read.
+void logprob_rows(const Rows&, const int64_t* targets, float* logprobs, float* entropy, int threads);
+
+struct PolicyInputs {
+    Objective objective;
+    const float *advantages, *weights, *behavior, *reference;  // [count]; the last two may be null
+    const float *given_logprob, *given_entropy;                // ObjectiveKind::given: dL/dlogp, dL/dentropy [count]
+};
+
+// As logprob_rows, and dL/dlogits is written over the logits.
+void policy_rows(const Rows&, const int64_t* targets, const PolicyInputs&, float* logprobs, float* entropy, int threads);
+
+struct SampleInputs {
+    uint64_t seed;
+    const int64_t *sequence_ids, *positions;  // [count]
+    int64_t top_k;                            // 0: all
+    float top_p, min_p;
+};
+
+struct SampleOutputs {
+    int64_t* tokens;
+    float *logprobs, *sampling_logprobs, *entropy, *kept_mass;
+};
+
+void sample_rows(const Rows&, const SampleInputs&, const SampleOutputs&, int threads);
+
+struct Head {
+    const void *hidden, *weight;
+    DType hidden_dtype, weight_dtype;
+    int64_t batch, hidden_size, vocabulary, hidden_stride, weight_stride;
+    const float* bias;  // [vocabulary] or null
+};
+
+// out [batch, vocabulary] float32; a row's logits are the same bits whatever batch it is computed in.
+void head_logits(const Head&, float* out, int threads);
+
+}  // namespace bandit_rft::cpu
