@@ -14,18 +14,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+native: ModuleType | None = None
+native_error: str | None = None
 try:
-    from bandit_rft import _C as native
+    native = import_module("bandit_rft._C")
 except ImportError as error:  # a source tree or a platform without the compiled module
-    native: ModuleType | None = None  # type: ignore[no-redef]
-    native_error: str | None = str(error)
-else:
-    native_error = None
+    native_error = str(error)
 
 
 class Call(NamedTuple):

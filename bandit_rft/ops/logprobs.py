@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backends, checks, head, rows
 from .reference import computing_dtype
+from .registry import autograd, operation
 from .rows import Scaling
 
 
@@ -59,7 +60,7 @@ def logprobs_from_logits(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` [N] from logits [N, V] that exist already; differentiable in the logits.
 
-    Beyond the gradient itself nothing of the logits' size is allocated. Shapes, returns and errors as `linear_logprobs`.
+    Beyond the gradient itself nothing of the logits' size is allocated. Shapes, returns, errors as `linear_logprobs`.
     """
     checks.logits(logits, "N")
     checks.per_row("targets", targets, logits.shape[0], "N", logits, torch.int64)
@@ -82,7 +83,14 @@ def joined(temperature: float, temperatures: Tensor | None) -> float | Tensor:
 # --- head -------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bandit_rft::linear_logprobs", mutates_args=())
+def _fake_linear_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = computing_dtype(hidden)
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+
+
+@operation("linear_logprobs", fake=_fake_linear_logprobs)
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
     temperatures: Tensor | None, softcap: float | None, logit_scale: float,
@@ -101,13 +109,13 @@ def _linear_logprobs(
     return logp, entropy
 
 
-@_linear_logprobs.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = computing_dtype(hidden)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+def _fake_linear_logprobs_backward(
+    hidden: Tensor, weight: Tensor, bias: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(hidden, weight, bias, rest[-1])
 
 
-@torch.library.custom_op("bandit_rft::linear_logprobs_backward", mutates_args=())
+@operation("linear_logprobs_backward", fake=_fake_linear_logprobs_backward)
 def _linear_logprobs_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
     temperatures: Tensor | None, softcap: float | None, logit_scale: float,
@@ -126,11 +134,6 @@ def _linear_logprobs_backward(
 
     gradients.accumulate(index, fill)
     return gradients.results()
-
-
-@_linear_logprobs_backward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, bias, rest[-1])
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -156,7 +159,7 @@ def _backward_linear(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tenso
     return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 5)
 
 
-torch.library.register_autograd("bandit_rft::linear_logprobs", _backward_linear, setup_context=_setup_linear)
+autograd("linear_logprobs", _backward_linear, _setup_linear)
 
 
 class HeadGradients:
@@ -218,7 +221,9 @@ class HeadGradients:
         )
 
 
-def empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes of `HeadGradients.results`, for tracing."""
     return (
         torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0),
@@ -230,7 +235,14 @@ def empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted:
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bandit_rft::logits_logprobs", mutates_args=())
+def _fake_logits_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, temperatures: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = computing_dtype(logits)
+    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+
+
+@operation("logits_logprobs", fake=_fake_logits_logprobs)
 def _logits_logprobs(
     logits: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -241,13 +253,11 @@ def _logits_logprobs(
     return logp, entropy
 
 
-@_logits_logprobs.register_fake
-def _(logits: Tensor, targets: Tensor, temperature: float, temperatures: Any) -> tuple[Tensor, Tensor]:
-    dtype = computing_dtype(logits)
-    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+def _fake_logits_logprobs_backward(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("bandit_rft::logits_logprobs_backward", mutates_args=())
+@operation("logits_logprobs_backward", fake=_fake_logits_logprobs_backward)
 def _logits_logprobs_backward(
     logits: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None,
     grad_logprobs: Tensor, grad_entropy: Tensor | None,
@@ -255,11 +265,6 @@ def _logits_logprobs_backward(
     gradient = logits.clone(memory_format=torch.contiguous_format)
     rows.gradient_(gradient, targets, Scaling(joined(temperature, temperatures)), grad_logprobs, grad_entropy)
     return gradient
-
-
-@_logits_logprobs_backward.register_fake
-def _(logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -283,7 +288,7 @@ def _backward_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tenso
     return gradient, None, None, None
 
 
-torch.library.register_autograd("bandit_rft::logits_logprobs", _backward_logits, setup_context=_setup_logits)
+autograd("logits_logprobs", _backward_logits, _setup_logits)
 
 
 def with_unit_columns(logits: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ class PolicyObjective:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number; got {value!r}")
         if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low must lie in [0, 1] (the ratio's lower bound is 1 - clip_low); got {self.clip_low}")
+            raise ValueError(
+                f"clip_low must lie in [0, 1] (the ratio's lower bound is 1 - clip_low); got {self.clip_low}"
+            )
         if self.clip_high < 0:
             raise ValueError(f"clip_high must be >= 0 (the ratio's upper bound is 1 + clip_high); got {self.clip_high}")
         if self.importance_cap <= 0:
@@ -81,7 +83,9 @@ class PolicyObjective:
             raise ValueError(f"kl_coef={self.kl_coef} has no effect with kl='none'; choose kl='k1', 'k2' or 'k3'")
         if self.aggregation == "seq-mean-token-sum-norm":
             if self.norm_length is None or self.norm_length <= 0:
-                raise ValueError(f"norm_length must be a positive length for {self.aggregation}; got {self.norm_length}")
+                raise ValueError(
+                    f"norm_length must be a positive length for {self.aggregation}; got {self.norm_length}"
+                )
         elif self.norm_length is not None:
             raise ValueError(f"norm_length has no effect with aggregation={self.aggregation!r}; leave it None")
 
@@ -253,7 +257,7 @@ def loss_and_statistics(
     lengths: Tensor,
     tokens_skipped: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss 0-d, statistics [len(STATISTICS)]) from per-token values of the tokens computed. No host synchronization."""
+    """(loss 0-d, statistics [len(STATISTICS)]) from per-token values of the tokens computed; no host waits."""
     losses = token_losses(objective, logprobs, entropy, advantages, behavior, reference, sequence_of, lengths)
     loss = (losses * weights).sum()
     computed = logprobs.shape[0]

@@ -31,7 +31,12 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def random_words(seed: Tensor, sequence_ids: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """The word of every token id, [B, V] int64. seed is 0-d int64; sequence_ids and positions are int64 [B]."""
     quads = torch.arange((vocabulary + 3) // 4, device=sequence_ids.device)
-    counter = (quads[None, :], positions[:, None] & WORD, sequence_ids[:, None] & WORD, (sequence_ids[:, None] >> 32) & WORD)
+    counter = (
+        quads[None, :],
+        positions[:, None] & WORD,
+        sequence_ids[:, None] & WORD,
+        (sequence_ids[:, None] >> 32) & WORD,
+    )
     words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(sequence_ids.shape[0], -1)[:, :vocabulary]
 

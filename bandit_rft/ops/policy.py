@@ -1,4 +1,4 @@
-"""The policy-gradient loss of an LM head and its gradients, in one pass over the logits (gradient in forward, 6NHV FLOP).
+"""The policy-gradient loss of an LM head and its gradients, in one pass over the logits (gradient in forward, 6NHV).
 
     L = sum_i w_i l_i(logp_i, entropy_i),  c_i = dL/dlogp_i,  e_i = -dL/dentropy_i
     dL/dz_ij = c_i ([j = target_i] - p_ij) + e_i p_ij (log p_ij + entropy_i)
@@ -21,6 +21,7 @@ from . import checks, rows
 from .logprobs import HeadGradients, empty_gradients, joined, linear_logprobs, split, with_unit_columns
 from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients, token_weights
 from .reference import computing_dtype
+from .registry import autograd, operation
 from .rows import Scaling, TokenInputs
 
 
@@ -52,7 +53,8 @@ def linear_policy_loss(
     """The policy-gradient loss of N completion tokens of B packed sequences, from the head, never building [N, V].
 
     Args:
-        hidden: [N, H]; weight: [V, H]; targets: [N] int64; bias, temperature, softcap, logit_scale: as `linear_logprobs`.
+        hidden: [N, H]; weight: [V, H]; targets: [N] int64; bias, temperature, softcap, logit_scale: as in
+            `linear_logprobs`.
         advantages: [B] (one a sequence) or [N] (one a token). Tokens with advantage 0 are not computed at all, unless
             the objective's KL or entropy terms make them count; the normalizer does not change.
         cu_seqlens: [B + 1] int32, where sequences begin and end in N, from 0 to N.
@@ -64,8 +66,8 @@ def linear_policy_loss(
             now, and autograd returns none for the weight. The loss must then be backpropagated unscaled.
 
     Returns:
-        PolicyLoss(loss, stats, logprobs). Gradients (hidden, weight, bias) are ready when this returns; .backward() hands
-        them on. An empty batch has loss 0 and zero gradients.
+        PolicyLoss(loss, stats, logprobs). Gradients (hidden, weight, bias) are ready when this returns; .backward()
+        hands them on. An empty batch has loss 0 and zero gradients.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is computed.
@@ -136,8 +138,8 @@ def _objective(kind: str, bounds: list[float], kl: str, coefficients: list[float
 
 
 def _token_arguments(
-    objective: PolicyObjective, advantages: Tensor, cu_seqlens: Tensor, behavior: Tensor | None, reference: Tensor | None,
-    normalizer: float | Tensor | None, like: Tensor, n: int,
+    objective: PolicyObjective, advantages: Tensor, cu_seqlens: Tensor,
+    behavior: Tensor | None, reference: Tensor | None, normalizer: float | Tensor | None, like: Tensor, n: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """Check what describes the tokens and bring it to one entry a token.
 
@@ -162,7 +164,9 @@ def _token_arguments(
         raise ValueError(f"reference_logprobs must be given for kl={objective.kl!r} with kl_coef={objective.kl_coef}")
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be a number > 0 or a 0-d tensor; got shape {checks.shape_of(normalizer)}")
+            raise ValueError(
+                f"normalizer must be a number > 0 or a 0-d tensor; got shape {checks.shape_of(normalizer)}"
+            )
     elif normalizer is not None:
         checks.positive("normalizer", normalizer)
     if b == 0 and n > 0:
@@ -274,7 +278,15 @@ def _check_values(
         checks.finite_values(name, vector)
 
 
-@torch.library.custom_op("bandit_rft::linear_policy_loss", mutates_args=())
+def _fake_linear_policy_loss(
+    hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, advantages: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    statistics = advantages.new_empty(len(STATISTICS))
+    seen = advantages.new_empty(()), statistics, torch.empty_like(advantages)
+    return (*seen, *empty_gradients(hidden, weight, bias, rest[-1]))
+
+
+@operation("linear_policy_loss", fake=_fake_linear_policy_loss)
 def _linear_policy_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
@@ -289,14 +301,7 @@ def _linear_policy_loss(
         temperature, temperatures, softcap, logit_scale, kind, bounds, kl, coefficients, gradients,
     )  # fmt: skip
     nothing = [hidden.new_empty(0) for _ in range(3)]
-    return (*seen, *(nothing if gradients is None else gradients.results()))  # type: ignore[return-value]
-
-
-@_linear_policy_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, advantages: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    statistics = advantages.new_empty(len(STATISTICS))
-    seen = advantages.new_empty(()), statistics, torch.empty_like(advantages)
-    return (*seen, *empty_gradients(hidden, weight, bias, rest[-1]))
+    return (*seen, *(nothing if gradients is None else gradients.results()))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -314,7 +319,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
     return (*gradients, *(None,) * 17)
 
 
-torch.library.register_autograd("bandit_rft::linear_policy_loss", _backward, setup_context=_setup)
+autograd("linear_policy_loss", _backward, _setup)
 
 
 def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
@@ -333,11 +338,13 @@ class _AccumulatingLoss(torch.autograd.Function):
     """linear_policy_loss with the weight's gradient added straight into a buffer that exists."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor, *arguments: Any) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor, *arguments: Any
+    ) -> Any:
         wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         gradients = HeadGradients(hidden, weight, bias, wanted, weight_grad)
         checks.sequence_values(arguments[7], len(hidden))
-        seen = _compute(hidden, weight, bias, *arguments, gradients)
+        seen = _compute(hidden, weight, bias, *arguments, gradients)  # type: ignore[misc]
         gradients.weight = None  # it is where it belongs
         ctx.wanted = wanted
         ctx.save_for_backward(*gradients.results())
@@ -345,19 +352,25 @@ class _AccumulatingLoss(torch.autograd.Function):
         return seen
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> Any:
         # The weight's gradient was added for a factor of 1; any other would leave the two gradients at odds.
         torch._assert_async(grad_loss == 1)
-        of_hidden, _, of_bias = (
-            g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-        )
+        of_hidden, _, of_bias = (g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
         return of_hidden, None, of_bias, *(None,) * 17
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bandit_rft::logits_policy_loss", mutates_args=())
+def _fake_logits_policy_loss(
+    logits: Tensor, targets: Tensor, advantages: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    gradient = torch.empty_like(logits, memory_format=contiguous) if rest[-1] else logits.new_empty(0)
+    return advantages.new_empty(()), advantages.new_empty(len(STATISTICS)), torch.empty_like(advantages), gradient
+
+
+@operation("logits_policy_loss", fake=_fake_logits_policy_loss)
 def _logits_policy_loss(
     logits: Tensor, targets: Tensor,
     advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
@@ -376,21 +389,12 @@ def _logits_policy_loss(
         logp, entropy = rows.policy_(gradient, targets, scaling, objective, inputs)
     else:
         logp, entropy = rows.logprobs(with_unit_columns(logits), targets, scaling)
-    loss, statistics = loss_and_statistics(
-        objective, logp, entropy, *inputs, sequence_of, lengths, tokens_skipped=0
-    )
+    loss, statistics = loss_and_statistics(objective, logp, entropy, *inputs, sequence_of, lengths, tokens_skipped=0)
     if wanted and not objective.token_separable:
         c = token_coefficients(objective, logp, *inputs, sequence_of, lengths)
         rows.gradient_(gradient, targets, scaling, c, of_entropy)
     checks.finite_values("the logits", logp)
     return loss, statistics, logp, gradient
-
-
-@_logits_policy_loss.register_fake
-def _(logits: Tensor, targets: Tensor, advantages: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    gradient = torch.empty_like(logits, memory_format=contiguous) if rest[-1] else logits.new_empty(0)
-    return advantages.new_empty(()), advantages.new_empty(len(STATISTICS)), torch.empty_like(advantages), gradient
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -404,4 +408,4 @@ def _backward_logits(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[
     return (None if grad_loss is None else scaled(gradient, grad_loss), *(None,) * 17)
 
 
-torch.library.register_autograd("bandit_rft::logits_policy_loss", _backward_logits, setup_context=_setup_logits)
+autograd("logits_policy_loss", _backward_logits, _setup_logits)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from . import backends, reference
 from .objective import PolicyObjective, token_coefficients
@@ -124,7 +125,7 @@ def sample(
 
 
 def batch_invariant_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden [B, H] . weight [V, H]^T + bias into out [B, V] float32, the same bits for a row in any batch (cpu only)."""
+    """hidden [B, H] . weight [V, H]^T + bias into out [B, V] float32; a row has the same bits in any batch (cpu)."""
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
     _native().head_logits(_dl(hidden), _dl(weight), _dl(wide_bias), _dl(out), _threads())
     return out
@@ -175,10 +176,10 @@ def _statistics_like(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dl(tensor: Tensor | None) -> Any:
     """A borrowed DLPack capsule, as the compiled core takes it."""
-    return None if tensor is None else torch.utils.dlpack.to_dlpack(tensor.detach())
+    return None if tensor is None else to_dlpack(tensor.detach())
 
 
 def _native_scaling(scaling: Scaling) -> tuple[float, Any, float, float]:
-    temperature = scaling.temperature
-    per_row = isinstance(temperature, Tensor)
-    return 1.0 if per_row else temperature, _dl(temperature) if per_row else None, scaling.softcap or 0.0, scaling.logit_scale  # type: ignore[arg-type,return-value]  # noqa: E501
+    if isinstance(scaling.temperature, Tensor):
+        return 1.0, _dl(scaling.temperature), scaling.softcap or 0.0, scaling.logit_scale
+    return scaling.temperature, None, scaling.softcap or 0.0, scaling.logit_scale

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backends, checks, head, rows
 from .logprobs import joined, split, with_unit_columns
 from .reference import Sample, computing_dtype
+from .registry import operation
 from .rows import Scaling
 
 
@@ -41,7 +42,8 @@ def linear_sample(
         seed: a 64-bit integer, or a 0-d int64 tensor (for CUDA graphs).
         sequence_ids: [B] int64, which random stream a row draws from.
         positions: [B] int64 in [0, 2^32), where in the stream: usually the index of the token in its completion.
-        top_k, top_p, min_p: applied in this order to the tempered softmax; 0, 1 and 0 keep every token. top_k=1 is greedy.
+        top_k, top_p, min_p: applied in this order to the tempered softmax; 0, 1 and 0 keep every token. top_k=1 is
+            greedy.
 
     Returns:
         Sample(tokens, logprobs, sampling_logprobs, entropy, kept_mass), each [B]. `logprobs` are under the full softmax
@@ -113,7 +115,11 @@ def _check_values(positions: Tensor, temperatures: Tensor | None) -> None:
             raise ValueError(f"positions must lie in [0, 2^32); positions[{where}] is {int(positions[where])}")
 
 
-@torch.library.custom_op("bandit_rft::linear_sample", mutates_args=())
+def _fake_linear_sample(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_sample(hidden)
+
+
+@operation("linear_sample", fake=_fake_linear_sample)
 def _linear_sample(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
     temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
@@ -139,10 +145,14 @@ def _linear_sample(
         )  # fmt: skip
     drawn = parts[0] if len(parts) == 1 else Sample(*map(torch.cat, zip(*parts, strict=True)))
     checks.finite_values("the logits", drawn.logprobs)
-    return tuple(drawn)
+    return drawn.tokens, drawn.logprobs, drawn.sampling_logprobs, drawn.entropy, drawn.kept_mass
 
 
-@torch.library.custom_op("bandit_rft::logits_sample", mutates_args=())
+def _fake_logits_sample(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_sample(logits)
+
+
+@operation("logits_sample", fake=_fake_logits_sample)
 def _logits_sample(
     logits: Tensor, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
     temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
@@ -154,20 +164,10 @@ def _logits_sample(
         seed=seed, sequence_ids=sequence_ids, positions=positions, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     checks.finite_values("the logits", drawn.logprobs)
-    return tuple(drawn)
+    return drawn.tokens, drawn.logprobs, drawn.sampling_logprobs, drawn.entropy, drawn.kept_mass
 
 
 def _empty_sample(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size, dtype = like.shape[0], computing_dtype(like)
     a, b, c, d = (like.new_empty(size, dtype=dtype) for _ in range(4))
     return like.new_empty(size, dtype=torch.int64), a, b, c, d
-
-
-@_linear_sample.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_sample(hidden)
-
-
-@_logits_sample.register_fake
-def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_sample(logits)

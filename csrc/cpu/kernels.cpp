@@ -11,6 +11,9 @@
 
 #include <cmath>
 #include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #ifndef BRFT_ISA
 #error "compile with -DBRFT_ISA=<name> -DBRFT_LANES=<float lanes>"
@@ -109,16 +112,13 @@ BRFT_INLINE float block_max(const float* z, int n) {
     return m;
 }
 
-// The state of a block; exp(z - m) is left in `e` if the caller wants it.
-template <bool Keep>
-BRFT_INLINE SoftmaxState<double> block_state(const float* z, int n, float* e) {
-    const float m = block_max(z, n);
+// The state of a block whose maximum is known.
+BRFT_INLINE SoftmaxState<double> block_state(const float* z, int n, float m) {
     float s = 0, t = 0;
 #pragma omp simd reduction(+ : s, t)
     for (int i = 0; i < n; ++i) {
         const float d = z[i] - m;
         const float x = exp_fast(d);
-        if (Keep) e[i] = x;
         s += x;
         t += x * (d < -104.0f ? -104.0f : d);  // 0 * -inf must not become NaN
     }
@@ -138,7 +138,8 @@ SoftmaxState<double> row_state(const Row& row) {
     SoftmaxState<double> state;
     for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
         const int n = block_length(row.vocabulary, begin);
-        state = merge(state, block_state<false>(scaled_block(row, begin, n, buffer), n, nullptr));
+        const float* z = scaled_block(row, begin, n, buffer);
+        state = merge(state, block_state(z, n, block_max(z, n)));
     }
     return state;
 }
@@ -195,48 +196,117 @@ void row_gradient(const Row& row, void* out, int64_t target, const SoftmaxState<
     }
 }
 
-// Philox words of the token ids [4 * first_quad, 4 * first_quad + kBlock).
-BRFT_INLINE void block_words(const Stream& stream, uint32_t first_quad, uint32_t* words) {
-    alignas(64) uint32_t plane[4][kBlock / 4];
-    for (int i = 0; i < kBlock / 4; ++i) {
-        const PhiloxWords w = philox4x32_10(first_quad + uint32_t(i), stream.position, stream.sequence_low,
-                                            stream.sequence_high, stream.key);
-        plane[0][i] = w.word[0];
-        plane[1][i] = w.word[1];
-        plane[2][i] = w.word[2];
-        plane[3][i] = w.word[3];
-    }
-    for (int i = 0; i < kBlock / 4; ++i)
-        for (int j = 0; j < 4; ++j) words[4 * i + j] = plane[j][i];
+// Philox with each 32-bit word in a 64-bit lane: the product needs no widening, and since it reads only the lower half of
+// a lane, what the rounds leave in the upper half never has to be cleared. Compilers find this form only when told.
+typedef uint64_t Wide __attribute__((vector_size(BRFT_LANES * 4)));
+constexpr int kWideLanes = BRFT_LANES / 2;
+
+BRFT_INLINE Wide low_product(Wide a, Wide b) {
+#if defined(__AVX512F__)
+    return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
 }
 
-// Offers every token of a block to the draw. Since -log1p(-u) >= u, a token beats `best` only if u < exp(z - best):
-// that is e_j * exp(m - best), a product of what is known already, so almost no logarithm is ever taken, and a block
-// whose most likely token cannot win even with the largest noise (22.9) needs no random numbers at all.
-BRFT_INLINE void draw_block(const float* z, const float* e, float m, int n, int64_t begin, const Stream& stream, Draw& draw) {
-    // Room for the rounding of z + g and of the exponentials.
+BRFT_INLINE bool any(Wide mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE2__)
+    return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+    uint64_t bits = 0;
+    for (int l = 0; l < kWideLanes; ++l) bits |= mask[l];
+    return bits != 0;
+#endif
+}
+
+typedef uint32_t Words __attribute__((vector_size(BRFT_LANES * 4)));
+constexpr int kGroup = 4 * BRFT_LANES;  // tokens whose random words are compared at once: two chains of rounds side by side
+
+// What all counters of one draw share, spread over the lanes once: the ten round keys and three counter words.
+struct WideStream {
+    Wide key[10][2], position, sequence_low, sequence_high, lane;
+
+    explicit WideStream(const Stream& stream) {
+        const Wide zero = {};
+        uint32_t k0 = stream.key.low, k1 = stream.key.high;
+        for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+            key[round][0] = zero + k0;
+            key[round][1] = zero + k1;
+        }
+        position = zero + stream.position;
+        sequence_low = zero + stream.sequence_low;
+        sequence_high = zero + stream.sequence_high;
+        for (int l = 0; l < kWideLanes; ++l) lane[l] = uint64_t(l);
+    }
+};
+
+// The words of the kGroup / 4 counters from `first_quad` on: word j of quad q is 32 bits of halves[j / 2][q].
+BRFT_INLINE void group_words(const WideStream& stream, uint64_t first_quad, uint64_t (*halves)[kGroup / 4]) {
+    const Wide m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
+    BRFT_UNROLL
+    for (int i = 0; i < kGroup / 4; i += kWideLanes) {
+        Wide c0 = stream.lane + (first_quad + uint64_t(i)), c1 = stream.position;
+        Wide c2 = stream.sequence_low, c3 = stream.sequence_high;
+        BRFT_UNROLL
+        for (int round = 0; round < 10; ++round) {
+            const Wide p0 = low_product(c0, m0), p1 = low_product(c2, m1);
+            c0 = (p1 >> 32) ^ c1 ^ stream.key[round][0];
+            c2 = (p0 >> 32) ^ c3 ^ stream.key[round][1];
+            c1 = p1;
+            c3 = p0;
+        }
+        const Wide low = (c0 & 0xFFFFFFFFu) | (c1 << 32), high = (c2 & 0xFFFFFFFFu) | (c3 << 32);
+        memcpy(halves[0] + i, &low, sizeof(Wide));
+        memcpy(halves[1] + i, &high, sizeof(Wide));
+    }
+}
+
+// Offers every token of a block to the draw. Since -log1p(-u) >= u, a token beats `best` only if u < exp(z - best). So
+// a group of tokens is passed over when its smallest random word exceeds that bound for its largest z (one compare a
+// word, no logarithm), and draws no random numbers at all when even the largest noise (22.9) could not make it win.
+BRFT_INLINE void draw_block(const float* z, const float* group_max, float m, int n, int64_t begin,
+                            const WideStream& stream, Draw& draw) {
+    constexpr int kGroups = kBlock / kGroup;
+    float relative[kGroups];
+    for (int g = 0; g < kGroups; ++g) relative[g] = exp_fast(group_max[g] - m);
+    // exp(m - best) with room for the rounding of z + g and of the exponentials, in units of a random word
     const auto bound_for = [m](float best) {
         const float slack = 1.0f + 1e-4f + 4e-7f * (fabsf(m) + (best > kLowest ? fabsf(best) : 0.0f) + 32.0f);
-        return slack * expf(m - best);
+        return slack * expf(m - best) * 0x1p+32f;
     };
     float bound = bound_for(draw.best);
-    if (bound < 0x1p-33f) return;
-    alignas(64) uint32_t words[kBlock];
-    block_words(stream, uint32_t(begin / 4), words);
-    constexpr int kGroup = 32;
-    for (int i = 0; i < n; i += kGroup) {
-        const int length = n - i < kGroup ? n - i : kGroup;
-        int candidates = 0;
-#pragma omp simd reduction(+ : candidates)
-        for (int j = 0; j < length; ++j)
-            candidates += float(int32_t(words[i + j] >> 1)) * 0x1p-31f <= e[i + j] * bound ? 1 : 0;
-        if (candidates == 0) continue;
-        for (int j = i; j < i + length; ++j) {
-            if (!(float(int32_t(words[j] >> 1)) * 0x1p-31f <= e[j] * bound)) continue;
-            const float perturbed = z[j] + gumbel_from_word(words[j]);
+    if (bound < 0.5f) return;
+    alignas(64) uint64_t halves[2][kGroup / 4];
+    for (int g = 0; g * kGroup < n; ++g) {
+        const float limit = relative[g] * bound;
+        if (!(limit >= 0.5f)) continue;
+        const uint32_t largest = limit < 4294966784.0f ? uint32_t(limit) + 1u : 0xFFFFFFFFu;
+        group_words(stream, uint64_t(begin + g * kGroup) / 4, halves);
+        Wide candidates = {};
+        BRFT_UNROLL
+        for (int i = 0; i < kGroup / BRFT_LANES; ++i) {
+            Words words;
+            memcpy(&words, reinterpret_cast<const char*>(halves) + i * sizeof(Words), sizeof(Words));
+            candidates |= (Wide)(words <= (Words{} + largest));
+        }
+        if (!any(candidates)) continue;
+        const int end = n - g * kGroup < kGroup ? n - g * kGroup : kGroup;
+        for (int i = 0; i < end; ++i) {
+            const uint32_t word = uint32_t(halves[i % 4 / 2][i / 4] >> (i % 2 * 32));
+            const float logit = z[g * kGroup + i];
+            if (word > largest || float(word) > exp_fast(logit - m) * bound) continue;
+            const float perturbed = logit + gumbel_from_word(word);
             if (perturbed > draw.best) {
                 draw.best = perturbed;
-                draw.token = begin + j;
+                draw.token = begin + g * kGroup + i;
                 bound = bound_for(perturbed);
             }
         }
@@ -244,14 +314,21 @@ BRFT_INLINE void draw_block(const float* z, const float* e, float m, int n, int6
 }
 
 SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) {
-    alignas(64) float buffer[kBlock], e[kBlock];
+    alignas(64) float buffer[kBlock], group_max[kBlock / kGroup];
+    const WideStream wide(stream);
     SoftmaxState<double> state;
     for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
         const int n = block_length(row.vocabulary, begin);
         const float* z = scaled_block(row, begin, n, buffer);
-        const SoftmaxState<double> block = block_state<true>(z, n, e);
-        draw_block(z, e, block.m, n, begin, stream, draw);
-        state = merge(state, block);
+        float m = kLowest;
+        for (int g = 0; g < kBlock / kGroup; ++g) {
+            const int left = n - g * kGroup;
+            group_max[g] = left >= kGroup ? block_max(z + g * kGroup, kGroup)
+                                          : (left > 0 ? block_max(z + g * kGroup, left) : kLowest);
+            m = group_max[g] > m ? group_max[g] : m;
+        }
+        draw_block(z, group_max, m, n, begin, wide, draw);
+        state = merge(state, block_state(z, n, m));
     }
     return state;
 }
