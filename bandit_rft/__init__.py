@@ -1,23 +1,23 @@
-"""Reinforcement fine-tuning of language models as batched contextual bandit learning."""
+"""Reinforcement fine-tuning of language models as batched contextual bandit learning.
 
-from importlib.metadata import PackageNotFoundError, version
+The operations are loaded when they are first used, so that `bandit-rft --help` and reward workers do not wait for torch.
+"""
 
-from .ops import (
-    PolicyLoss,
-    PolicyObjective,
-    Sample,
-    linear_logprobs,
-    linear_policy_loss,
-    linear_sample,
-    logprobs_from_logits,
-    policy_loss_from_logits,
-    sample_from_logits,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("bandit_rft")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from .ops import (
+        PolicyLoss,
+        PolicyObjective,
+        Sample,
+        linear_logprobs,
+        linear_policy_loss,
+        linear_sample,
+        logprobs_from_logits,
+        policy_loss_from_logits,
+        sample_from_logits,
+    )
 
 __all__ = [
     "PolicyLoss",
@@ -30,3 +30,17 @@ __all__ = [
     "policy_loss_from_logits",
     "sample_from_logits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".ops", __name__), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bandit_rft")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

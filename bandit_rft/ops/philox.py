@@ -38,7 +38,7 @@ def random_words(seed: Tensor, sequence_ids: Tensor, positions: Tensor, vocabula
         (sequence_ids[:, None] >> 32) & WORD,
     )
     words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(sequence_ids.shape[0], -1)[:, :vocabulary]
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary]
 
 
 def gumbel_noise(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -344,7 +344,7 @@ class _AccumulatingLoss(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         gradients = HeadGradients(hidden, weight, bias, wanted, weight_grad)
         checks.sequence_values(arguments[7], len(hidden))
-        seen = _compute(hidden, weight, bias, *arguments, gradients)  # type: ignore[misc]
+        seen = _compute(hidden, weight, bias, *arguments, gradients)  # type: ignore[call-arg]
         gradients.weight = None  # it is where it belongs
         ctx.wanted = wanted
         ctx.save_for_backward(*gradients.results())

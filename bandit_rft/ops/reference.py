@@ -48,6 +48,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def logprobs_and_entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(log softmax(z)[target] [N], entropy of softmax(z) [N]). A logit of -inf is a token that cannot occur."""
+    z = z - z.detach().amax(-1, keepdim=True)  # else lse - sum p z cancels where logits are large
     lse = torch.logsumexp(z, dim=-1)
     logprobs = z.gather(-1, targets[:, None])[:, 0] - lse
     finite = z.clamp(min=torch.finfo(z.dtype).min)  # 0 * -inf must not become NaN

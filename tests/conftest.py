@@ -1,0 +1,25 @@
+"""Shared fixtures. Real data are found through BANDIT_RFT_DATA (default: ../shared/data beside the repository)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets and models, or a visible skip."""
+    folder = Path(os.environ.get("BANDIT_RFT_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set BANDIT_RFT_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
