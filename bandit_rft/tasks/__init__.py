@@ -1,0 +1,65 @@
+"""Tasks: prompts, splits and rewards, by name. The libraries a task needs are imported when it is loaded."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from bandit_rft.rewards.functions import RewardFunction, unknown_name
+from bandit_rft.tasks.base import Example, Task, collate
+
+__all__ = ["TASKS", "Example", "Task", "collate", "load_task"]
+
+# Name -> module. These make their own examples, the others read them from a file, a folder or the hub.
+GENERATED = {"arithmetic": "arithmetic", "reasoning_gym": "reasoning_gym"}
+READ = {"gsm8k": "gsm8k", "math": "math_problems", "summarize": "summarize", "dataset": "dataset"}
+SAME_AS_DATASET = ("jsonl", "json", "parquet", "csv")
+TASKS = (*GENERATED, *READ)
+
+
+def load_task(
+    name: str,
+    *,
+    data_path: str | None = None,
+    seed: int = 0,
+    reward: list[str] | None = None,
+    options: dict[str, Any] | None = None,
+) -> Task:
+    """Load a task.
+
+    name: one of TASKS, or what "dataset" would take as data_path: a file (.jsonl, .json, .parquet, .csv) or a dataset
+      of the Hugging Face hub as owner/name.
+    data_path: a file, or a folder with train.jsonl and test.jsonl (or .json, .parquet, .csv); for "dataset" a dataset
+      of the hub, too. Without it gsm8k, math and summarize are loaded from the hub.
+    seed: of what a task draws: made examples, held-out rows.
+    reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
+    options: the task's own, see its module.
+
+    Errors: ValueError, naming the argument, for unknown names and options, missing files, columns or rewards, broken
+    rows; ImportError, naming the extra, for a library that is not installed.
+    """
+    key = "dataset" if name in SAME_AS_DATASET else name.replace("-", "_")
+    if key not in TASKS and ("/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv")):
+        if data_path is not None:
+            raise ValueError(f"data_path: not taken where the task is itself a path or dataset, {name!r}")
+        key, data_path = "dataset", name
+    if key not in TASKS:
+        raise ValueError(unknown_name("task", name, TASKS))
+    if isinstance(reward, str):
+        reward = [reward]
+    rewards = [RewardFunction.parse(text) for text in reward or []]
+    if key in GENERATED:
+        if data_path is not None:
+            raise ValueError(f"data_path: task {key!r} makes its own examples, got {data_path!r}")
+        module = importlib.import_module(f"bandit_rft.tasks.{GENERATED[key]}")
+        task: Task = module.load(seed, options or {})
+    else:
+        module = importlib.import_module(f"bandit_rft.tasks.{READ[key]}")
+        task = module.load(data_path, seed, options or {})
+    if rewards:
+        task = Task(task.name, task.splits, rewards)
+    if not task.rewards:
+        raise ValueError(
+            f"reward: task {task.name!r} brings none; give a list such as ['rewards.py:my_reward'], or a built-in: "
+            "exact_match, gsm8k, math, math_verify, rouge_l, rouge_l_length_penalized"
+        )
+    return task

@@ -1,0 +1,64 @@
+"""What a task is: prompts in splits, and the reward functions that score completions of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bandit_rft.rewards.functions import RewardFunction, unknown_name
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query.
+
+    prompt: a plain text, or chat messages with "role" and "content".
+    columns: what rewards take besides prompt and completion; the right answer is "answer".
+    """
+
+    prompt: str | list[dict[str, str]]
+    columns: dict[str, Any]
+
+
+@dataclass
+class Task:
+    """A named set of examples and how completions of them are rewarded.
+
+    splits: examples by split: "train", "test", maybe more ("validation", "longer"). A file or dataset may lack one.
+    rewards: functions, or texts that RewardFunction.parse reads; RewardFunctions once the task is made.
+    reward_weights: one a reward; 1 each if left empty.
+    """
+
+    name: str
+    splits: dict[str, list[Example]]
+    rewards: Sequence[RewardFunction | Callable[..., Any] | str]
+    reward_weights: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rewards = [RewardFunction.of(reward) for reward in self.rewards]
+        self.reward_weights = self.reward_weights or [1.0] * len(self.rewards)
+        if len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights: expected {len(self.rewards)}, one a reward, got {len(self.reward_weights)}"
+            )
+        if empty := [name for name, examples in self.splits.items() if not examples]:
+            raise ValueError(f"task {self.name!r}: the splits {empty} hold no examples")
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns that rewards get, over all examples."""
+        examples = [example for split in self.splits.values() for example in split]
+        return list(dict.fromkeys(name for example in examples for name in example.columns))
+
+
+def collate(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """Return the columns of N examples as lists of N entries, as rewards take them; None where an example lacks one."""
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    return {name: [example.columns.get(name) for example in examples] for name in names}
+
+
+def read_options(task: str, options: Mapping[str, Any] | None, **defaults: Any) -> dict[str, Any]:
+    """Return a task's options over their defaults. Errors: ValueError with the nearest name for an unknown one."""
+    for name in options or {}:
+        if name not in defaults:
+            raise ValueError(unknown_name(f"option of task {task}:", name, list(defaults)))
+    return {**defaults, **(options or {})}

@@ -1,0 +1,104 @@
+"""Your own data: jsonl, json, parquet or csv files, or any dataset of the Hugging Face hub.
+
+A row needs a prompt, a text or chat messages, and, unless your reward does without, an answer. Names understood, in
+this order: prompt, question, problem; answer, solution, ground_truth, label, and verl's reward_model.ground_truth.
+All other columns are handed to the rewards under their own names.
+
+Options:
+    prompt_column, answer_column: the names in your data, where they are others.
+    config, revision: of a dataset of the hub that has several.
+    test_path: a file for the split "test".
+    test_size: or this many rows of "train", drawn by the seed, where there is no such split.
+    suffix: text put behind each prompt (the last message's, in a chat), after a space.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from bandit_rft.rewards.functions import unknown_name
+from bandit_rft.tasks.base import Example, Task, read_options
+from bandit_rft.tasks.files import SUFFIXES, Row, read_hub, read_splits
+
+PROMPT = ("prompt", "question", "problem")
+ANSWER = ("answer", "solution", "ground_truth", "label")
+
+
+def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
+    """Load a dataset; it brings no reward. Errors: ValueError, naming the argument, the columns and the row."""
+    chosen = read_options(
+        "dataset",
+        options,
+        prompt_column=None,
+        answer_column=None,
+        config=None,
+        revision=None,
+        test_path=None,
+        test_size=0,
+        suffix="",
+    )
+    if data_path is None:
+        raise ValueError("data_path: task 'dataset' needs a file, a folder or the name of a dataset of the hub")
+    held = {"test_path": chosen["test_path"], "test_size": chosen["test_size"], "seed": seed}
+    if Path(data_path).expanduser().exists() or Path(data_path).suffix in SUFFIXES:
+        rows = read_splits(data_path, **held)
+    else:
+        rows = read_hub(data_path, chosen["config"], chosen["revision"], **held)
+    splits = {
+        split: [_example(row, f"dataset {split} row {number}", chosen) for number, row in enumerate(split_rows)]
+        for split, split_rows in rows.items()
+    }
+    for split, examples in splits.items():
+        lacking = [number for number, one in enumerate(examples) if one.columns.get("answer") is None]
+        if lacking and len(lacking) < len(examples):
+            raise ValueError(f"dataset {split} row {lacking[0]}: no answer, though other rows have one")
+    return Task("dataset", splits, [])
+
+
+def _example(row: Row, where: str, options: dict[str, Any]) -> Example:
+    prompt_column = _column(row, options["prompt_column"], PROMPT, "prompt", where)
+    if prompt_column is None:
+        raise ValueError(
+            f"{where}: no prompt; expected one of the columns {', '.join(PROMPT)}, or the option prompt_column; "
+            f"got {sorted(row)}"
+        )
+    answer_column = _column(row, options["answer_column"], ANSWER, "answer", where)
+    columns = {name: value for name, value in row.items() if name not in (prompt_column, answer_column)}
+    if clash := sorted({"prompt", "prompts", "completions"} & set(columns)):
+        raise ValueError(
+            f"{where}: the columns {clash} have names that rewards are given other things under; rename them"
+        )
+    nested = row.get("reward_model")
+    if answer_column is not None:
+        columns["answer"] = row[answer_column]
+    elif isinstance(nested, dict) and "ground_truth" in nested:
+        columns["answer"] = nested["ground_truth"]
+    return Example(_prompt(row[prompt_column], options["suffix"], f"{where}, column {prompt_column}"), columns)
+
+
+def _column(row: Row, chosen: str | None, names: tuple[str, ...], what: str, where: str) -> str | None:
+    """Return the column that holds the prompt or the answer, None where there is none."""
+    if chosen is not None:
+        if chosen not in row:
+            raise ValueError(f"{where}: {unknown_name(f'{what}_column', chosen, sorted(row))}")
+        return chosen
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _prompt(value: Any, suffix: str, where: str) -> str | list[dict[str, str]]:
+    """Check a prompt: a text that says something, or messages."""
+    tail = f" {suffix}" if suffix else ""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{where}: expected a text, got an empty one")
+        return value + tail
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: expected a text or a list of chat messages, got a {type(value).__name__}")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(
+                f'{where}: expected messages like {{"role": "user", "content": "..."}}, got {str(message)[:100]}'
+            )
+        messages.append({"role": message["role"], "content": message["content"]})
+    messages[-1]["content"] += tail
+    return messages

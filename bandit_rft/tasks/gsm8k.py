@@ -1,0 +1,43 @@
+"""GSM8K (Cobbe et al. 2021): grade-school word problems, with the prompt and the reward of arXiv 2601.22532.
+
+Options: test_path (a file for the split "test").
+"""
+
+from typing import Any
+
+from bandit_rft.rewards.functions import builtin
+from bandit_rft.tasks.base import Example, Task, read_options
+from bandit_rft.tasks.files import Row, read_hub, read_splits
+
+HUB = ("openai/gsm8k", "main")
+SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
+
+
+def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
+    """Load GSM8K: 7,473 train, 1,319 test; rows have `question` and `answer`, a solution that ends in "#### number"."""
+    chosen = read_options("gsm8k", options, test_path=None)
+    rows = read_hub(*HUB, **chosen) if data_path is None else read_splits(data_path, **chosen)
+    splits = {
+        split: [example(row, f"gsm8k {split} row {number}") for number, row in enumerate(split_rows)]
+        for split, split_rows in rows.items()
+    }
+    return Task("gsm8k", splits, [builtin("gsm8k")])
+
+
+def example(row: Row, where: str) -> Example:
+    """Make an example of a row. Errors: ValueError, naming the row and what is wrong with it."""
+    question, solution = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not isinstance(solution, str):
+        raise ValueError(f"{where}: expected texts in the columns question and answer, got the columns {sorted(row)}")
+    return Example(
+        prompt=f"{question} {SUFFIX}",
+        columns={"answer": gold_answer(solution, where), "solution": solution, "data_source": HUB[0]},
+    )
+
+
+def gold_answer(solution: str, where: str = "answer") -> str:
+    """Return what follows the last `####` of a solution, commas removed. Errors: ValueError where there is none."""
+    _, mark, answer = solution.rpartition("####")
+    if not mark or not answer.strip():
+        raise ValueError(f'{where}: expected a solution that ends in "#### number", got {solution[-80:]!r}')
+    return answer.strip().replace(",", "")

@@ -1,0 +1,55 @@
+"""SciTLDR (Cachola et al. 2020): a one-sentence summary of a paper from its abstract, scored by ROUGE-L in [0, 1].
+
+A paper of the validation and test splits has several references; the best match counts.
+
+Options:
+    length_penalty: a >= 0; a summary of c words scores exp(-a * max(0, c / r - 1)) times its ROUGE-L against a
+        reference of r words. 0, the default, is plain ROUGE-L.
+    test_path: a file for the split "test".
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from bandit_rft.rewards.functions import builtin
+from bandit_rft.tasks.base import Example, Task, read_options
+from bandit_rft.tasks.files import Row, read_hub, read_splits
+
+# The dataset itself is a script, which the datasets library no longer runs; the hub keeps its tables on a branch.
+HUB = ("allenai/scitldr", "Abstract", "refs/convert/parquet")
+PREFIX = "Summarize the following abstract in one sentence."
+SUFFIX = "TL;DR:"
+
+
+def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
+    """Load SciTLDR: 1,992 train, 619 validation, 618 test; rows have `source`, sentences, and `target`, references."""
+    chosen = read_options("summarize", options, length_penalty=0.0, test_path=None)
+    penalty = chosen.pop("length_penalty")
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty >= 0:
+        raise ValueError(f"option length_penalty of task summarize: expected a number of at least 0, got {penalty!r}")
+    rows = read_hub(*HUB, **chosen) if data_path is None else read_splits(data_path, **chosen)
+    splits = {
+        split: [example(row, f"summarize {split} row {number}") for number, row in enumerate(split_rows)]
+        for split, split_rows in rows.items()
+    }
+    reward = builtin("rouge_l")
+    if penalty:
+        reward = replace(builtin("rouge_l_length_penalized"), options={"length_penalty": float(penalty)})
+    return Task("summarize", splits, [reward])
+
+
+def example(row: Row, where: str) -> Example:
+    """Make an example; `source` and `target` are texts or lists of texts. Errors: ValueError, naming the row."""
+    source, references = _texts(row.get("source")), _texts(row.get("target"))
+    if not source or not references:
+        raise ValueError(f"{where}: expected texts in the columns source and target, got the columns {sorted(row)}")
+    abstract = " ".join(sentence.strip() for sentence in source)
+    return Example(prompt=f"{PREFIX}\n\n{abstract}\n\n{SUFFIX}", columns={"answer": references})
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a text or a list of texts as a list; an empty one for anything else."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+        return []
+    return [text for text in values if text.strip()]
