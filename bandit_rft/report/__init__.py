@@ -1,0 +1,5 @@
+"""The HTML report of a run: one file, no network, readable while the run is still going."""
+
+from bandit_rft.report.page import write_report
+
+__all__ = ["write_report"]

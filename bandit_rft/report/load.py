@@ -1,0 +1,287 @@
+"""Read a run folder that may be unfinished: whatever is there is used, whatever is broken is named in `notes`."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bandit_rft.report.stats import Interval, mean_interval, wilson
+
+MAX_ROLLOUTS = 400
+MAX_PAIRS_PER_KIND = 12
+ROLLOUT_COLUMNS = ["round", "query", "rollout", "prompt", "completion", "answer", "reward", "advantage", "truncated"]
+OUTCOMES = ("gained", "lost", "still right", "still wrong")
+
+
+@dataclass
+class EvaluationFile:
+    """What one `evaluations/round-R-SPLIT.parquet` says about the precision of its mean reward."""
+
+    questions: int
+    binary: bool
+    deviation: float
+
+
+@dataclass
+class Pair:
+    """The same question answered before training and at the last evaluation."""
+
+    split: str
+    query: int
+    prompt: str
+    answer: str | None
+    before: str
+    after: str
+    before_reward: float | None
+    after_reward: float | None
+    outcome: str
+
+
+@dataclass
+class Run:
+    """Everything the page needs, in memory; `rounds` is sorted and holds one metrics line a round."""
+
+    folder: Path
+    config_text: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    rounds: list[int] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    evaluations: dict[tuple[int, str], EvaluationFile] = field(default_factory=dict)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    rollout_note: str = ""
+    pairs: list[Pair] = field(default_factory=list)
+    pair_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    pair_rounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(round, value) of one metric, without the rounds in which it is missing or not finite."""
+        return [(r, m[key]) for r, m in zip(self.rounds, self.metrics, strict=True) if key in m]
+
+    def total(self, key: str) -> float:
+        """Sum of a per-round metric over the run."""
+        return math.fsum(value for _, value in self.series(key))
+
+    def splits(self) -> list[str]:
+        """Evaluated splits: train first, then test, then the others by name."""
+        found = {k.split("/")[1] for m in self.metrics for k in m if k.startswith("eval/") and k.endswith("/pass@1")}
+        return sorted(found, key=lambda s: (s != "train", s != "test", s))
+
+    def interval(self, round_: int, split: str, mean: float) -> Interval | None:
+        """95% interval of a Pass@1: Wilson for 0/1 rewards, normal for others, None when not stored."""
+        stored = self.evaluations.get((round_, split))
+        if stored is None or not stored.questions:
+            return None
+        if stored.binary and 0 <= mean <= 1:
+            return wilson(mean, stored.questions)
+        return mean_interval(mean, stored.deviation, stored.questions)
+
+
+def load_run(folder: Path) -> Run:
+    """Read `folder`. Raises FileNotFoundError when it is not a folder, ValueError when it holds no run."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run_folder: {folder} is not a folder")
+    if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"run_folder: {folder} holds neither config.yaml nor metrics.jsonl; expected a run's output_dir"
+        )
+    run = Run(folder)
+    _load_config(run)
+    _load_metrics(run)
+    evaluation_files = _numbered(folder / "evaluations", r"round-(\d+)-(.+)\.parquet")
+    _load_evaluations(run, evaluation_files)
+    _load_pairs(run, evaluation_files)
+    _load_rollouts(run)
+    return run
+
+
+def _load_config(run: Run) -> None:
+    import yaml
+
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        run.notes.append("config.yaml is missing.")
+        return
+    run.config_text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(run.config_text)
+    except yaml.YAMLError:
+        run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
+        return
+    run.config = config if isinstance(config, dict) else {}
+
+
+def _load_metrics(run: Run) -> None:
+    path = run.folder / "metrics.jsonl"
+    if not path.is_file():
+        run.notes.append("metrics.jsonl is missing: no round has finished yet.")
+        return
+    by_round: dict[int, dict[str, float]] = {}
+    broken = not_finite = repeated = 0
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            round_ = int(record["round"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            if number == len(lines) - 1:
+                run.notes.append("The last line of metrics.jsonl was half written and is left out.")
+            else:
+                broken += 1
+            continue
+        values: dict[str, float] = {}
+        for key, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if abs(value) < 1e100:  # false for NaN, infinities and numbers that no scale can show
+                    values[key] = float(value)
+                else:
+                    not_finite += 1
+        repeated += round_ in by_round
+        # A resumed run writes a round again, or adds an evaluation to it: the later value counts.
+        by_round[round_] = by_round.get(round_, {}) | values
+    run.rounds = sorted(by_round)
+    run.metrics = [by_round[r] for r in run.rounds]
+    if broken:
+        run.notes.append(f"{broken} unreadable line(s) of metrics.jsonl are left out.")
+    if not_finite:
+        run.notes.append(f"{not_finite} metric value(s) are NaN, infinite or beyond 1e100; the curves leave them out.")
+    if repeated:
+        run.notes.append(f"{repeated} round(s) were logged more than once (a resumed run); the later values are used.")
+
+
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, str, Path]]:
+    """(round, rest of the name, path) of the files that match, by round; temporary files do not match."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := re.fullmatch(pattern, path.name):
+            found.append((int(match[1]), match[2] if match.lastindex == 2 else "", path))
+    return sorted(found)
+
+
+def _read_table(run: Run, path: Path, columns: list[str]) -> dict[str, list[Any]]:
+    """The wanted columns that exist, as Python lists; {} with a note when the file cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            present = set(file.schema_arrow.names)
+            result: dict[str, list[Any]] = file.read(columns=[c for c in columns if c in present]).to_pydict()
+            return result
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        run.notes.append(f"{path.parent.name}/{path.name} cannot be read (perhaps half written) and is left out.")
+        return {}
+
+
+def _load_evaluations(run: Run, files: list[tuple[int, str, Path]]) -> None:
+    """How many questions stand behind a Pass@1: those with a first sample (sample -1 is the greedy answer).
+
+    A completion that could not be scored counts as 0, as it does in the Pass@1 itself.
+    """
+    for round_, split, path in files:
+        table = _read_table(run, path, ["query", "sample", "reward"])
+        if not {"query", "reward"} <= table.keys():
+            continue
+        samples = table.get("sample") or [0] * len(table["query"])
+        pairs = zip(samples, table["reward"], strict=True)
+        rewards = [float(r) if r is not None and abs(r) < 1e100 else 0.0 for sample, r in pairs if sample == 0]
+        mean = math.fsum(rewards) / len(rewards) if rewards else 0.0
+        variance = math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1)
+        binary = all(r in (0.0, 1.0) for r in rewards)
+        run.evaluations[round_, split] = EvaluationFile(len(rewards), binary, math.sqrt(variance))
+
+
+def _load_pairs(run: Run, files: list[tuple[int, str, Path]]) -> None:
+    """Match the first and the last stored evaluation of every split, question by question."""
+    by_split: dict[str, list[tuple[int, Path]]] = defaultdict(list)
+    for round_, split, path in files:
+        if (round_, split) in run.evaluations:
+            by_split[split].append((round_, path))
+    columns = ["query", "sample", "prompt", "completion", "answer", "reward"]
+    for split in sorted(by_split, key=lambda s: (s != "test", s)):
+        if len(by_split[split]) < 2:
+            continue
+        (first_round, first), (last_round, last) = by_split[split][0], by_split[split][-1]
+        before, after = (_by_question(_read_table(run, path, columns)) for path in (first, last))
+        kinds: dict[str, list[Pair]] = {kind: [] for kind in OUTCOMES}
+        for query in sorted(before.keys() & after.keys()):
+            old, new = before[query], after[query]
+            if old["prompt"] != new["prompt"]:  # a data set that changed under a resumed run: not the same question
+                continue
+            a, b = (None if row["reward"] is None else float(row["reward"]) for row in (old, new))
+            low, high = (-math.inf if value is None else value for value in (a, b))
+            outcome = "gained" if high > low else "lost" if high < low else "still right" if high > 0 else "still wrong"
+            kinds[outcome].append(
+                Pair(split, query, old["prompt"], old["answer"], old["completion"], new["completion"], a, b, outcome)
+            )
+        run.pair_counts[split] = {kind: len(pairs) for kind, pairs in kinds.items()}
+        run.pair_rounds[split] = (first_round, last_round)
+        for pairs in kinds.values():
+            run.pairs += [pairs[i] for i in evenly(len(pairs), MAX_PAIRS_PER_KIND)]
+
+
+def _by_question(table: dict[str, list[Any]]) -> dict[int, dict[str, Any]]:
+    """One row a question: its lowest non-negative sample, so that a greedy answer stored as -1 is not mixed in."""
+    if not {"query", "prompt", "completion"} <= table.keys():
+        return {}
+    chosen: dict[int, tuple[int, dict[str, Any]]] = {}
+    for i, query in enumerate(table["query"]):
+        sample = table["sample"][i] if "sample" in table else 0
+        if sample >= 0 and (query not in chosen or sample < chosen[query][0]):
+            row = {key: values[i] for key, values in table.items()}
+            chosen[query] = sample, {"answer": None, "reward": None} | row
+    return {query: row for query, (_, row) in chosen.items()}
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` indices of range(count), the first and the last among them, the others evenly between."""
+    if count <= limit:
+        return list(range(count))
+    if limit < 2:
+        return list(range(limit))
+    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
+
+
+def _load_rollouts(run: Run) -> None:
+    files = _numbered(run.folder / "rollouts", r"round-(\d+)\.parquet")
+    if not files:
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sizes = []
+    for index in (0, -1):
+        try:
+            sizes.append(max(1, pq.read_metadata(files[index][2]).num_rows))
+        except (pa.ArrowException, OSError):
+            continue
+    per_round = max(sizes, default=1)
+    picked = evenly(len(files), max(2, MAX_ROLLOUTS // per_round))
+    share = max(1, MAX_ROLLOUTS // len(picked))
+    shown, cut = 0, False
+    for index in picked:
+        table = _read_table(run, files[index][2], [*ROLLOUT_COLUMNS, "logprobs", "entropy"])
+        if not {"prompt", "completion"} <= table.keys():
+            continue
+        shown += 1
+        rows = evenly(len(table["prompt"]), share)
+        cut |= len(rows) < len(table["prompt"])
+        for i in rows:
+            row = {key: table[key][i] if key in table else None for key in ROLLOUT_COLUMNS}
+            row["round"] = files[index][0] if row["round"] is None else row["round"]
+            for key in ("logprobs", "entropy"):
+                values = [v for v in (table[key][i] if key in table else None) or [] if v is not None]
+                row[key] = math.fsum(values) / len(values) if values else None
+                row["tokens"] = max(row.get("tokens") or 0, len(values)) or None
+            run.rollouts.append(row)
+    if shown == len(files) and not cut:
+        run.rollout_note = f"All {len(run.rollouts):,} rollouts of {shown:,} round(s)."
+    else:
+        run.rollout_note = (
+            f"{len(run.rollouts):,} rollouts from {shown:,} of {len(files):,} rounds: the first, the last and rounds "
+            "evenly "
+            f"between{', rows of a round chosen evenly' if cut else ''}. The rest are in rollouts/*.parquet."
+        )
