@@ -188,7 +188,9 @@ class HeadGradients:
         if self.hidden is not None and index is not None:
             self.hidden.zero_()
         dtype = computing_dtype(hidden)
-        plan = head.chunks(count, len(weight), hidden.device, dtype, backends.select(hidden.device, dtype))
+        backend = backends.select(hidden.device, dtype)
+        # A quarter is left for the rows gathered, their gradient, and what the products pack.
+        plan = head.chunks(count, len(weight), hidden.device, dtype, backend, share=0.75)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         for chunk in plan:
             taken = chunk if index is None else index[chunk]

@@ -1,0 +1,157 @@
+// The CPU core on its own, for the sanitizers: every operation, instruction set and dtype on exactly sized heap buffers
+// over ragged shapes, against plain loops in double. `make sanitize` builds and runs it.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/operations.h"
+#include "../../csrc/philox.h"
+
+using namespace bandit_rft;
+using namespace bandit_rft::cpu;
+
+namespace {
+
+int checks = 0;
+
+void check(bool condition, const char* what, int64_t rows, int64_t vocabulary) {
+    ++checks;
+    if (condition) return;
+    std::printf("FAILED: %s (rows %lld, vocabulary %lld, %s)\n", what, (long long)rows, (long long)vocabulary,
+                instruction_set().c_str());
+    std::exit(1);
+}
+
+uint16_t narrow(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+float wide(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937& random) {
+    std::normal_distribution<float> normal(0, 3);
+    std::vector<float> z(size_t(n * v));
+    std::vector<uint16_t> z16(size_t(n * v));
+    for (size_t i = 0; i < z.size(); ++i) {
+        z[i] = normal(random);
+        if (dtype == DType::bf16) z[i] = wide(z16[i] = narrow(z[i]));
+    }
+    const std::vector<float> raw = z;
+    std::vector<float> temperatures(size_t(n), 0.7f), logp(n), entropy(n), advantages(n), weights(n, 0.5f), behavior(n), ref(n);
+    std::vector<int64_t> targets(n), ids(n), positions(n), tokens(n);
+    for (int64_t i = 0; i < n; ++i) {
+        targets[i] = int64_t(random() % uint64_t(v));
+        advantages[i] = normal(random);
+        ids[i] = int64_t(random()) << 20;
+        positions[i] = i;
+        behavior[i] = ref[i] = -std::log(float(v)) + normal(random) * 0.1f;
+    }
+    Rows rows{dtype == DType::f32 ? static_cast<void*>(z.data()) : z16.data(), dtype, n, v, v,
+              transformed ? Scaling{1.5f, 4.0f} : Scaling{}, 1.0f, transformed ? temperatures.data() : nullptr};
+    const auto scaled = [&](int64_t i, int64_t j) {
+        const double x = raw[size_t(i * v + j)];
+        return transformed ? 4.0 * std::tanh(1.5 * x / 4.0) / 0.7 : x;
+    };
+    logprob_rows(rows, targets.data(), logp.data(), entropy.data(), 3);
+    std::vector<double> lse(n);
+    for (int64_t i = 0; i < n; ++i) {
+        double m = -INFINITY, s = 0, t = 0;
+        for (int64_t j = 0; j < v; ++j) m = std::fmax(m, scaled(i, j));
+        for (int64_t j = 0; j < v; ++j) s += std::exp(scaled(i, j) - m), t += std::exp(scaled(i, j) - m) * (scaled(i, j) - m);
+        lse[i] = m + std::log(s);
+        check(std::fabs(logp[i] - (scaled(i, targets[i]) - lse[i])) < 1e-4, "log-probability", n, v);
+        check(std::fabs(entropy[i] - (std::log(s) - t / s)) < 1e-4, "entropy", n, v);
+    }
+    std::vector<float> l(n), h(n), s(n), kept(n);
+    for (const auto& filter : {SampleInputs{7, ids.data(), positions.data(), 0, 1.0f, 0.0f},
+                               SampleInputs{7, ids.data(), positions.data(), 5, 0.9f, 0.01f}}) {
+        sample_rows(rows, filter, {tokens.data(), l.data(), s.data(), h.data(), kept.data()}, 3);
+        for (int64_t i = 0; i < n; ++i) {
+            check(tokens[i] >= 0 && tokens[i] < v, "token range", n, v);
+            check(std::fabs(l[i] - (scaled(i, tokens[i]) - lse[i])) < 1e-4, "sampled log-probability", n, v);
+            check(std::fabs(s[i] - (l[i] - std::log(kept[i]))) < 1e-3, "kept mass", n, v);
+            if (filter.top_k) continue;
+            double best = -INFINITY, second = -INFINITY;
+            int64_t winner = 0;
+            for (int64_t j = 0; j < v; ++j) {
+                const auto words = philox4x32_10(uint32_t(j / 4), uint32_t(positions[i]), uint32_t(ids[i]),
+                                                 uint32_t(uint64_t(ids[i]) >> 32), {7, 0});
+                const double x = scaled(i, j) + gumbel_from_word(words.word[j % 4]);
+                if (x > best) second = best, best = x, winner = j;
+                else if (x > second) second = x;
+            }
+            check(best - second < 1e-3 || tokens[i] == winner, "the draw is the argmax", n, v);
+        }
+    }
+    PolicyInputs in{};
+    in.objective = {ObjectiveKind::ppo, 0.8f, 1.2f, 3.0f, KlKind::k3, 0.1f, 0.01f};
+    in.advantages = advantages.data(), in.weights = weights.data(), in.behavior = behavior.data(), in.reference = ref.data();
+    policy_rows(rows, targets.data(), in, logp.data(), entropy.data(), 3);
+    for (int64_t i = 0; i < n; ++i) {  // a softmax's gradient sums to zero where nothing follows the softmax
+        double sum = 0, size = 0;
+        for (int64_t j = 0; j < v; ++j) {
+            const double dz = dtype == DType::f32 ? z[size_t(i * v + j)] : wide(z16[size_t(i * v + j)]);
+            sum += dz, size += std::fabs(dz);
+        }
+        check(std::isfinite(sum), "gradient is finite", n, v);
+        const double tolerance = (dtype == DType::f32 ? 1e-4 : 1e-2) * (size + 1e-2);
+        if (!transformed) check(std::fabs(sum) <= tolerance, "gradient sums to zero", n, v);
+    }
+}
+
+void head_case(int64_t b, int64_t hidden_size, int64_t v, DType dtype, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    std::vector<float> h(size_t(b * hidden_size)), w(size_t(v * hidden_size)), bias(static_cast<size_t>(v)), out(size_t(b * v)), alone(static_cast<size_t>(v));
+    std::vector<uint16_t> h16(h.size()), w16(w.size());
+    for (size_t i = 0; i < h.size(); ++i) h[i] = wide(h16[i] = narrow(normal(random)));
+    for (size_t i = 0; i < w.size(); ++i) w[i] = wide(w16[i] = narrow(normal(random)));
+    for (auto& x : bias) x = normal(random);
+    const bool f32 = dtype == DType::f32;
+    const void *hidden = f32 ? static_cast<void*>(h.data()) : h16.data(), *weight = f32 ? static_cast<void*>(w.data()) : w16.data();
+    head_logits({hidden, weight, dtype, dtype, b, hidden_size, v, hidden_size, hidden_size, bias.data()}, out.data(), 3);
+    for (int64_t i = 0; i < b; ++i)
+        for (int64_t j = 0; j < v; ++j) {
+            double sum = bias[size_t(j)];
+            for (int64_t k = 0; k < hidden_size; ++k) sum += double(h[size_t(i * hidden_size + k)]) * w[size_t(j * hidden_size + k)];
+            check(std::fabs(out[size_t(i * v + j)] - sum) < 1e-4 * (1 + std::sqrt(double(hidden_size))), "head logits", b, v);
+        }
+    const int64_t last = b - 1, bytes = f32 ? 4 : 2;
+    head_logits({static_cast<const char*>(hidden) + last * hidden_size * bytes, weight, dtype, dtype, 1, hidden_size, v,
+                 hidden_size, hidden_size, bias.data()}, alone.data(), 1);
+    check(std::memcmp(alone.data(), out.data() + last * v, size_t(v) * 4) == 0, "a row is the same bits alone", b, v);
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(5);
+    for (const char* isa : {"baseline", "avx2", "avx512"}) {
+        try {
+            use_instruction_set(isa);
+        } catch (const std::invalid_argument&) {
+            std::printf("%s: not on this processor\n", isa);
+            continue;
+        }
+        for (const DType dtype : {DType::f32, DType::bf16}) {
+            for (const int64_t v : {1, 2, 5, 63, 64, 65, 767, 768, 769, 1537, 3001})
+                for (const int64_t n : {1, 3, 200})
+                    for (const bool transformed : {false, true}) rows_case(n, v, dtype, transformed, random);
+            for (const int64_t b : {1, 16, 17, 33, 70})
+                for (const int64_t hidden_size : {1, 255, 257})
+                    for (const int64_t v : {1, 11, 12, 100}) head_case(b, hidden_size, v, dtype, random);
+        }
+        std::printf("%s: fine\n", isa);
+    }
+    std::printf("%d passed, 0 failed\n", checks);
+    return 0;
+}
