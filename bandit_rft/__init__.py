@@ -1,6 +1,6 @@
 """Reinforcement fine-tuning of language models as batched contextual bandit learning.
 
-The operations are loaded when they are first used, so that `bandit-rft --help` and reward workers do not wait for torch.
+The operations are loaded when first used, so that `bandit-rft --help` and reward workers do not wait for torch.
 """
 
 from importlib import import_module

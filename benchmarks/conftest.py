@@ -1,4 +1,4 @@
-"""Ratios of two things measured in one run: `versus` times the baseline in each round's set-up, so the two alternate."""
+"""Ratios of two things measured in one run: `versus` times the baseline in each round's set-up, so they alternate."""
 
 from __future__ import annotations
 
@@ -46,4 +46,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("ratios, medians of alternating runs")
         for label, ratio, bar, reference in RESULTS:
             verdict = "met" if ratio <= bar else "MISSED"
-            terminalreporter.line(f"{label:<74} {ratio:6.3f}  bar {bar:.2f} {verdict:<7} baseline {reference * 1e3:8.1f} ms")
+            terminalreporter.line(
+                f"{label:<74} {ratio:6.3f}  bar {bar:.2f} {verdict:<7} baseline {reference * 1e3:8.1f} ms"
+            )

@@ -2,6 +2,7 @@
 //
 //   pass 1   (m, s, t) of each block of 768 logits, merged in order          -> lse, logp, entropy
 //   pass 2   dz_j = p_j (-c + e (log p_j + entropy)) + c [j = target]        -> over the logits
+//            (with e = 0 and float32, pass 1 leaves exp(z - m) in place and pass 2 is one multiplication)
 //   draw     argmax_j z_j + g_j, where g_j is only computed if it can win
 //
 // Never in memory: probabilities, noise, or anything else of the row's length but the row itself (read from L2 in pass 2).
@@ -44,12 +45,15 @@ BRFT_INLINE uint16_t to_bf16(float x) {  // round to nearest even; a NaN stays o
     return uint16_t(x != x ? 0x7FC0u : rounded);
 }
 
-// exp(x) to about 1 ulp for x <= 88, 0 below -87.3 (where float32 turns subnormal); a NaN stays one.
-BRFT_INLINE float exp_fast(float x) {
-    const float clamped = x < -87.3f ? -87.3f : x;
-    const float shifted = clamped * 1.44269504f + 12582912.0f;  // round to nearest by the magic number 1.5 * 2^23
+// Where float32 has no normal number left for exp(x); the maximum instruction leaves a NaN in place in this order.
+constexpr float kExpFloor = -88.0f;
+BRFT_INLINE float exp_domain(float x) { return kExpFloor > x ? kExpFloor : x; }
+
+// exp(x) to about 1 ulp for kExpFloor <= x <= 88, and exactly 0 at kExpFloor (its power of two has no bits); NaN stays.
+BRFT_INLINE float exp_inside(float x) {
+    const float shifted = x * 1.44269504f + 12582912.0f;  // round to nearest by the magic number 1.5 * 2^23
     const float n = shifted - 12582912.0f;
-    float r = clamped - n * 0.693359375f;
+    float r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -58,9 +62,10 @@ BRFT_INLINE float exp_fast(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const float scaled = p * from_bits((to_bits(shifted) + (127u - 0x4B400000u)) << 23);
-    return x < -87.3f ? 0.0f : scaled;
+    return p * from_bits((to_bits(shifted) + (127u - 0x4B400000u)) << 23);
 }
+
+BRFT_INLINE float exp_fast(float x) { return exp_inside(exp_domain(x)); }
 
 // tanh(x) to a few ulp: odd polynomial near 0 (where 1 - 2/(e^2x + 1) cancels), the exponential form elsewhere.
 BRFT_INLINE float tanh_fast(float x) {
@@ -117,10 +122,10 @@ BRFT_INLINE SoftmaxState<double> block_state(const float* z, int n, float m) {
     float s = 0, t = 0;
 #pragma omp simd reduction(+ : s, t)
     for (int i = 0; i < n; ++i) {
-        const float d = z[i] - m;
-        const float x = exp_fast(d);
+        const float d = exp_domain(z[i] - m);  // finite: 0 * -inf must not become NaN
+        const float x = exp_inside(d);
         s += x;
-        t += x * (d < -104.0f ? -104.0f : d);  // 0 * -inf must not become NaN
+        t += x * d;
     }
     SoftmaxState<double> state;
     state.m = m;
@@ -178,8 +183,8 @@ void row_gradient(const Row& row, void* out, int64_t target, const SoftmaxState<
         } else {
 #pragma omp simd
             for (int i = 0; i < n; ++i) {
-                const float logp = (z[i] - m) - log_s;
-                to[i] = exp_fast(logp) * (constant + slope * (logp < -104.0f ? -104.0f : logp));
+                const float logp = exp_domain((z[i] - m) - log_s);
+                to[i] = exp_inside(logp) * (constant + slope * logp);
             }
         }
         if (cap != 0.0f) {  // z may be the very buffer: it is still the z of this block here
@@ -194,6 +199,44 @@ void row_gradient(const Row& row, void* out, int64_t target, const SoftmaxState<
             for (int i = 0; i < n; ++i) narrow[i] = to_bf16(dz[i]);
         }
     }
+}
+
+SoftmaxState<double> row_exponentials(const Row& row, float* exponentials, float* block_max_of) {
+    alignas(64) float buffer[kBlock];
+    SoftmaxState<double> state;
+    for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
+        const int n = block_length(row.vocabulary, begin);
+        const float* z = scaled_block(row, begin, n, buffer);
+        float* e = exponentials + begin;  // may be z itself
+        const float m = block_max(z, n);
+        float s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+        for (int i = 0; i < n; ++i) {
+            const float d = exp_domain(z[i] - m);
+            const float x = exp_inside(d);
+            e[i] = x;
+            s += x;
+            t += x * d;
+        }
+        SoftmaxState<double> block;
+        block.m = block_max_of[begin / kBlock] = m;
+        block.s = s;
+        block.t = t;
+        state = merge(state, block);
+    }
+    return state;
+}
+
+void scale_exponentials(float* exponentials, int64_t vocabulary, const float* block_max_of, int64_t target,
+                        float logp_target, const SoftmaxState<double>& state, float c) {
+    for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+        const int n = block_length(vocabulary, begin);
+        const float factor = float(-c * exp(double(block_max_of[begin / kBlock]) - state.m) / state.s);
+        float* e = exponentials + begin;
+#pragma omp simd
+        for (int i = 0; i < n; ++i) e[i] *= factor;
+    }
+    exponentials[target] = -c * expm1f(logp_target);
 }
 
 // Philox with each 32-bit word in a 64-bit lane: the product needs no widening, and since it reads only the lower half of
@@ -269,27 +312,23 @@ BRFT_INLINE void group_words(const WideStream& stream, uint64_t first_quad, uint
     }
 }
 
-// Offers every token of a block to the draw. Since -log1p(-u) >= u, a token beats `best` only if u < exp(z - best). So
-// a group of tokens is passed over when its smallest random word exceeds that bound for its largest z (one compare a
-// word, no logarithm), and draws no random numbers at all when even the largest noise (22.9) could not make it win.
-BRFT_INLINE void draw_block(const float* z, const float* group_max, float m, int n, int64_t begin,
-                            const WideStream& stream, Draw& draw) {
-    constexpr int kGroups = kBlock / kGroup;
-    float relative[kGroups];
-    for (int g = 0; g < kGroups; ++g) relative[g] = exp_fast(group_max[g] - m);
+// Offers every token of a block, whose maximum is m, to the draw. Since -log1p(-u) >= u, a token beats `best` only if
+// u < exp(z - best). So a group of tokens is passed over when its smallest random word exceeds that bound for z = m (one
+// compare a word, no logarithm), and a block needs no random numbers at all when even the largest noise (22.9) on its
+// most likely token could not win.
+BRFT_INLINE void draw_block(const float* z, float m, int n, int64_t begin, const WideStream& stream, Draw& draw) {
     // exp(m - best) with room for the rounding of z + g and of the exponentials, in units of a random word
     const auto bound_for = [m](float best) {
         const float slack = 1.0f + 1e-4f + 4e-7f * (fabsf(m) + (best > kLowest ? fabsf(best) : 0.0f) + 32.0f);
         return slack * expf(m - best) * 0x1p+32f;
     };
+    const auto as_word = [](float limit) { return limit < 4294966784.0f ? uint32_t(limit) + 1u : 0xFFFFFFFFu; };
     float bound = bound_for(draw.best);
-    if (bound < 0.5f) return;
+    if (!(bound >= 0.5f)) return;
+    uint32_t largest = as_word(bound);
     alignas(64) uint64_t halves[2][kGroup / 4];
-    for (int g = 0; g * kGroup < n; ++g) {
-        const float limit = relative[g] * bound;
-        if (!(limit >= 0.5f)) continue;
-        const uint32_t largest = limit < 4294966784.0f ? uint32_t(limit) + 1u : 0xFFFFFFFFu;
-        group_words(stream, uint64_t(begin + g * kGroup) / 4, halves);
+    for (int start = 0; start < n; start += kGroup) {
+        group_words(stream, uint64_t(begin + start) / 4, halves);
         Wide candidates = {};
         BRFT_UNROLL
         for (int i = 0; i < kGroup / BRFT_LANES; ++i) {
@@ -298,36 +337,31 @@ BRFT_INLINE void draw_block(const float* z, const float* group_max, float m, int
             candidates |= (Wide)(words <= (Words{} + largest));
         }
         if (!any(candidates)) continue;
-        const int end = n - g * kGroup < kGroup ? n - g * kGroup : kGroup;
-        for (int i = 0; i < end; ++i) {
+        const int length = n - start < kGroup ? n - start : kGroup;
+        for (int i = 0; i < length; ++i) {
             const uint32_t word = uint32_t(halves[i % 4 / 2][i / 4] >> (i % 2 * 32));
-            const float logit = z[g * kGroup + i];
+            const float logit = z[start + i];
             if (word > largest || float(word) > exp_fast(logit - m) * bound) continue;
             const float perturbed = logit + gumbel_from_word(word);
             if (perturbed > draw.best) {
                 draw.best = perturbed;
-                draw.token = begin + g * kGroup + i;
+                draw.token = begin + start + i;
                 bound = bound_for(perturbed);
+                largest = as_word(bound);
             }
         }
     }
 }
 
 SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) {
-    alignas(64) float buffer[kBlock], group_max[kBlock / kGroup];
+    alignas(64) float buffer[kBlock];
     const WideStream wide(stream);
     SoftmaxState<double> state;
     for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
         const int n = block_length(row.vocabulary, begin);
         const float* z = scaled_block(row, begin, n, buffer);
-        float m = kLowest;
-        for (int g = 0; g < kBlock / kGroup; ++g) {
-            const int left = n - g * kGroup;
-            group_max[g] = left >= kGroup ? block_max(z + g * kGroup, kGroup)
-                                          : (left > 0 ? block_max(z + g * kGroup, left) : kLowest);
-            m = group_max[g] > m ? group_max[g] : m;
-        }
-        draw_block(z, group_max, m, n, begin, wide, draw);
+        const float m = block_max(z, n);
+        draw_block(z, m, n, begin, wide, draw);
         state = merge(state, block_state(z, n, m));
     }
     return state;
@@ -421,6 +455,7 @@ void pack_hidden(const void* hidden, DType dtype, int64_t stride, int64_t batch,
 const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
     BRFT_STRING(BRFT_ISA),  BRFT_LANES,           BRFT_ISA::kTile,       BRFT_ISA::kPanel,
     BRFT_ISA::row_state,    BRFT_ISA::row_logit,  BRFT_ISA::row_scaled,  BRFT_ISA::row_gradient,
+    BRFT_ISA::row_exponentials, BRFT_ISA::scale_exponentials,
     BRFT_ISA::row_draw,     BRFT_ISA::head_logits, BRFT_ISA::pack_hidden,
 };
 

@@ -46,6 +46,11 @@ struct Kernels {
     void (*row_scaled)(const Row&, float* z);
     // dz written over the row's own logits (same dtype); c and e as in row_math.h
     void (*row_gradient)(const Row&, void* out, int64_t target, const SoftmaxState<double>&, float c, float e);
+    // The same gradient for e = 0, float32 and no softcap, with one exponential a logit instead of two: the first leaves
+    // exp(z - block maximum) over the row and the maxima in `block_max`, the second only scales them.
+    SoftmaxState<double> (*row_exponentials)(const Row&, float* exponentials, float* block_max);
+    void (*scale_exponentials)(float* exponentials, int64_t vocabulary, const float* block_max, int64_t target,
+                               float logp_target, const SoftmaxState<double>&, float c);
     // softmax state of a row and the Gumbel-max draw from it, in one pass
     SoftmaxState<double> (*row_draw)(const Row&, const Stream&, Draw&);
     // out[b, v] = sum_k weight[v, k] hidden[b, k] + bias[v] for v in [begin, end); `packed` comes from pack_hidden.

@@ -91,15 +91,21 @@ void logprob_rows(const Rows& rows, const int64_t* targets, float* logprobs, flo
 void policy_rows(const Rows& rows, const int64_t* targets, const PolicyInputs& in, float* logprobs, float* entropy,
                  int threads) {
     const Kernels& k = kernels();
+    const bool given = in.objective.kind == ObjectiveKind::given;
+    const bool no_entropy_term = given ? !in.given_entropy : in.objective.entropy_coef == 0.0f;
+    const bool in_place = no_entropy_term && rows.dtype == DType::f32 && rows.scaling.softcap == 0.0f;
     parallel(rows.count, 1, rows.count * rows.vocabulary, threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> block_max(in_place ? size_t(rows.vocabulary / kBlock + 1) : 0);
         for (int64_t i = begin; i < end; ++i) {
             const Row row = row_of(rows, i);
-            const auto state = k.row_state(row);
-            const float logp = row_logprob(state, k.row_logit(row, targets[i]));
+            const float z_target = k.row_logit(row, targets[i]);
+            float* exponentials = reinterpret_cast<float*>(rows.row(i));
+            const auto state = in_place ? k.row_exponentials(row, exponentials, block_max.data()) : k.row_state(row);
+            const float logp = row_logprob(state, z_target);
             logprobs[i] = logp;
             entropy[i] = row_entropy(state);
             float c, e;  // dL/dlogp, and -dL/dentropy
-            if (in.objective.kind == ObjectiveKind::given) {
+            if (given) {
                 c = in.given_logprob[i];
                 e = in.given_entropy ? -in.given_entropy[i] : 0.0f;
             } else {
@@ -108,7 +114,12 @@ void policy_rows(const Rows& rows, const int64_t* targets, const PolicyInputs& i
                                       in.reference ? in.reference[i] : 0.0f);
                 e = in.objective.entropy_coef * in.weights[i];
             }
-            k.row_gradient(row, rows.row(i), targets[i], state, c, e);
+            if (in_place) {
+                const float chain = row.scaling.logit_scale / row.temperature;
+                k.scale_exponentials(exponentials, rows.vocabulary, block_max.data(), targets[i], logp, state, c * chain);
+            } else {
+                k.row_gradient(row, rows.row(i), targets[i], state, c, e);
+            }
         }
     });
 }
