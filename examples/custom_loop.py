@@ -28,6 +28,4 @@ for round in range(5):
     )  # fmt: skip
     loss.backward()
     optimizer.step(), optimizer.zero_grad()
-    print(
-        f"round {round}: reward {rewards.mean():.2f}, {int(stats['tokens_skipped'])} of {ids[:, start:].numel()} tokens skipped"
-    )
+    print(f"round {round}: reward {rewards.mean():.2f}, {int(stats['tokens_skipped'])} tokens skipped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -132,7 +133,7 @@ def test_micro_batches_add_up(kind: str, aggregation: str, backend: str) -> None
         for split in ([0, 2, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]):
             hidden, weight = case.leaves()
             total = 0.0
-            for a, b in zip(split[:-1], split[1:], strict=True):
+            for a, b in itertools.pairwise(split):
                 rows = slice(cu[a], cu[b])
                 part = linear_policy_loss(
                     hidden[rows], weight, case.targets[rows], case.advantages[a:b],
@@ -198,7 +199,7 @@ def test_on_policy_clipping_cannot_act(backend: str) -> None:
     case = Case.make(30, 8, 200)
     with use_backend(backend):
         narrow, g_narrow = computed(case, PolicyObjective("ppo", clip_low=0, clip_high=0), behavior=False)
-        plain, g_plain = computed(case, PolicyObjective("reinforce"), behavior=False)
+        _plain, g_plain = computed(case, PolicyObjective("reinforce"), behavior=False)
     assert narrow.stats["clip_fraction_low"] == narrow.stats["clip_fraction_high"] == 0
     assert narrow.stats["ratio_mean"] == 1
     torch.testing.assert_close(g_narrow, g_plain)

@@ -1,0 +1,121 @@
+"""Checkpoints: plain Hugging Face folders plus optimizer.safetensors and state.json, written whole or not at all.
+
+A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
+half a checkpoint. state.json holds the checksums of the other files, so a torn or flipped one is noticed when resuming.
+Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: missing, torn, or of another model."""
+
+
+def save_checkpoint(
+    folder: Path, round_index: int, policy: Policy, optimizer: PolicyOptimizer, state: dict[str, Any], keep: int = 0
+) -> Path:
+    """Write `folder`/checkpoint-<round_index> and remove all but the newest `keep` (0: keep all). Returns its path.
+
+    state must be JSON. Raises OSError (disk full, read-only) with every earlier checkpoint untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"checkpoint-{round_index}"
+    partial = folder / f".partial-{round_index}-{os.getpid()}"
+    for leftover in folder.glob(".partial-*"):  # of a run that was killed while saving; the run folder is locked
+        shutil.rmtree(leftover)
+    try:
+        partial.mkdir()
+        policy.model.save_pretrained(partial)
+        if policy.tokenizer is not None:
+            policy.tokenizer.save_pretrained(partial)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.state_tensors().items()}
+        save_file(tensors, partial / "optimizer.safetensors")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        state = {**state, "round": round_index, "sha256": {str(p.relative_to(partial)): _sha256(p) for p in files}}
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        for path in [*files, partial / "state.json", partial]:
+            _sync(path)
+        if target.exists():  # a round that was saved, resumed from an earlier one, and reached again
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if keep:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders in `folder`, by round, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest intact checkpoint and its state; broken ones are skipped with a warning that says why."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return path, read_state(path)
+        except CheckpointError as error:
+            logger.warning("%s; falling back to the checkpoint before it", error)
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, after comparing every file with its checksum. Raises CheckpointError."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        sums = dict(state["sha256"])
+        state["round"] = int(state["round"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has no readable state.json ({error})") from None
+    for name, expected in sums.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} lacks {name}")
+        if _sha256(file) != expected:
+            raise CheckpointError(f"{file} does not have the checksum it was saved with")
+    return state
+
+
+def load_optimizer(path: Path, optimizer: PolicyOptimizer) -> None:
+    """Take up the optimizer state saved in a checkpoint folder. Raises CheckpointError when it is of another model."""
+    tensors: dict[str, Tensor] = load_file(path / "optimizer.safetensors")
+    try:
+        optimizer.load_state_tensors(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

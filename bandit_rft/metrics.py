@@ -1,0 +1,149 @@
+"""What a run writes down: metrics.jsonl (always), rollouts and evaluations as Parquet, and trackers by choice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+Metrics = dict[str, float | int | None]
+
+
+class Tracker(Protocol):
+    """Where metrics go besides metrics.jsonl."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record one round."""
+
+    def close(self) -> None:
+        """Flush and end."""
+
+
+class MetricsLog:
+    """metrics.jsonl of a run folder: one flat JSON object a round, each line written whole and flushed."""
+
+    def __init__(self, folder: Path, *, from_round: int | None = None, trackers: Sequence[Tracker] = ()):
+        """Open the log; with `from_round`, drop the lines of later rounds (they will be run again) and torn ones."""
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if from_round is not None and line["round"] <= from_round]
+        temporary = self.path.with_suffix(".partial")
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        self._trackers = list(trackers)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append one round's metrics, `round` among them. NaN and infinity become null: JSON has neither."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log({k: v for k, v in clean.items() if v is not None}, int(metrics["round"]))
+
+    def sync(self) -> None:
+        """Make sure that what was written survives a power failure; called before a checkpoint claims the round."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in order; a last line that was torn by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+class Stopwatch:
+    """Seconds by phase of one round: `with clock.phase("rollout")`; `clock.metrics()` names them seconds/<phase>."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> Metrics:
+        """{"seconds/<phase>": ..., "seconds/round": since the stopwatch was made}."""
+        return {
+            **{f"seconds/{k}": v for k, v in self._seconds.items()},
+            "seconds/round": time.perf_counter() - self._start,
+        }
+
+
+def write_parquet(path: Path, columns: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
+    """Write columns {name: (Arrow type as text, values)}; complete or absent, never half a file.
+
+    Types: int32, int64, float32, float64, string, bool, and list<...> of them.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def arrow(name: str) -> Any:
+        return pa.list_(arrow(name[5:-1])) if name.startswith("list<") else pa.type_for_alias(name)
+
+    table = pa.table({name: pa.array(values, type=arrow(kind)) for name, (kind, values) in columns.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers named in report_to. Raises ImportError saying which extra to install."""
+    return [_Tracker(name, folder, config) for name in names]
+
+
+class _Tracker:
+    def __init__(self, name: str, folder: Path, config: Mapping[str, Any]):
+        try:
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+            elif name == "wandb":
+                import wandb  # type: ignore[import-not-found,unused-ignore]
+
+                self._writer = wandb.init(project="bandit_rft", name=folder.name, dir=str(folder), config=dict(config))
+            else:
+                import trackio  # type: ignore[import-not-found,unused-ignore]
+
+                self._writer = trackio.init(project="bandit_rft", name=folder.name, config=dict(config))
+        except ImportError as error:
+            message = f"report_to: {name} is not installed; pip install 'bandit_rft[tracking]' ({error})"
+            raise ImportError(message) from error
+        self._name = name
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if self._name == "tensorboard":
+            for key, value in metrics.items():
+                self._writer.add_scalar(key, value, step)
+        else:
+            self._writer.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        (self._writer.close if self._name == "tensorboard" else self._writer.finish)()

@@ -1,0 +1,104 @@
+"""AdamW over the policy's parameters, with float32 master weights where the model itself is in lower precision.
+
+At the learning rates of reinforcement fine-tuning an update is far below the spacing of bfloat16 numbers: added to a
+bfloat16 weight it is rounded away. So the optimizer keeps a float32 copy, updates that, and rounds it into the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PolicyOptimizer:
+    """Gradients, their clipping, and one AdamW step.
+
+    Every parameter owns a float32 gradient buffer from the start, zeros included: the fused head adds its weight
+    gradient straight into it, and a round in which no rollout counts is still a step (moments and weights decay).
+    """
+
+    def __init__(
+        self,
+        named_parameters: list[tuple[str, nn.Parameter]],
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = 1.0,
+    ):
+        if not named_parameters:
+            raise ValueError("named_parameters is empty: the policy has no trainable parameter")
+        self.names = [name for name, _ in named_parameters]
+        self.parameters = [parameter for _, parameter in named_parameters]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self.max_grad_norm = max_grad_norm
+        self._adamw = torch.optim.AdamW(
+            self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._adamw.param_groups[0]["lr"])
+
+    def grad_buffer(self, parameter: Tensor) -> Tensor:
+        """The float32 gradient buffer [as parameter] into which a gradient of this parameter may be added."""
+        grad = self.masters[next(i for i, p in enumerate(self.parameters) if p is parameter)].grad
+        assert grad is not None
+        return grad
+
+    def step(self) -> Tensor:
+        """Clip, update, and clear the gradients; returns their norm before clipping (0-d).
+
+        Raises FloatingPointError, with weights and moments untouched, when the norm is not finite.
+        """
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master and parameter.grad is not None and master.grad is not None:
+                master.grad.add_(parameter.grad)
+                parameter.grad = None
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {float(norm)}: the update was not applied")
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
+        self._adamw.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.data.copy_(master.detach())
+        torch._foreach_zero_(grads)
+        return norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything needed to continue bit for bit, as tensors by name."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            for key, value in self._adamw.state[master].items():
+                tensors[f"{name}|{key}"] = value.detach()
+            if parameter is not master:
+                tensors[f"{name}|master"] = master.detach()
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state_tensors` gave. Raises ValueError when names or shapes do not belong to this policy."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition("|")
+            states.setdefault(name, {})[entry] = value
+        if unknown := set(states) - set(self.names):
+            raise ValueError(f"the optimizer state names parameters this policy does not have: {sorted(unknown)[:3]}")
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            state = states.get(name, {})
+            kept = state.pop("master", None)
+            if kept is not None and parameter is not master:
+                master.data.copy_(kept)
+            for key, value in state.items():
+                if key != "step" and value.shape != master.shape:
+                    raise ValueError(f"optimizer state {name}: {list(value.shape)} does not fit {list(master.shape)}")
+            if state:
+                self._adamw.state[master] = {
+                    k: v.to(master.device) if k != "step" else v.to(torch.float32).to(master.device)
+                    for k, v in state.items()
+                }

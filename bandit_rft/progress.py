@@ -1,0 +1,186 @@
+"""What the terminal shows of a run: a live line while it trains, a before/after table and two completions at its end.
+
+Model text is printed as text: rich markup in it means nothing, control characters are shown, not sent to the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from bandit_rft.config import Config
+    from bandit_rft.trainer import Trainer
+
+SMOOTHING = 0.9  # of the shown reward and length, a round
+
+
+class ConsoleListener:
+    """Shows a run: a live line in a terminal, plain lines (about one every two seconds, all evaluations) elsewhere."""
+
+    def __init__(self, config: Config, console: Console | None = None):
+        self.config = config
+        self.console = console or Console(highlight=False)
+        self._shown: dict[str, float] = {}
+        self._pass_at_1: dict[str, float] = {}
+        self._last_line = -1e9
+        self._line = ""
+        self._progress: Progress | None = None
+        self._live: Live
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Show that libraries and data are being loaded."""
+        status = self.console.status("loading") if self.console.is_terminal else contextlib.nullcontext()
+        with status:
+            yield
+
+    def __enter__(self) -> ConsoleListener:
+        if self.console.is_terminal:
+            self._progress = progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("round {task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
+            self._task = self._progress.add_task("loading", total=self.config.max_rounds)
+            # The numbers are on a line of their own, which wraps: a narrow terminal must not cut them off.
+            self._live = Live(get_renderable=lambda: Group(progress, Text(self._line)), console=self.console)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line of our own."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def started(self, trainer: Trainer) -> None:
+        """Say what is about to run."""
+        c = self.config
+        self.say(
+            f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.train_prompts):,} training prompts, "
+            f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
+        )
+        if trainer.round:
+            self.say(f"continuing after round {trainer.round}")
+        self.say(
+            "A loss near 0 is normal here: it is a weighted log-probability, not an error. Watch reward and Pass@1."
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.round)
+
+    def phase(self, name: str) -> None:
+        """Show the current phase."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"{name:<8}")
+
+    def round_done(self, metrics: dict[str, Any]) -> None:
+        """Show a round's numbers."""
+        number = int(metrics["round"])
+        evaluated = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith("/pass@1")}
+        self._pass_at_1 |= evaluated
+        for key in ("reward", "completions/mean_length"):
+            if metrics.get(key) is not None:
+                before = self._shown.get(key, metrics[key])
+                self._shown[key] = SMOOTHING * before + (1 - SMOOTHING) * metrics[key]
+        numbers = self._numbers(metrics)
+        if self._progress is not None:
+            self._line = numbers
+            self._progress.update(self._task, completed=number)
+        now = time.monotonic()
+        due = now - self._last_line > 2 or number == self.config.max_rounds
+        if evaluated or (self._progress is None and due):
+            self._last_line = now
+            left = ""
+            seconds = (metrics.get("seconds/round") or 0.0) - (metrics.get("seconds/evaluate") or 0.0)
+            if self._progress is None and number:
+                left = f"  {_duration((self.config.max_rounds - number) * seconds)} left"
+            self.say(f"round {number}/{self.config.max_rounds}  {numbers}{left}")
+
+    def _numbers(self, metrics: dict[str, Any]) -> str:
+        parts = []
+        if "reward" in self._shown:
+            parts.append(f"reward {self._shown['reward']:.3f}")
+        parts += [f"{split} Pass@1 {value:.3f}" for split, value in self._pass_at_1.items()]
+        if "completions/mean_length" in self._shown:
+            parts.append(f"length {self._shown['completions/mean_length']:.1f}")
+        busy = sum(metrics.get(f"seconds/{phase}") or 0.0 for phase in ("rollout", "reward", "update"))
+        if busy:
+            parts.append(f"{metrics['tokens/generated'] / busy:,.0f} tok/s")
+        return "  ".join(parts)
+
+
+def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, console: Console | None = None) -> None:
+    """Print the before/after table, one question answered before and after, and where the report is."""
+    console = console or Console(highlight=False)
+    evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        table = Table("", "before", f"after {last['round']} rounds", "change", title=None)
+        for key in [k for k in first if k.startswith("eval/") and k in last and not k.endswith("/unscored")]:
+            a, b = first[key], last[key]
+            if a is not None and b is not None:
+                table.add_row(
+                    Text(key.removeprefix("eval/").replace("/", " ")), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"
+                )
+        console.print(table)
+        with contextlib.suppress(FileNotFoundError):
+            _show_completions(folder, first["round"], last["round"], console)
+    if report is not None:
+        console.print(Text(f"report: {report}"), soft_wrap=True)
+
+
+def _show_completions(folder: Path, before: int, after: int, console: Console) -> None:
+    """One question answered at both evaluations: one that was answered wrong and is answered right, if there is one."""
+    import pyarrow.parquet as pq
+
+    names = [
+        f.name.removeprefix(f"round-{after:06d}-")
+        for f in sorted((folder / "evaluations").glob(f"round-{after:06d}-*"))
+    ]
+    if not names:
+        return
+    name = "test.parquet" if "test.parquet" in names else names[0]
+    tables = [pq.read_table(folder / "evaluations" / f"round-{r:06d}-{name}").to_pylist() for r in (before, after)]
+    old, new = ({row["query"]: row for row in table if row["sample"] <= 0} for table in tables)
+    both = [query for query in new if query in old]
+    if not both:
+        return
+    gain = {query: (new[query]["reward"] or 0.0) - (old[query]["reward"] or 0.0) for query in both}
+    query = max(both, key=lambda q: (gain[q], -q))
+    answer = f"   (answer: {printable(new[query]['answer'])})" if new[query]["answer"] is not None else ""
+    console.print(Text(f"question: {_short(new[query]['prompt'])}{answer}"))
+    for label, row in (("before", old[query]), ("after", new[query])):
+        console.print(Text(f"{label}, reward {row['reward']}: {_short(row['completion'])}"))
+
+
+def printable(text: str) -> str:
+    r"""Text with every control, format and unassigned character but the newline and tab written as \xNN or \uNNNN."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
+
+
+def _short(text: str, limit: int = 600) -> str:
+    return printable(text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit} more characters)")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

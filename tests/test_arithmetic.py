@@ -1,0 +1,201 @@
+"""The built-in task, its warm-start script and the base model that ships with the package."""
+
+import importlib.util
+import random
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bandit_rft.tasks import arithmetic
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "bandit_rft" / "assets" / "arithmetic-base"
+SMALL = {"train_size": 60, "test_size": 30, "longer_size": 20}
+
+
+@pytest.mark.parametrize(
+    ("question", "worked"),
+    [
+        ("47+85+36=", "(132+36)=168"),
+        ("47+85-36=", "(132-36)=96"),
+        ("12-85+36=", "(-73+36)=-37"),
+        ("25-25-3=", "(0-3)=-3"),
+        ("47*6-12=", "(240+42-12)=(282-12)=270"),
+        ("40*6+5=", "(240+5)=245"),
+        ("7*6=", "42"),
+        ("47+85=", "132"),
+    ],
+)
+def test_worked_answers(question: str, worked: str) -> None:
+    assert arithmetic.work_out(question) == worked
+
+
+@pytest.mark.parametrize("kind", arithmetic.KINDS)
+@pytest.mark.parametrize("digits", [1, 2, 4])
+def test_every_link_of_a_worked_answer_equals_the_question(kind: str, digits: int) -> None:
+    rng = random.Random(0)
+    for terms in range(2, 8):
+        for _ in range(20):
+            question = arithmetic.make_question(rng, kind, terms, digits)
+            worked = arithmetic.work_out(question)
+            assert set(question + worked) <= set(arithmetic.ALPHABET)
+            right = eval(question.removesuffix("="))
+            assert [eval(link) for link in worked.split("=")] == [right] * len(worked.split("="))
+            assert arithmetic.final_answer(worked) == str(right)
+
+
+@pytest.mark.parametrize("question", ["", "47+85", "47=", "4a+3=", "47*62=", "47+6*2=", "47+-3="])
+def test_work_out_refuses_what_is_no_question(question: str) -> None:
+    with pytest.raises(ValueError, match="question: expected"):
+        arithmetic.work_out(question)
+
+
+def test_splits_are_disjoint_and_sized_and_answers_right() -> None:
+    task = arithmetic.load(0, {})
+    assert {name: len(examples) for name, examples in task.splits.items()} == {
+        "train": 2000,
+        "test": 500,
+        "longer": 200,
+    }
+    prompts = {name: {str(example.prompt) for example in examples} for name, examples in task.splits.items()}
+    assert all(len(prompts[name]) == len(task.splits[name]) for name in prompts)
+    assert not prompts["train"] & prompts["test"] and not prompts["test"] & prompts["longer"]
+    for examples in task.splits.values():
+        assert all(str(eval(str(e.prompt).removesuffix("="))) == e.columns["answer"] for e in examples)
+        assert {e.columns["kind"] for e in examples} == set(arithmetic.KINDS)
+    assert {e.columns["terms"] for e in task.splits["test"]} == {3}
+    assert {e.columns["terms"] for e in task.splits["longer"]} == {4, 5}
+
+
+def test_a_test_question_is_never_a_train_question_of_another_seed() -> None:
+    tasks = [arithmetic.load(seed, {"digits": 1, **SMALL}) for seed in range(5)]
+    train = {e.prompt for task in tasks for e in task.splits["train"]}
+    test = {e.prompt for task in tasks for e in task.splits["test"]}
+    assert len(train) > 60 and len(test) > 30 and not train & test
+
+
+def test_the_seed_decides_the_questions() -> None:
+    first, again, other = (arithmetic.load(seed, SMALL).splits for seed in (3, 3, 4))
+    assert first == again
+    assert first["train"] != other["train"] and first["test"] != other["test"]
+    assert first["test"][:5] == arithmetic.load(3, {**SMALL, "test_size": 5}).splits["test"]
+
+
+def test_the_dial() -> None:
+    options = {"kinds": ["product"], "min_terms": 2, "max_terms": 2, "digits": 3, "extra_terms": 1, **SMALL}
+    splits = arithmetic.load(0, options).splits
+    assert all(re.fullmatch(r"\d{1,3}\*[2-9]=", str(e.prompt)) for e in splits["train"] + splits["test"])
+    assert all(re.fullmatch(r"\d{1,3}\*[2-9][+-]\d{1,3}=", str(e.prompt)) for e in splits["longer"])
+    assert all("-" in str(e.prompt) for e in arithmetic.load(0, {"kinds": ["mixed"], **SMALL}).splits["train"])
+    assert not any(
+        set("-*") & set(str(e.prompt)) for e in arithmetic.load(0, {"kinds": "sum", **SMALL}).splits["train"]
+    )
+    assert "longer" not in arithmetic.load(0, {**SMALL, "extra_terms": 0}).splits
+    assert "longer" not in arithmetic.load(0, {**SMALL, "longer_size": 0}).splits
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"digit": 2}, ValueError, "unknown option of task arithmetic.*digits"),
+        ({"digits": 0}, ValueError, "digits: expected 1 to 9, got 0"),
+        ({"digits": "2"}, TypeError, "digits: expected a whole number, got '2'"),
+        ({"digits": 2.0}, TypeError, "digits: expected a whole number"),
+        ({"test_size": True}, TypeError, "test_size: expected a whole number"),
+        ({"train_size": 0}, ValueError, "train_size: expected 1"),
+        ({"min_terms": 1}, ValueError, "min_terms: expected 2"),
+        ({"min_terms": 5, "max_terms": 4}, ValueError, "max_terms: expected 5 to 32, got 4"),
+        ({"extra_terms": -1}, ValueError, "extra_terms: expected 0"),
+        ({"kinds": []}, TypeError, "kinds: expected a list"),
+        ({"kinds": ["sum", "root"]}, ValueError, r"kinds: unknown \['root'\]"),
+        ({"kinds": ["sum", "sum"]}, ValueError, "kinds: expected each at most once"),
+        (
+            {"kinds": ["product"], "min_terms": 2, "max_terms": 2, "digits": 1},
+            ValueError,
+            "train_size: only 6[0-9] distinct questions",
+        ),
+    ],
+)
+def test_impossible_options_are_named(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        arithmetic.load(0, options)
+
+
+def test_reward_reads_what_follows_the_last_equals_sign() -> None:
+    completions = ["168", "(132+36)=168", " 168 ", "(132+36)=168=", "1168", "168+0", "=168", "", "(132+36)=16"]
+    rewards = arithmetic.exact_answer(["47+85+36="] * 9, completions, answer=["168"] * 9, kind=["sum"] * 9)
+    assert rewards == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    with pytest.raises(ValueError):
+        arithmetic.exact_answer(["1+1="], ["2"], answer=[])
+
+
+@pytest.fixture(scope="module")
+def warm_start() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("warm_start", ROOT / "examples" / "warm_start.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_warm_start_learns_and_repeats_itself(
+    warm_start: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    sizes = (
+        "--hidden_size 32 --intermediate_size 48 --layers 1 --heads 2 --batch_size 16 --micro_batch_size 8 --threads 1"
+    )
+    steps = "--steps 30 --worked_steps 15 --warm_up_steps 3 --log_steps 10 --max_new_tokens 4"
+    for run in ("a", "b"):
+        argv = ["warm_start.py", "--output_dir", str(tmp_path / run), *sizes.split(), *steps.split()]
+        monkeypatch.setattr(sys, "argv", argv)
+        warm_start.main()
+    torch.set_num_threads(threads)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 6 and losses[:3] == losses[3:] and losses[2] < losses[0]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.num_hidden_layers == 1
+
+
+def test_demonstrations_keep_to_the_train_side_and_mix_the_habits(warm_start: ModuleType) -> None:
+    import argparse
+    from itertools import islice
+
+    args = argparse.Namespace(seed=0, min_terms=3, max_terms=4, digits=2, at_once=0.7, worked_steps=10, batch_size=20)
+    shown = list(islice(warm_start.demonstrations(args), 1200))
+    assert not any(arithmetic.is_held_out(question) for question, _ in shown)
+    assert all(completion == arithmetic.work_out(question) for question, completion in shown[:200])
+    at_once = [completion == arithmetic.final_answer(arithmetic.work_out(q)) for q, completion in shown[200:]]
+    assert 0.65 < sum(at_once) / len(at_once) < 0.75
+
+
+def test_shipped_tokenizer_is_one_token_a_character() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    text = "47*6-12=(240+42-12)=(282-12)=270"
+    assert tokenizer.tokenize(text) == list(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_token_id], skip_special_tokens=True) == text
+    assert tokenizer.encode("1?") == [tokenizer.convert_tokens_to_ids("1"), tokenizer.unk_token_id]
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+def test_shipped_model_is_small_and_has_mixed_habits(warm_start: ModuleType) -> None:
+    assert (BASE / "model.safetensors").stat().st_size <= 3_000_000
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    examples = arithmetic.load(0, {}).splits["test"][:300]
+    torch.manual_seed(0)
+    completions = warm_start.complete(model, tokenizer, [str(e.prompt) for e in examples], 60, sample=True)
+    right = arithmetic.exact_answer([], completions, answer=[e.columns["answer"] for e in examples])
+    worked = ["(" in text for text in completions]
+    assert sum(right) / 300 <= 0.45
+    assert 0.15 < sum(worked) / 300 < 0.45
+    # Measured on five draws of all 500 questions: 0.84-0.89 of the worked answers are right, 0.01 of the others.
+    assert sum(r for r, w in zip(right, worked, strict=True) if w) >= 0.75 * sum(worked)
+    assert sum(r for r, w in zip(right, worked, strict=True) if not w) <= 0.1 * (300 - sum(worked))
