@@ -271,6 +271,18 @@ def test_nonfinite_rows_are_counted_never_zeroed(backend: str) -> None:
     assert not math.isfinite(result.loss.item())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_to_the_bit(backend: str) -> None:
+    """For a fixed number of threads nothing depends on timing: no atomics, no shared accumulators."""
+    case = Case.make(**CASES["chunked"])
+    with use_backend(backend):
+        first, gradients = computed(case, OBJECTIVES["ppo-kl3-entropy"])
+        for _ in range(3):
+            again, others = computed(case, OBJECTIVES["ppo-kl3-entropy"])
+            assert torch.equal(first.loss, again.loss)
+            assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
 def test_loss_is_the_plain_formula() -> None:
     """By hand, once, without any code of the package: REINFORCE and PPO with the token mean."""
     case = Case.make(12, 6, 20, sequences=2)
