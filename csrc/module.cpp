@@ -136,6 +136,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Native kernels of bandit_rft: DLPack capsules in, results written to the tensors given.";
     m.attr("version") = BRFT_VERSION;
     m.def("instruction_set", &cpu::instruction_set);
+    m.def("use_openmp", &cpu::use_openmp);
     m.def("use_instruction_set", &cpu::use_instruction_set);
     m.def("logprob_rows", &logprob_rows);
     m.def("gradient_rows", &gradient_rows);

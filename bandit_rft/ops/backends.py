@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -26,6 +27,15 @@ try:
     native = import_module("bandit_rft._C")
 except ImportError as error:  # a source tree or a platform without the compiled module
     native_error = str(error)
+else:
+    # torch's own OpenMP runtime, which lies beside its libraries or is the system's: the core works on its threads.
+    for _library in [
+        *map(str, (Path(torch.__file__).parent / "lib").glob("lib?omp*.so*")),
+        "libgomp.so.1",
+        "libiomp5.so",
+    ]:
+        if native.use_openmp(_library):
+            break
 
 
 class Call(NamedTuple):

@@ -1,4 +1,4 @@
-// The two operations on a CPU, on raw memory: policy-gradient rows and sample rows. Threads live for one call only.
+// The two operations on a CPU, on raw memory: policy-gradient rows and sample rows.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,9 @@ namespace bandit_rft::cpu {
 
 std::string instruction_set();                  // the one in use
 void use_instruction_set(const std::string&);   // for tests and measurements; throws std::invalid_argument
+
+// Work on the threads of an OpenMP runtime that is loaded already; false (and nothing changes) if it is not.
+bool use_openmp(const std::string& library);
 
 struct Rows {
     void* logits;
