@@ -19,12 +19,12 @@ _TILE_BYTES = 8 << 20  # of widened weight at a time
 
 
 def chunks(
-    rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype, backend: str, share: float = 0.98
+    rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype, backend: str, share: float = 0.85
 ) -> list[slice]:
     """Equal stretches of rows whose logits (and what plain PyTorch needs beside them) fit a share of the workspace."""
     if rows == 0:
         return []
-    copies = 1 if backend == "cpu" else 5  # the torch rows hold z, log p, p, dz and a product beside the logits
+    copies = 1 if backend == "cpu" else 10  # the torch rows hold z, log p, p, dz and temporaries beside the logits
     bytes_a_row = vocabulary * copies * (8 if dtype == torch.float64 else 4)
     most = max(1, int(backends.workspace_bytes(device) * share) // bytes_a_row)
     count = -(-rows // most)
