@@ -64,8 +64,9 @@ def ours(folder: Path, output: Path, reward: Callable[..., list[float]], rounds:
     config = build_config(
         {
             "preset": "minimal", "model_name_or_path": str(folder), "task": "arithmetic", "output_dir": str(output),
-            "max_rounds": rounds, "max_prompt_length": 64, "max_completion_length": 32, "eval_steps": 0, "save_steps": 0, "device": "cpu",
-            "log_rollouts_steps": 0, "learning_rate": 1e-6, "evaluation.max_queries": 1, "resume": "never",
+            "max_rounds": rounds, "max_prompt_length": 64, "max_completion_length": 32, "eval_steps": 0,
+            "save_steps": 0, "device": "cpu", "log_rollouts_steps": 0, "learning_rate": 1e-6,
+            "evaluation.max_queries": 1, "resume": "never",
         }
     )  # fmt: skip
     Trainer(config, task=task).run()
