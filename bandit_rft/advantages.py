@@ -1,7 +1,10 @@
 """Rewards to advantages. Each function is a design choice: registered by name, chosen by the `advantage` key.
 
     @register("my_advantage")
-    def my_advantage(rewards, groups, history): ...
+    def my_advantage(rewards, groups): ...
+
+Keyword arguments after these are options (`advantage_options.<name>`); a function registered with `memory=` gets what
+it remembers across rounds as its third argument. docs/advantages.md has them all in one table.
 
 A constant group is recognized by exact equality of its rewards, never by a floating standard deviation of about zero:
 dividing rounding noise by 1e-6 is how a group in which nothing was learned gets advantages of order one.
@@ -9,33 +12,74 @@ dividing rounding noise by 1e-6 is how a group in which nothing was learned gets
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bandit_rft.history import Arrays, RewardHistory, ValueTracker
+
 Floats = NDArray[np.float64]
-#: query -> its earlier rewards, oldest first
-History = Mapping[int, Sequence[float]]
-#: (rewards [B], groups [B] query of each rollout, history or None) -> advantages [B]
-AdvantageFunction = Callable[[Floats, NDArray[np.int64], "History | None"], Floats]
+Queries = NDArray[np.int64]
+#: (rewards [B], query of each rollout [B], memory where it has one, options) -> advantages [B]
+AdvantageFunction = Callable[..., Floats]
 
 EPSILON = 1e-6  # added to a standard deviation, as in the GRPO implementations of verl and of the paper
 
-ADVANTAGES: dict[str, AdvantageFunction] = {}
-#: Advantages that compare the rollouts of one query, and so need at least two of them.
-NEEDS_GROUPS: set[str] = set()
+
+class Memory(Protocol):
+    """What an advantage remembers across rounds; saved in checkpoints."""
+
+    def arrays(self) -> Arrays:
+        """Everything remembered."""
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take up what `arrays` gave."""
 
 
-def register(name: str, *, needs_groups: bool = False) -> Callable[[AdvantageFunction], AdvantageFunction]:
+@dataclass(frozen=True)
+class Advantage:
+    """A registered advantage and what it asks of the trainer."""
+
+    name: str
+    function: AdvantageFunction
+    needs_groups: bool = False  # compares the rollouts of one query: at least two of them
+    trains_on_first: bool = False  # the other rollouts of a query are drawn for their rewards alone
+    memory: Callable[..., Memory] | None = None  # its keyword arguments are options as well
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options it takes, with their defaults."""
+        sources = [self.function, *([self.memory] if self.memory else [])]
+        parameters = [p for source in sources for p in inspect.signature(source).parameters.values()]
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def make_memory(self, options: Mapping[str, Any]) -> Memory | None:
+        """An empty memory, or None for an advantage without one."""
+        if self.memory is None:
+            return None
+        return self.memory(**{k: v for k, v in options.items() if k in inspect.signature(self.memory).parameters})
+
+
+ADVANTAGES: dict[str, Advantage] = {}
+
+
+def register(
+    name: str,
+    *,
+    needs_groups: bool = False,
+    trains_on_first: bool = False,
+    memory: Callable[..., Memory] | None = None,
+) -> Callable[[AdvantageFunction], AdvantageFunction]:
     """Make an advantage function choosable by name; a name taken already is a ValueError."""
 
     def add(function: AdvantageFunction) -> AdvantageFunction:
         if name in ADVANTAGES:
             raise ValueError(f"an advantage named {name!r} is registered already")
-        ADVANTAGES[name] = function
-        if needs_groups:
-            NEEDS_GROUPS.add(name)
+        ADVANTAGES[name] = Advantage(name, function, needs_groups, trains_on_first, memory)
         return function
 
     return add
@@ -44,68 +88,197 @@ def register(name: str, *, needs_groups: bool = False) -> Callable[[AdvantageFun
 def compute_advantages(
     name: str,
     rewards: Sequence[float] | Floats,
-    groups: Sequence[int] | NDArray[np.int64],
-    history: History | None = None,
+    groups: Sequence[int] | Queries,
+    memory: Memory | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> NDArray[np.float32]:
     """Advantages [B] float32 of B rollouts with finite rewards [B] and query ids `groups` [B].
 
-    Raises ValueError for an unknown name, lengths that differ, and rewards that are not finite (naming the rollout).
+    memory: of the advantages that have one (`ADVANTAGES[name].make_memory`); today's rewards are added to it.
+    Raises ValueError for an unknown name or option, lengths that differ, rewards that are not finite (naming the
+    rollout), and a missing memory.
     """
     if name not in ADVANTAGES:
         raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}; got {name!r}")
+    advantage, options = ADVANTAGES[name], dict(options or {})
+    if unknown := set(options) - set(advantage.options):
+        known = ", ".join(advantage.options) or "none"
+        raise ValueError(f"advantage {name} has no option {sorted(unknown)[0]!r}; it has: {known}")
     r, g = np.asarray(rewards, dtype=np.float64), np.asarray(groups, dtype=np.int64)
     if r.ndim != 1 or r.shape != g.shape:
         raise ValueError(f"rewards and groups must be two lists of one length; got {r.shape} and {g.shape}")
     if not np.isfinite(r).all():
         raise ValueError(f"rewards[{int(np.argmin(np.isfinite(r)))}] is not finite")
-    return ADVANTAGES[name](r, g, history).astype(np.float32) if len(r) else np.zeros(0, dtype=np.float32)
+    if advantage.memory is not None and memory is None:
+        raise ValueError(f"advantage {name} compares with the past: give the memory that make_memory() made")
+    if not len(r):
+        return np.zeros(0, dtype=np.float32)
+    own = {k: v for k, v in options.items() if k in inspect.signature(advantage.function).parameters}
+    past = [] if advantage.memory is None else [memory]
+    return advantage.function(r, g, *past, **own).astype(np.float32)
+
+
+# --- nothing to compare with ------------------------------------------------------------------------------------------
 
 
 @register("reward")
-def reward(rewards: Floats, groups: NDArray[np.int64], history: History | None = None) -> Floats:
+def reward(rewards: Floats, groups: Queries) -> Floats:
     """A = r: the bandit baseline, nothing subtracted (Williams 1992 without a baseline; arXiv 2601.22532)."""
     return rewards
 
 
+@register("psr")
+def psr(rewards: Floats, groups: Queries) -> Floats:
+    """A = r: positive samples alone (arXiv 2506.01347). For rewards in [0, 1], where it is what `reward` is."""
+    return _unit_interval("psr", rewards)
+
+
+@register("nsr")
+def nsr(rewards: Floats, groups: Queries) -> Floats:
+    """A = r - 1: negative samples alone, a right answer counts nothing (arXiv 2506.01347). Rewards in [0, 1]."""
+    advantages: Floats = _unit_interval("nsr", rewards) - 1
+    return advantages
+
+
+@register("weighted")
+def weighted(rewards: Floats, groups: Queries, *, positive_weight: float = 0.1) -> Floats:
+    """A = positive_weight r + (r - 1): weighted REINFORCE (arXiv 2506.01347, weight 0.1). Rewards in [0, 1]."""
+    advantages: Floats = positive_weight * _unit_interval("weighted", rewards) + (rewards - 1)
+    return advantages
+
+
+# --- the batch --------------------------------------------------------------------------------------------------------
+
+
 @register("batch_mean")
-def batch_mean(rewards: Floats, groups: NDArray[np.int64], history: History | None = None) -> Floats:
+def batch_mean(rewards: Floats, groups: Queries) -> Floats:
     """A = r - mean over the batch."""
     return _centered(rewards)
 
 
 @register("batch_norm")
-def batch_norm(rewards: Floats, groups: NDArray[np.int64], history: History | None = None) -> Floats:
+def batch_norm(rewards: Floats, groups: Queries) -> Floats:
     """A = (r - mean) / (std + 1e-6) over the batch, std unbiased (REINFORCE++, arXiv 2501.03262)."""
     return _standardized(rewards)
 
 
+# --- the rollouts of the query ----------------------------------------------------------------------------------------
+
+
 @register("group_mean", needs_groups=True)
-def group_mean(rewards: Floats, groups: NDArray[np.int64], history: History | None = None) -> Floats:
+def group_mean(rewards: Floats, groups: Queries) -> Floats:
     """A = r - mean over the rollouts of the query (Dr. GRPO, arXiv 2503.20783)."""
     return _by_group(rewards, groups, _centered)
 
 
 @register("group_norm", needs_groups=True)
-def group_norm(rewards: Floats, groups: NDArray[np.int64], history: History | None = None) -> Floats:
+def group_norm(rewards: Floats, groups: Queries) -> Floats:
     """A = (r - mean) / (std + 1e-6) over the rollouts of the query, std unbiased (GRPO, arXiv 2402.03300)."""
     return _by_group(rewards, groups, _standardized)
 
 
+@register("group_mean_batch_std", needs_groups=True)
+def group_mean_batch_std(rewards: Floats, groups: Queries) -> Floats:
+    """A = (r - mean over the query) / (std over the batch + 1e-6), std unbiased (Lite PPO, arXiv 2508.08221)."""
+    if _constant(rewards):
+        return np.zeros_like(rewards)
+    return _by_group(rewards, groups, _centered) / (float(rewards.std(ddof=1)) + EPSILON)
+
+
+@register("rloo", needs_groups=True)
+def rloo(rewards: Floats, groups: Queries) -> Floats:
+    """A = r - mean of the query's other rollouts (RLOO, arXiv 2402.14740)."""
+    return _by_group(rewards, groups, lambda r: _centered(r) * (len(r) / max(len(r) - 1, 1)))
+
+
+@register("extra_rollouts", needs_groups=True, trains_on_first=True)
+def extra_rollouts(rewards: Floats, groups: Queries) -> Floats:
+    """group_norm, of which the first rollout of each query is trained on: the advantage alone (arXiv 2601.22532).
+
+    The other rollouts are drawn to estimate the query's mean and standard deviation and are then left out.
+    """
+    return group_norm(rewards, groups)
+
+
+# --- the query's past -------------------------------------------------------------------------------------------------
+
+
+@register("history_mean", memory=RewardHistory)
+def history_mean(rewards: Floats, groups: Queries, memory: RewardHistory) -> Floats:
+    """A = r - mean(window), over the query's last `window` rewards, this round's included; one alone: A = r."""
+    return _by_history(rewards, groups, memory, standardize=False)
+
+
+@register("history_norm", memory=RewardHistory)
+def history_norm(rewards: Floats, groups: Queries, memory: RewardHistory) -> Floats:
+    """A = (r - mean(window)) / (std(window) + 1e-6), std unbiased: the paper's reward replay (arXiv 2601.22532).
+
+    The window holds the query's last `window` rewards across epochs. This round's rewards are appended first; a window
+    of one reward gives A = r.
+    """
+    return _by_history(rewards, groups, memory, standardize=True)
+
+
+@register("spo", memory=ValueTracker)
+def spo(rewards: Floats, groups: Queries, memory: ValueTracker) -> Floats:
+    """A = r - (the query's value before this round), then standardized over the batch (SPO, arXiv 2509.13232).
+
+    Rewards in [0, 1]. How far the past counts depends on how far the policy moved since (history.ValueTracker).
+    """
+    values = np.array([memory.value(query) for query in groups.tolist()])
+    difference = _unit_interval("spo", rewards) - values
+    memory.append(groups, rewards)
+    return _standardized(difference)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _unit_interval(name: str, rewards: Floats) -> Floats:
+    outside = (rewards < 0) | (rewards > 1)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise ValueError(f"advantage {name} takes rewards in [0, 1]; rewards[{row}] is {rewards[row]:g}")
+    return rewards
+
+
+def _constant(rewards: Floats) -> bool:
+    return bool((rewards == rewards[0]).all())
+
+
 def _centered(rewards: Floats) -> Floats:
-    if (rewards == rewards[0]).all():  # exact zeros, which the update may then skip; one rollout compares to nothing
+    if _constant(rewards):  # exact zeros, which the update may then skip; one rollout compares to nothing
         return np.zeros_like(rewards)
     return rewards - float(rewards.mean())
 
 
 def _standardized(rewards: Floats) -> Floats:
-    if (rewards == rewards[0]).all():
+    if _constant(rewards):
         return np.zeros_like(rewards)
     return _centered(rewards) / (float(rewards.std(ddof=1)) + EPSILON)
 
 
-def _by_group(rewards: Floats, groups: NDArray[np.int64], function: Callable[[Floats], Floats]) -> Floats:
+def _by_group(rewards: Floats, groups: Queries, function: Callable[[Floats], Floats]) -> Floats:
     advantages: Floats = np.zeros_like(rewards)
     for group in np.unique(groups):
         rows = groups == group
         advantages[rows] = function(rewards[rows])
+    return advantages
+
+
+def _by_history(rewards: Floats, groups: Queries, memory: RewardHistory, standardize: bool) -> Floats:
+    queries, counts = np.unique(groups, return_counts=True)
+    if counts.max() > memory.window:
+        raise ValueError(
+            f"window={memory.window} is shorter than the {counts.max()} rollouts of query {queries[counts.argmax()]}"
+        )
+    memory.append(groups, rewards)
+    advantages: Floats = rewards.copy()
+    for query in queries:
+        rows, window = groups == query, memory.of(int(query))
+        if len(window) > 1 and _constant(window):
+            advantages[rows] = 0.0
+        elif len(window) > 1:
+            scale = float(window.std(ddof=1)) + EPSILON if standardize else 1.0
+            advantages[rows] = (rewards[rows] - float(window.mean())) / scale
     return advantages

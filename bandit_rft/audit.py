@@ -7,8 +7,10 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.config import Config
 
+UNIT_INTERVAL = ("psr", "nsr", "weighted", "spo")
 NORMALIZERS = {
     "token-mean": "completion tokens of all scored rollouts of the round, zero-advantage ones included",
     "seq-mean-token-sum": "scored rollouts of the round",
@@ -21,21 +23,66 @@ def design_audit(config: Config) -> Iterator[tuple[str, str]]:
     """(what, its value) lines describing a run; warnings are called "note"."""
     o, rollouts = config.objective, config.batch_size * config.num_generations
     each = f"{config.batch_size} queries x {config.num_generations} rollouts"
-    yield "one round", f"{each} = {rollouts} rollouts, 1 optimizer step"
-    yield "whole run", f"{config.max_rounds:,} rounds, {config.max_rounds * rollouts:,} rollouts"
-    yield "advantage", config.advantage
+    steps = config.update.epochs * config.update.minibatches
+    yield "one round", f"{each} = {rollouts} rollouts, {steps} optimizer step{'s' if steps > 1 else ''}"
+    yield "trained on", trained_on(config)
+    yield "whole run", f"{config.max_rounds:,} rounds, {config.max_rounds * rollouts:,} rollouts{budget(config)}"
+    advantage = ADVANTAGES[config.advantage]
+    yield "advantage", f"{config.advantage}: {(advantage.function.__doc__ or '').splitlines()[0]}".rstrip(": ")
     yield "normalizer", NORMALIZERS[o.aggregation]
     completion, prompt = rollouts * config.max_completion_length, rollouts * config.max_prompt_length
     yield "tokens a round", f"at most {completion:,} generated, {prompt + completion:,} with prompts in the update"
-    if o.kl_coef or o.entropy_coef:
+    in_loss = o.kl_coef and config.kl.where == "loss"
+    if in_loss or o.entropy_coef:
         yield "skipping", "off: the KL or entropy term gives every token a gradient"
     else:
         yield "skipping", "rollouts of advantage 0 cost no update (same gradient, same normalizer)"
     if o.kl_coef:
-        yield "reference model", f"a frozen copy of the initial model; every trained token is scored by it ({o.kl})"
+        model = "the model without its adapters" if config.lora.rank else "a frozen copy of the initial model"
+        what = "trained" if in_loss else "generated"
+        yield "reference model", f"{model}; every {what} token is scored by it ({o.kl} in the {config.kl.where})"
     yield "memory", memory_estimate(config)
-    if o.kind in ("ppo", "gspo", "cispo"):
+    yield from _notes(config, steps)
+
+
+def trained_on(config: Config) -> str:
+    """Which rollouts of a round the update sees."""
+    parts = ["every scored rollout"]
+    if ADVANTAGES[config.advantage].trains_on_first:
+        parts = ["the first rollout of each query; the others only estimate its mean and std"]
+    if config.rollout.keep:
+        parts = [f"{config.rollout.keep} rollouts of each query, those of greatest reward variance"]
+    if config.rollout.dynamic_sampling:
+        parts.append(f"queries of constant reward replaced, up to {config.rollout.dynamic_sampling} times a round")
+    if config.rollout.mask_truncated:
+        parts.append("truncated completions left out")
+    if config.replay.capacity:
+        r = config.replay
+        parts.append(f"{r.ratio:g} replayed for each, {r.sampling} from {r.capacity:,}, correction {r.correction}")
+    return "; ".join(parts)
+
+
+def budget(config: Config) -> str:
+    """What else may end the run."""
+    tokens, seconds = config.max_generated_tokens, config.max_seconds
+    return (f", at most {tokens:,} generated tokens" if tokens else "") + (f", {seconds:,.0f} s" if seconds else "")
+
+
+def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
+    o, replayed = config.objective, config.replay.capacity > 0
+    uncorrected = replayed and config.replay.correction == "none"
+    if o.kind in ("ppo", "gspo", "cispo") and steps == 1 and not uncorrected:
         yield "note", "one update a round: the ratio is 1, so clipping never acts"
+    if o.kind == "reinforce" and steps > 1:
+        yield "note", "reinforce has no ratio: after a round's first step its gradient is that of an older policy"
+    if o.kind == "reinforce" and uncorrected:
+        yield "note", "replay.correction=none with reinforce: old rollouts are trained on as if drawn today; biased"
+    if config.advantage in UNIT_INTERVAL:
+        yield "note", f"advantage={config.advantage} takes rewards in [0, 1]; any other stops the run"
+    if ADVANTAGES[config.advantage].memory is not None:
+        yield "note", "compares with a query's past: acts from the second epoch on; repeated prompts have pasts apart"
+    if config.rollout.mask_truncated and config.reward.length_penalty:
+        yield "note", "truncated completions pay the length penalty in their group, but get no gradient themselves"
     if config.advantage == "reward" and o.aggregation == "token-mean":
         yield "note", "token-mean with raw rewards: wrong answers add nothing to the sum, but count in its divisor"
     if config.rollout.top_k or config.rollout.top_p < 1 or config.rollout.min_p:
@@ -63,7 +110,9 @@ def memory_estimate(config: Config) -> str:
         return "unknown: the model is not a local folder"
     low = config.dtype != "float32"
     size = 2 if low else 4
-    fixed = parameters * (size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef else 0))
+    fixed = parameters * (
+        size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef and not config.lora.rank else 0)
+    )
     rows = min(config.rollout.batch_size, config.batch_size * config.num_generations)
     cache = 2 * layers * heads * head * size * rows * (config.max_prompt_length + config.max_completion_length)
     return (

@@ -1,4 +1,5 @@
-"""Checkpoints: plain Hugging Face folders plus optimizer.safetensors and state.json, written whole or not at all.
+"""Checkpoints: plain Hugging Face folders, optimizer.safetensors, replay.safetensors (what is remembered of earlier
+rounds) and state.json, written whole or not at all.
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
 half a checkpoint. state.json holds the checksums of the other files, so a torn or flipped one is noticed when resuming.
@@ -16,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,11 +33,18 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    folder: Path, round_index: int, policy: Policy, optimizer: PolicyOptimizer, state: dict[str, Any], keep: int = 0
+    folder: Path,
+    round_index: int,
+    policy: Policy,
+    optimizer: PolicyOptimizer,
+    state: dict[str, Any],
+    arrays: dict[str, NDArray[Any]] | None = None,
+    keep: int = 0,
 ) -> Path:
     """Write `folder`/checkpoint-<round_index> and remove all but the newest `keep` (0: keep all). Returns its path.
 
-    state must be JSON. Raises OSError (disk full, read-only) with every earlier checkpoint untouched.
+    state must be JSON; arrays go to replay.safetensors. Raises OSError (disk full, read-only) with every earlier
+    checkpoint untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"checkpoint-{round_index}"
@@ -48,6 +58,8 @@ def save_checkpoint(
             policy.tokenizer.save_pretrained(partial)
         tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.state_tensors().items()}
         save_file(tensors, partial / "optimizer.safetensors")
+        if arrays:
+            safetensors.numpy.save_file(arrays, partial / "replay.safetensors")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         state = {**state, "round": round_index, "sha256": {str(p.relative_to(partial)): _sha256(p) for p in files}}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
@@ -106,6 +118,12 @@ def load_optimizer(path: Path, optimizer: PolicyOptimizer) -> None:
         optimizer.load_state_tensors(tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What a checkpoint remembers of earlier rounds, by name; empty when it remembers nothing."""
+    file = path / "replay.safetensors"
+    return safetensors.numpy.load_file(file) if file.exists() else {}
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from bandit_rft.advantages import ADVANTAGES, NEEDS_GROUPS
+from bandit_rft.advantages import ADVANTAGES
+from bandit_rft.replay import SELECTIONS
 
 
 class ConfigError(ValueError):
@@ -27,7 +28,7 @@ class ConfigError(ValueError):
 
 def _key(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+        return field(default_factory=lambda: default.copy(), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -57,6 +58,54 @@ class RolloutConfig:
     top_k: int = _key(0, "sample among the k most likely tokens; 0: all (biases the policy gradient)")
     top_p: float = _key(1.0, "sample among the most likely tokens that make up this mass (biases the policy gradient)")
     min_p: float = _key(0.0, "sample among tokens at least this likely relative to the first (biases the gradient)")
+    keep: int = _key(0, "train on so many of a query's rollouts, those of greatest reward variance (PODS); 0: all")
+    dynamic_sampling: int = _key(
+        0,
+        "replace queries whose rollouts all earned the same by new ones, at most so many times a round (DAPO); 0: off",
+    )
+    mask_truncated: bool = _key(
+        False, "completions cut off by the length limit are left out of the loss and normalizer"
+    )
+
+
+@dataclass
+class ReplayConfig:
+    """What of the past is learned from again."""
+
+    window: int = _key(8, "rewards a query remembers (advantage history_norm and history_mean: the paper's replay)")
+    capacity: int = _key(0, "rollouts kept to be trained on again, newest first; 0: none")
+    ratio: float = _key(1.0, "replayed rollouts for every fresh one")
+    sampling: str = _key("uniform", " | ".join(SELECTIONS))
+    max_staleness: int | None = _key(None, "rounds after which a rollout is not replayed any more; null: never too old")
+    correction: str = _key("token", "importance weights of replayed tokens: token | sequence (both truncated) | none")
+    importance_cap: float = _key(2.0, "largest importance weight")
+
+
+@dataclass
+class UpdateConfig:
+    """How many optimizer steps a round makes. With one, ratio and clipping cannot act."""
+
+    epochs: int = _key(1, "passes over the round's rollouts")
+    minibatches: int = _key(1, "parts of the round's rollouts, one optimizer step each")
+
+
+@dataclass
+class KLConfig:
+    """Where the KL to the initial model goes (its estimator and coefficient: objective.kl, objective.kl_coef)."""
+
+    where: str = _key("loss", "loss: a term of the objective | reward: subtracted from the rollout's reward")
+    target: float | None = _key(None, "adapt the coefficient to keep the KL here (nats a token); null: fixed")
+    horizon: int = _key(10000, "rollouts over which an adaptive coefficient moves (arXiv 1909.08593)")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters instead of full fine-tuning (bandit_rft[lora])."""
+
+    rank: int = _key(0, "rank of the adapters; 0: none, every weight is trained")
+    alpha: float = _key(16.0, "scale of the adapters, alpha / rank")
+    targets: list[str] = _key(["all-linear"], "names of the modules that get one; the head never does")
+    dropout: float = _key(0.0, "must be 0: with dropout the sampler and the trainer would be two policies")
 
 
 @dataclass
@@ -69,6 +118,8 @@ class RewardConfig:
     memory_mb: int = _key(2048, "memory a reward worker may use")
     workers: int = _key(1, "worker processes")
     on_error: str = _key("raise", "raise: stop the run; none: leave that rollout out and count it")
+    length_penalty: float = _key(0.0, "subtracted from the reward of a completion of max_completion_length tokens")
+    length_penalty_from: int = _key(0, "length from which the penalty grows, linearly (DAPO's overlong buffer)")
 
 
 @dataclass
@@ -93,7 +144,7 @@ class Config:
     task_options: dict[str, Any] = _key({}, "options of the task, e.g. --task_options.prompt_column text")
     output_dir: str = _key("", "the run folder; empty: runs/<task>")
     seed: int = _key(0, "seed of data order, sampling and evaluation")
-    max_rounds: int = _key(1000, "rounds of training, one update each")
+    max_rounds: int = _key(1000, "rounds of training")
     batch_size: int = _key(32, "queries a round")
     num_generations: int = _key(1, "rollouts a query")
     learning_rate: float = _key(1e-6, "constant learning rate of AdamW")
@@ -108,8 +159,17 @@ class Config:
     chat_template: str = _key(
         "auto", "auto: plain prompts to a chat model become user messages; never: sent as they are"
     )
+    max_generated_tokens: int | None = _key(
+        None, "stop after the round in which so many tokens were drawn; null: never"
+    )
+    max_seconds: float | None = _key(None, "stop after the round in which rounds took so long, evaluation not counted")
     advantage: str = _key("reward", " | ".join(ADVANTAGES))
+    advantage_options: dict[str, Any] = _key({}, "options of the advantage, e.g. --advantage_options.half_life 0.1")
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -151,6 +211,9 @@ PRESETS["minimal"] = {
 }
 PRESETS["demo"] = {**PRESETS["minimal"], **PRESETS["demo"]}
 
+#: Keys whose own keys are up to the task or the advantage.
+FREE = ("task_options", "advantage_options")
+
 #: What other trainers call a key of ours.
 KNOWN_AS = {
     "beta": "objective.kl_coef",
@@ -179,6 +242,14 @@ KNOWN_AS = {
     "reward_weights": "reward.weights",
     "resume_from_checkpoint": "resume",
     "logging_dir": "output_dir",
+    "num_iterations": "update.epochs",
+    "ppo_epochs": "update.epochs",
+    "num_mini_batches": "update.minibatches",
+    "mask_truncated_completions": "rollout.mask_truncated",
+    "target_kl": "kl.target",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "buffer_size": "replay.capacity",
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -188,6 +259,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reward.on_error": ("raise", "none"),
     "chat_template": ("auto", "never"),
     "dtype": ("float32", "bfloat16"),
+    "replay.sampling": tuple(SELECTIONS),
+    "replay.correction": ("token", "sequence", "none"),
+    "kl.where": ("loss", "reward"),
 }
 #: key -> (smallest, largest) value; an open end is None. Keys in POSITIVE exclude zero.
 RANGES: dict[str, tuple[float | None, float | None]] = {
@@ -201,10 +275,23 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "reward.memory_mb": (64, None), "reward.workers": (1, None), "evaluation.num_samples": (0, None),
     "evaluation.temperature": (0, None), "evaluation.max_queries": (1, None), "objective.clip_low": (0, 1),
     "objective.clip_high": (0, None), "objective.dual_clip": (1, None), "objective.importance_cap": (0, None),
-    "objective.kl_coef": (0, None), "objective.norm_length": (1, None),
+    "objective.kl_coef": (0, None), "objective.norm_length": (1, None), "max_generated_tokens": (1, None),
+    "max_seconds": (0, None), "rollout.keep": (0, None), "rollout.dynamic_sampling": (0, None),
+    "replay.window": (1, None), "replay.capacity": (0, None), "replay.ratio": (0, None),
+    "replay.max_staleness": (1, None), "replay.importance_cap": (0, None), "update.epochs": (1, None),
+    "update.minibatches": (1, None), "kl.target": (0, None), "kl.horizon": (1, None), "lora.rank": (0, None),
+    "lora.alpha": (0, None), "lora.dropout": (0, 1), "reward.length_penalty": (0, None),
+    "reward.length_penalty_from": (0, None),
 }  # fmt: skip
 POSITIVE = {"temperature", "evaluation.temperature", "rollout.top_p", "reward.timeout_s", "adam_epsilon"}
-POSITIVE |= {"objective.importance_cap"}
+POSITIVE |= {
+    "objective.importance_cap",
+    "replay.importance_cap",
+    "kl.target",
+    "max_seconds",
+    "lora.alpha",
+    "replay.ratio",
+}
 
 
 def build_config(
@@ -269,17 +356,86 @@ def check_config(config: Config) -> None:
         )
     if o.dual_clip is not None and (o.kind not in ("ppo", "gspo") or o.dual_clip <= 1):
         raise ConfigError("objective.dual_clip must be > 1 and applies to objective.kind ppo or gspo")
-    if config.advantage in NEEDS_GROUPS and config.num_generations < 2:
-        raise ConfigError(
-            f"advantage={config.advantage} compares the rollouts of one query: num_generations must be >= 2, got "
-            f"{config.num_generations} (advantage=reward or batch_mean work with one)"
-        )
+    _check_design(config)
     weights, functions = config.reward.weights, config.reward.functions
     if weights and functions and len(weights) != len(functions):
         raise ConfigError(f"reward.weights has {len(weights)} entries for {len(functions)} reward.functions")
     for tracker in config.report_to:
         if tracker not in ("tensorboard", "wandb", "trackio"):
             raise ConfigError(f"report_to knows tensorboard, wandb and trackio; got {tracker!r}")
+
+
+def _check_design(config: Config) -> None:
+    """Refuse design choices that contradict each other. What is merely questionable is explained by audit.py."""
+    o, n, advantage = config.objective, config.num_generations, ADVANTAGES[config.advantage]
+    if advantage.needs_groups and n < 2:
+        raise ConfigError(
+            f"advantage={config.advantage} compares the rollouts of one query: num_generations must be >= 2, got {n} "
+            "(advantage=reward, batch_mean or history_norm work with one)"
+        )
+    if unknown := set(config.advantage_options) - (set(advantage.options) - {"window"}):
+        known = ", ".join(set(advantage.options) - {"window"}) or "none"
+        name = sorted(unknown)[0]
+        hint = "; the window is replay.window" if name == "window" else ""
+        raise ConfigError(
+            f"advantage_options.{name} is no option of advantage={config.advantage} (it has: {known}){hint}"
+        )
+    if "window" in advantage.options and config.replay.window < n:
+        raise ConfigError(
+            f"replay.window={config.replay.window} forgets rollouts of its own round: num_generations={n}"
+        )
+    keep = config.rollout.keep
+    if keep and not 2 <= keep < n:
+        raise ConfigError(
+            f"rollout.keep={keep} chooses among a query's rollouts by their variance: it must be at least 2 and less "
+            f"than num_generations={n}"
+        )
+    if keep and advantage.trains_on_first:
+        raise ConfigError(
+            f"advantage={config.advantage} trains on one rollout of a query; rollout.keep has no meaning then"
+        )
+    if config.rollout.dynamic_sampling and n < 2:
+        raise ConfigError(
+            "rollout.dynamic_sampling replaces queries whose rollouts all earned the same; with num_generations=1 that "
+            "is every query"
+        )
+    if config.rollout.dynamic_sampling and advantage.memory is not None:
+        raise ConfigError(
+            f"advantage={config.advantage} learns from a group of equal rewards through the query's past; "
+            "rollout.dynamic_sampling would drop it"
+        )
+    if config.replay.capacity:
+        narrowed = config.rollout.top_k or config.rollout.top_p < 1 or config.rollout.min_p
+        if config.replay.correction != "none" and narrowed:
+            raise ConfigError(
+                f"replay.correction={config.replay.correction} needs the log-probabilities of the distribution that "
+                "was drawn from; with rollout.top_k, top_p or min_p those of the full softmax are kept. Use "
+                "replay.correction=none, or sample from the full softmax"
+            )
+        if config.replay.correction == "token" and o.kind == "gspo":
+            raise ConfigError(
+                "objective.kind=gspo has one ratio a sequence; replay.correction=token would weigh its tokens apart. "
+                "Use replay.correction=sequence"
+            )
+    steps, rollouts = config.update.minibatches, config.batch_size * (keep or n)
+    if steps > rollouts:
+        raise ConfigError(f"update.minibatches={steps} is more than the {rollouts} rollouts of a round")
+    if config.kl.where == "reward" and not o.kl_coef:
+        raise ConfigError("kl.where=reward needs objective.kl_coef > 0 and an estimator objective.kl")
+    if config.kl.target is not None and not o.kl_coef:
+        raise ConfigError("kl.target adapts objective.kl_coef: start it above 0 and choose objective.kl")
+    if config.reward.length_penalty_from and not config.reward.length_penalty:
+        raise ConfigError("reward.length_penalty_from has no effect without reward.length_penalty")
+    if config.reward.length_penalty_from >= config.max_completion_length:
+        raise ConfigError("reward.length_penalty_from must be less than max_completion_length")
+    if config.lora.dropout:
+        raise ConfigError("lora.dropout must be 0: the sampler and the trainer would be two different policies")
+
+
+def advantage_options(config: Config) -> dict[str, Any]:
+    """The options of the configured advantage, as compute_advantages takes them."""
+    window = {"window": config.replay.window} if "window" in ADVANTAGES[config.advantage].options else {}
+    return {**window, **config.advantage_options}
 
 
 def to_yaml(config: Config) -> str:
@@ -304,7 +460,7 @@ def _describe(node: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" != "task_options":
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in FREE:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -317,8 +473,8 @@ def _nearest(name: str, names: typing.Iterable[str]) -> str:
 
 def _set(config: Config, dotted: str, value: Any) -> None:
     head, _, rest = dotted.partition(".")
-    if head == "task_options" and rest:
-        config.task_options[rest] = yaml.safe_load(value) if isinstance(value, str) else value
+    if head in FREE and rest:
+        getattr(config, head)[rest] = yaml.safe_load(value) if isinstance(value, str) else value
         return
     node: Any = config
     *path, last = dotted.split(".")

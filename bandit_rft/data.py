@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.rewards import RewardResult, RewardRunner
@@ -96,13 +98,18 @@ def score(runner: RewardRunner, examples: Sequence[Example], texts: Sequence[str
     return runner.score([example.prompt for example in examples], completions, collate(examples))
 
 
-def batch_of_round(size: int, batch_size: int, round_index: int, seed: int) -> list[int]:
-    """Positions in a set of `size` that round 1, 2, ... trains on: shuffled epochs, the last partial batch dropped.
+def query_order(size: int, batch_size: int, seed: int, first: int, count: int) -> list[int]:
+    """Positions in a set of `size` that are trained on as number first, first + 1, ... (0 is the first of the run).
 
-    A pure function of the round: resuming needs no data state. Raises ValueError when a batch is more than there is.
+    Shuffled epochs, the last partial batch of each dropped. A pure function: all that has to be remembered is `first`.
+    Raises ValueError when a batch is more than there is.
     """
     if size < batch_size:
         raise ValueError(f"batch_size={batch_size} is more than the {size} training prompts")
-    epoch, batch = divmod(round_index - 1, size // batch_size)
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
-    return [int(i) for i in order[batch * batch_size : (batch + 1) * batch_size]]
+    length = size // batch_size * batch_size
+    return [int(_epoch(size, seed, i // length)[i % length]) for i in range(first, first + count)]
+
+
+@lru_cache(maxsize=2)
+def _epoch(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)

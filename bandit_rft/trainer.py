@@ -1,6 +1,7 @@
 """The training loop: draw, score, compare, update, log. `Trainer.train_round` is one round, top to bottom.
 
-What is not here: the rollout engine (rollout/), the loss and its gradients (ops/), advantages (advantages.py).
+What is not here: the rollout engine (rollout/), rewards to advantages (advantages.py), the optimizer steps (update.py),
+the loss and its gradients (ops/).
 """
 
 from __future__ import annotations
@@ -9,26 +10,45 @@ import fcntl
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from bandit_rft import ops
-from bandit_rft.advantages import compute_advantages
-from bandit_rft.checkpoint import CheckpointError, latest_checkpoint, load_optimizer, read_state, save_checkpoint
-from bandit_rft.config import Config, ConfigError, check_config, to_yaml
-from bandit_rft.data import PromptSet, batch_of_round, completion_texts, prompt_text, score
+from bandit_rft.advantages import ADVANTAGES, compute_advantages
+from bandit_rft.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_arrays,
+    load_optimizer,
+    read_state,
+    save_checkpoint,
+)
+from bandit_rft.config import Config, ConfigError, advantage_options, check_config, to_yaml
+from bandit_rft.data import PromptSet, completion_texts, prompt_text, query_order, score
+from bandit_rft.draws import Draw, constant_groups, join, join_rollouts, most_varied, replayed_rollouts
 from bandit_rft.evaluate import answer_text, evaluate
+from bandit_rft.history import ValueTracker
 from bandit_rft.metrics import Metrics, MetricsLog, Stopwatch, open_trackers, read_metrics, write_parquet
+from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.policy import Policy
-from bandit_rft.rewards import RewardResult, RewardRunner
+from bandit_rft.replay import LastAnswers, TrajectoryReplay, staleness_metrics
+from bandit_rft.rewards import RewardRunner
 from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
 from bandit_rft.tasks import Task, load_task
+from bandit_rft.update import (
+    PolicyUpdater,
+    TrainingBatch,
+    Update,
+    effective_sample_size,
+    importance_weights,
+    score_rollouts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +57,7 @@ TRAINING_STREAM = 0
 MAY_CHANGE = {
     "output_dir", "max_rounds", "save_steps", "save_total_limit", "eval_steps", "log_rollouts_steps", "resume",
     "report_to", "device", "preset", "data_path", "model_name_or_path", "rollout.batch_size", "reward.timeout_s",
-    "reward.memory_mb", "reward.workers", "evaluation", "tokens_per_microbatch",
+    "reward.memory_mb", "reward.workers", "evaluation", "tokens_per_microbatch", "max_generated_tokens", "max_seconds",
 }  # fmt: skip
 
 
@@ -65,19 +85,6 @@ class _Silent:
         pass
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer step did."""
-
-    loss: float
-    grad_norm: float
-    kl: float | None  # k3 estimate against the initial model, None without a KL term
-    tokens_trained: int
-    tokens_skipped: int
-    tokens_scored: int  # by the reference model
-    logprob_differences: Tensor  # |sampler - trainer| of every token computed, float32 on the host
-
-
 class Trainer:
     """One training run in one folder.
 
@@ -98,10 +105,17 @@ class Trainer:
         check_config(config) if policy is None and task is None else None
         self.config: Config = config
         self.listener: Listener = listener or _Silent()
-        self.objective = ops.PolicyObjective(**asdict(config.objective))
         self.folder = Path(config.output_dir)
         self.stop_requested = False
         self.round = 0
+        self.position = 0  # in the order of queries
+        self.generated_tokens = 0
+        self.seconds = 0.0  # of rounds, evaluation not counted
+        self.kl_coef = config.objective.kl_coef
+        self.advantage = ADVANTAGES[config.advantage]
+        self.memory = self.advantage.make_memory(advantage_options(config))
+        self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
+        self.answers = LastAnswers() if isinstance(self.memory, ValueTracker) else None
         self._saving: Metrics = {}
         self.report: Path | None = None
         options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
@@ -113,115 +127,223 @@ class Trainer:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to max_rounds (or until `stop_requested`); returns the lines of metrics.jsonl."""
+        """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
         with ExitStack() as stack:
             stack.enter_context(self._lock_folder())
             self._start(stack)
             self.listener.started(self)
             if self.round == 0 and not read_metrics(self.folder):
                 self._finish_round(Stopwatch(), {"round": 0})
-            while self.round < self.config.max_rounds and not self.stop_requested:
+            while not self.finished and not self.stop_requested:
                 self.train_round()
             if self._saved_round != self.round:
                 self._save()
         self.report = self._write_report()
         return read_metrics(self.folder)
 
-    def train_round(self) -> None:
-        """One round: rollouts, rewards, advantages, one update; then what is measured and saved."""
-        config, clock = self.config, Stopwatch()
-        number = self.round + 1
-        batch = batch_of_round(len(self.train_prompts), config.batch_size, number, config.seed)
-        prompts = [self.train_prompts.tokens[i] for i in batch]
-        rows = [i for i in batch for _ in range(config.num_generations)]  # one a rollout, as everything below
-        queries = np.array([self.train_prompts.indices[i] for i in rows])
-        attempts = np.tile(np.arange(config.num_generations), len(batch))
-        examples = [self.train_prompts.examples[i] for i in rows]
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up: rounds, or generated tokens, or seconds, whichever comes first."""
+        tokens, seconds = self.config.max_generated_tokens, self.config.max_seconds
+        return (
+            self.round >= self.config.max_rounds
+            or (tokens is not None and self.generated_tokens >= tokens)
+            or (seconds is not None and self.seconds >= seconds)
+        )
 
+    def train_round(self) -> None:
+        """One round: rollouts, rewards, advantages, the update; then what is measured and saved."""
+        clock, number = Stopwatch(), self.round + 1
+        draw, usable = self.draw(number, clock)
+        with clock.phase("update"):
+            self.listener.phase("update")
+            rewards, shaping = self.shape_rewards(draw)
+            advantages, counted = self.compare(draw, rewards, usable)
+            batch, replayed = self.with_replay(draw, advantages, counted, number)
+            update = self.updater(batch, number)
+            self._adapt_kl(shaping.get("kl", update.kl), len(draw))
+        self.round = number
+        self.generated_tokens += sum(draw.rollouts.lengths)
+        metrics = {
+            "round": number, **_reward_metrics(draw), **_rollout_metrics(draw.rollouts), **_update_metrics(update),
+            **shaping, **replayed, "learning_rate": self.optimizer.learning_rate,
+        }  # fmt: skip
+        metrics["tokens/scored"] = update.tokens_scored + self._tokens_scored
+        if self.config.rollout.dynamic_sampling:
+            metrics |= {"rollout/queries": len(set(draw.queries)), "rollout/dropped": len(set(draw.queries[~usable]))}
+        if self.config.log_rollouts_steps and number % self.config.log_rollouts_steps == 0:
+            self._log_rollouts(draw, advantages)
+        self._finish_round(clock, metrics)
+
+    def draw(self, number: int, clock: Stopwatch) -> tuple[Draw, NDArray[np.bool_]]:
+        """Rollouts of the next batch_size queries with their rewards, and which of them may be trained on, bool [B].
+
+        With dynamic sampling, queries whose rollouts all earned the same are replaced by the ones that come next.
+        """
+        config, draws, taken, missing = self.config, [], set[int](), self.config.batch_size
+        usable: list[NDArray[np.bool_]] = []
+        for _ in range(1 + config.rollout.dynamic_sampling):
+            queries = self._next_queries(missing, taken)
+            if not queries:
+                break
+            draws.append(self._draw_queries(queries, number, clock))
+            constant = constant_groups(draws[-1]) if config.rollout.dynamic_sampling else set()
+            usable.append(np.array([query not in constant for query in draws[-1].queries.tolist()]))
+            missing -= len(queries) - len(constant)
+        return join(draws), np.concatenate(usable)
+
+    def shape_rewards(self, draw: Draw) -> tuple[NDArray[np.float64], Metrics]:
+        """Rewards [B], less the length penalty and the KL to the initial model where chosen; what these came to."""
+        config, rollouts, rewards, metrics = self.config, draw.rollouts, draw.totals, Metrics()
+        self._tokens_scored = 0
+        if config.reward.length_penalty:
+            first = config.reward.length_penalty_from
+            excess = (np.array(rollouts.lengths) - first) / (config.max_completion_length - first)
+            rewards = rewards - config.reward.length_penalty * excess.clip(0, 1)
+        if self.kl_reference is not None:
+            rows = range(len(draw))
+            reference = self._score(self.kl_reference, rollouts, rows)
+            logprobs = [rollouts.logprobs[rollouts.slice_of(i)] for i in rows]
+            pairs = list(zip(logprobs, reference, strict=True))
+            estimates = [float(kl_estimate(config.objective.kl, *pair).sum()) for pair in pairs]  # type: ignore[arg-type]
+            rewards = rewards - self.kl_coef * np.array(estimates)
+            metrics["kl"] = float(torch.cat([kl_estimate("k3", *pair) for pair in pairs]).mean())
+        if config.reward.length_penalty or self.kl_reference is not None:
+            metrics["reward/shaped"] = float(rewards[draw.scored].mean()) if draw.scored.any() else None
+        return rewards, metrics
+
+    def compare(
+        self, draw: Draw, rewards: NDArray[np.float64], usable: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Advantages [B], and which rollouts are trained on [B]; the others count in no sum and no normalizer."""
+        config, counted = self.config, usable & draw.scored
+        if config.rollout.keep:
+            counted[counted] = most_varied(rewards[counted], draw.queries[counted], config.rollout.keep)
+        if self.answers is not None:
+            self._measure_movement(draw.queries[counted])
+        advantages = np.zeros(len(draw), dtype=np.float32)
+        advantages[counted] = compute_advantages(
+            config.advantage, rewards[counted], draw.queries[counted], self.memory, advantage_options(config)
+        )
+        if self.answers is not None:
+            first = np.flatnonzero(counted & (draw.attempts == 0))
+            self.answers.add(draw.trajectories(advantages, first.tolist(), self.round + 1))
+        if self.advantage.trains_on_first:
+            counted &= draw.attempts == 0
+        if config.rollout.mask_truncated:
+            counted &= ~np.array(draw.rollouts.truncated)
+        advantages[~counted] = 0
+        return advantages, counted
+
+    def with_replay(
+        self, draw: Draw, advantages: NDArray[np.float32], counted: NDArray[np.bool_], number: int
+    ) -> tuple[TrainingBatch, Metrics]:
+        """The round's rollouts, and old ones with importance weights where replay is on; what was replayed."""
+        batch, r = TrainingBatch(draw.rollouts, advantages, counted, fresh=len(draw)), self.config.replay
+        if self.replay is None:
+            return batch, {}
+        old, young = self.replay.draw(
+            round(r.ratio * int(counted.sum())), sampling=r.sampling, now=number, max_staleness=r.max_staleness,
+            seed=self.config.seed,
+        )  # fmt: skip
+        self.replay.add(draw.trajectories(advantages, np.flatnonzero(counted).tolist(), number))
+        metrics: Metrics = {
+            "replay/rollouts": len(old),
+            "replay/kept_fraction": young,
+            **staleness_metrics(old, number),
+        }
+        if not old:
+            return batch, metrics
+        rollouts, of_old = replayed_rollouts(old, self.policy.device), np.array([t.advantage for t in old], np.float32)
+        importance = None
+        if r.correction != "none":
+            rollouts, importance, weights = self._weigh(rollouts, of_old)
+            importance = torch.cat([torch.ones_like(draw.rollouts.logprobs), importance])
+            metrics |= weights
+        joined = TrainingBatch(
+            join_rollouts([draw.rollouts, rollouts]), np.concatenate([advantages, of_old]),
+            np.concatenate([counted, np.ones(len(old), dtype=bool)]), fresh=len(draw), importance=importance,
+            off_policy=r.correction == "none",
+        )  # fmt: skip
+        return joined, metrics
+
+    # --- parts of a round ---------------------------------------------------------------------------------------------
+
+    def _next_queries(self, count: int, taken: set[int]) -> list[int]:
+        """The next positions in the training prompts that this round has not taken yet; fewer when none is left."""
+        size, config, queries = len(self.train_prompts), self.config, list[int]()
+        while len(queries) < count and len(taken) < size // config.batch_size * config.batch_size:
+            (position,) = query_order(size, config.batch_size, config.seed, self.position, 1)
+            self.position += 1
+            if position not in taken:
+                taken.add(position)
+                queries.append(position)
+        return queries
+
+    def _draw_queries(self, positions: Sequence[int], number: int, clock: Stopwatch) -> Draw:
+        prompts, n = self.train_prompts, self.config.num_generations
+        rows = [i for i in positions for _ in range(n)]  # one a rollout, as everything below
+        queries = np.array([prompts.indices[i] for i in rows])
+        attempts = np.tile(np.arange(n), len(positions))
+        examples = [prompts.examples[i] for i in rows]
         with clock.phase("rollout"):
             self.listener.phase("rollout")
-            ids = sequence_ids(TRAINING_STREAM, number, queries, attempts)
             rollouts = self.engine.generate(
-                prompts, ids, seed=config.seed, sampling=self.sampling, n=config.num_generations
-            )
+                [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
+                seed=self.config.seed, sampling=self.sampling, n=n,
+            )  # fmt: skip
             texts = completion_texts(rollouts.token_lists(), self.policy.tokenizer, self.policy.stop_tokens)  # type: ignore[arg-type]
         with clock.phase("reward"):
             self.listener.phase("reward")
             rewards = score(self.scorer, examples, texts)
-            scored = np.array([total is not None for total in rewards.total])
-            totals = np.array([np.nan if total is None else total for total in rewards.total])
-        with clock.phase("update"):
-            self.listener.phase("update")
-            advantages = np.zeros(len(rollouts), dtype=np.float32)
-            advantages[scored] = compute_advantages(config.advantage, totals[scored], queries[scored])
-            update = self.update(rollouts, advantages, scored)
-        self.round = number
-        metrics = {
-            "round": number, **_reward_metrics(rewards, totals[scored], queries[scored]), **_rollout_metrics(rollouts),
-            **_update_metrics(update), "learning_rate": self.optimizer.learning_rate,
-        }  # fmt: skip
-        if config.log_rollouts_steps and number % config.log_rollouts_steps == 0:
-            self._log_rollouts(rollouts, examples, queries, attempts, texts, rewards, advantages)
-        self._finish_round(clock, metrics)
+        return Draw(queries, attempts, examples, rollouts, texts, rewards)
 
-    def update(self, rollouts: Rollouts, advantages: np.ndarray, scored: np.ndarray) -> Update:
-        """One optimizer step on B rollouts; advantages float32 [B], scored bool [B] (False: as if never drawn).
+    def _weigh(self, rollouts: Rollouts, advantages: NDArray[np.float32]) -> tuple[Rollouts, torch.Tensor, Metrics]:
+        """Replayed rollouts with today's log-probabilities, their truncated importance weights [N], and how these look.
 
-        A rollout of advantage zero has no gradient unless the KL or entropy term makes it count: it is dropped before
-        the forward pass, but stays in the normalizer. So the step is the same, only cheaper.
+        An objective's ratio then starts from today's policy, whatever policy drew the rollout (decoupled PPO,
+        arXiv 2110.00641). Rollouts without a gradient are not scored and weigh 1.
         """
-        lengths = np.asarray(rollouts.lengths)
-        counts = scored & (self.objective.every_token_counts | (advantages != 0))
-        normalizer = lengths[scored].sum() if self.objective.aggregation == "token-mean" else scored.sum()
-        # Lengths side by side keep attention's layout tight; which micro-batch a rollout is in changes no gradient.
-        order = sorted(np.flatnonzero(counts).tolist(), key=lambda i: -(len(rollouts.prompts[i]) + lengths[i]))
-        losses, kls, differences = [], [], []
-        for micro in micro_batches(order, rollouts, self.config.tokens_per_microbatch):
-            result, behavior = self._forward_backward(micro, rollouts, advantages, float(max(normalizer, 1)))
-            losses.append(result.loss.detach())
-            kls.append(result.stats["kl_k3"] * result.stats["tokens_computed"])
-            differences.append((result.logprobs - behavior).abs())
-        loss = float(torch.stack(losses).sum()) if losses else 0.0
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in round {self.round + 1}: the update was not applied")
-        difference = torch.cat(differences).float().cpu() if differences else torch.zeros(0)
-        trained = int(lengths[counts].sum())
-        kl = float(torch.stack(kls).sum()) / max(trained, 1) if self.reference is not None and kls else None
-        return Update(
-            loss=loss,
-            grad_norm=float(self.optimizer.step()),
-            kl=kl,
-            tokens_trained=trained,
-            tokens_skipped=int(lengths.sum()) - trained,
-            tokens_scored=trained if self.reference is not None else 0,
-            logprob_differences=difference[~difference.isnan()],
-        )
+        every, r = self.updater.objective.every_token_counts, self.config.replay
+        rows = [i for i in range(len(rollouts)) if every or advantages[i] != 0]
+        today, logprobs = self._score(self.policy, rollouts, rows), rollouts.logprobs.clone()
+        spans = [rollouts.slice_of(i) for i in rows]
+        ratios = [now - logprobs[span] for span, now in zip(spans, today, strict=True)]
+        weights, truncated = importance_weights(ratios, r.correction, r.importance_cap)
+        importance = torch.ones_like(logprobs)
+        for span, now, weight in zip(spans, today, weights, strict=True):
+            logprobs[span], importance[span] = now, weight
+        metrics: Metrics = {
+            "replay/truncated_fraction": truncated,
+            "replay/effective_sample_size": effective_sample_size(torch.cat(weights)) if weights else None,
+        }
+        return replace(rollouts, logprobs=logprobs), importance, metrics
 
-    def _forward_backward(
-        self, micro: Sequence[int], rollouts: Rollouts, advantages: np.ndarray, normalizer: float
-    ) -> tuple[ops.PolicyLoss, Tensor]:
-        """Add the gradient of some rollouts to the buffers; the loss, and the behavior log-probabilities [N]."""
-        policy, device = self.policy, self.policy.device
-        pack = pack_for_training(micro, rollouts, device)
-        hidden = policy.hidden_states(pack.input_ids, pack.lengths).index_select(0, pack.predicting)
-        reference_logprobs: Any = None
-        if self.reference is not None:
-            with torch.no_grad():
-                states = self.reference.hidden_states(pack.input_ids, pack.lengths).index_select(0, pack.predicting)
-                reference_logprobs = ops.linear_logprobs(
-                    states, self.reference.weight, pack.targets,
-                    temperature=self.config.temperature, **self.reference.head_options,
-                )  # fmt: skip
-        # With one update a round the sampler's policy is this policy: the ratio is 1 by definition, not by rounding.
-        corrects = self.objective.kind == "importance"
-        result = ops.linear_policy_loss(
-            hidden, policy.weight, pack.targets, torch.from_numpy(advantages[list(micro)]).to(device), pack.cu_seqlens,
-            objective=self.objective, behavior_logprobs=pack.behavior_logprobs if corrects else None,
-            reference_logprobs=reference_logprobs, temperature=self.config.temperature, normalizer=normalizer,
-            weight_grad=self.optimizer.grad_buffer(policy.weight), **policy.head_options,
+    def _score(self, policy: Policy, rollouts: Rollouts, rows: Sequence[int]) -> list[torch.Tensor]:
+        self._tokens_scored += sum(rollouts.lengths[i] for i in rows)
+        return score_rollouts(
+            policy, rollouts, rows,
+            temperature=self.config.temperature, tokens_per_microbatch=self.config.tokens_per_microbatch,
         )  # fmt: skip
-        result.loss.backward()
-        return result, pack.behavior_logprobs
+
+    def _measure_movement(self, queries: NDArray[np.int64]) -> None:
+        """Tell the value tracker how far the policy moved since it last answered each query (k3 on that answer)."""
+        assert self.answers is not None and isinstance(self.memory, ValueTracker)
+        if last := self.answers.of(queries.tolist()):
+            rollouts = replayed_rollouts(last, self.policy.device)
+            today = self._score(self.policy, rollouts, range(len(last)))
+            for i, (trajectory, now) in enumerate(zip(last, today, strict=True)):
+                kl = kl_estimate("k3", rollouts.logprobs[rollouts.slice_of(i)], now).mean()
+                self.memory.movement[trajectory.query] = float(kl)
+
+    def _adapt_kl(self, kl: float | int | None, rollouts: int) -> None:
+        """Move the KL coefficient towards its target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
+        target, horizon = self.config.kl.target, self.config.kl.horizon
+        if target is not None and kl is not None:
+            error = float(np.clip(kl / target - 1, -0.2, 0.2))
+            self.kl_coef *= 1 + error * rollouts / horizon
+            if self.config.kl.where == "loss":
+                self.updater.objective = replace(self.updater.objective, kl_coef=self.kl_coef)
 
     # --- starting, measuring, saving ----------------------------------------------------------------------------------
 
@@ -240,12 +362,10 @@ class Trainer:
         if found is not None:
             path, state = found
             load_optimizer(path, self.optimizer)
-            self.round = self._saved_round = state["round"]
+            self._restore(path, state)
             logger.info("continuing from %s", path)
-        self.reference: Policy | None = None
-        if self.objective.kl_coef:
-            self.reference = load_policy(config.model_name_or_path, config)
-            self.reference.model.requires_grad_(False)
+        self.kl_reference: Policy | None = None  # scored for a KL in the reward
+        self.updater = self._make_updater()
         check_lengths(self.policy, config)
         self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
         self.engine = RolloutEngine(
@@ -260,7 +380,8 @@ class Trainer:
                 "nothing; use chat_template=auto unless you know better."
             )
         self.train_prompts = self._prompts("train")
-        batch_of_round(len(self.train_prompts), config.batch_size, 1, config.seed)  # refuses a batch too large, now
+        query_order(len(self.train_prompts), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
+        self._explain_history()
         limit = config.evaluation.max_queries
         names = config.evaluation.splits or list(self.task.splits)
         if missing := [name for name in names if name not in self.task.splits]:
@@ -275,6 +396,55 @@ class Trainer:
             trackers=open_trackers(config.report_to, self.folder, asdict(config)),
         )  # fmt: skip
         stack.callback(self.log.close)
+
+    def _make_updater(self) -> PolicyUpdater:
+        config = self.config
+        objective, reference = ops.PolicyObjective(**asdict(config.objective)), None
+        if config.objective.kl_coef:
+            reference = load_policy(config.model_name_or_path, config)
+            reference.model.requires_grad_(False)
+            if config.kl.where == "reward":
+                self.kl_reference, reference = reference, None
+                objective = replace(objective, kl="none", kl_coef=0.0)
+            else:
+                objective = replace(objective, kl_coef=self.kl_coef)
+        return PolicyUpdater(
+            self.policy, self.optimizer, objective, reference=reference, temperature=config.temperature,
+            tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
+            minibatches=config.update.minibatches, seed=config.seed,
+        )  # fmt: skip
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Take up the counters and what is remembered of earlier rounds."""
+        self.round = self._saved_round = state["round"]
+        self.position, self.kl_coef = state["position"], state["kl_coef"]
+        self.generated_tokens, self.seconds = state["generated_tokens"], state["seconds"]
+        arrays = load_arrays(path)
+        for name, part in self._remembering().items():
+            prefix = f"{name}|"
+            part.restore({key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)})
+
+    def _remembering(self) -> dict[str, Any]:
+        """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
+        parts = {"history": self.memory, "replay": self.replay, "answers": self.answers}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _explain_history(self) -> None:
+        """Say so, before anything runs, when a query's past can never be compared with."""
+        if self.memory is None:
+            return
+        prompts = [prompt_text(example.prompt) for example in self.train_prompts.examples]
+        if repeated := len(prompts) - len(set(prompts)):
+            logger.warning(
+                "advantage=%s: %d training prompts are repeated; each repetition keeps a past of its own",
+                self.config.advantage, repeated,
+            )  # fmt: skip
+        epochs = self.config.max_rounds * self.config.batch_size / max(len(prompts), 1)
+        if epochs <= 1:
+            logger.warning(
+                "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
+                self.config.advantage, len(prompts), self.config.max_rounds, self.config.batch_size,
+            )  # fmt: skip
 
     def _prompts(self, split: str, limit: int | None = None) -> PromptSet:
         assert self.policy.tokenizer is not None
@@ -314,8 +484,9 @@ class Trainer:
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
         config, number = self.config, self.round
-        last = number == config.max_rounds or self.stop_requested
-        if number == 0 or number == config.max_rounds or (config.eval_steps and number % config.eval_steps == 0):
+        self.seconds += float(clock.metrics()["seconds/round"] or 0.0) if number else 0.0
+        last = self.finished or self.stop_requested
+        if number == 0 or self.finished or (config.eval_steps and number % config.eval_steps == 0):
             with clock.phase("evaluate"):
                 self.listener.phase("evaluate")
                 metrics |= self.evaluate()
@@ -343,29 +514,33 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.sync()
-        state = {"config": asdict(self.config), "torch": torch.__version__}
+        state = {
+            "config": asdict(self.config), "torch": torch.__version__, "position": self.position,
+            "kl_coef": self.kl_coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+        }  # fmt: skip
+        arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock, checkpoints = Stopwatch(), self.folder / "checkpoints"
         with clock.phase("checkpoint"):
-            save_checkpoint(checkpoints, self.round, self.policy, self.optimizer, state, self.config.save_total_limit)
+            save_checkpoint(
+                checkpoints, self.round, self.policy, self.optimizer, state, arrays, self.config.save_total_limit
+            )
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self._saved_round = self.round
 
-    def _log_rollouts(
-        self, rollouts: Rollouts, examples: Sequence[Any], queries: np.ndarray, attempts: np.ndarray,
-        texts: list[str], rewards: RewardResult, advantages: np.ndarray,
-    ) -> None:  # fmt: skip
+    def _log_rollouts(self, draw: Draw, advantages: NDArray[np.float32]) -> None:
+        rollouts = draw.rollouts
         spans = [rollouts.slice_of(i) for i in range(len(rollouts))]
         logprobs, entropy = rollouts.logprobs.cpu().numpy(), rollouts.entropy.cpu().numpy()
         write_parquet(
             self.folder / "rollouts" / f"round-{self.round:06d}.parquet",
             {
                 "round": ("int32", [self.round] * len(rollouts)),
-                "query": ("int64", queries.tolist()),
-                "rollout": ("int32", attempts.tolist()),
-                "prompt": ("string", [prompt_text(example.prompt) for example in examples]),
-                "completion": ("string", texts),
-                "answer": ("string", [answer_text(example) for example in examples]),
-                "reward": ("float64", rewards.total),
+                "query": ("int64", draw.queries.tolist()),
+                "rollout": ("int32", draw.attempts.tolist()),
+                "prompt": ("string", [prompt_text(example.prompt) for example in draw.examples]),
+                "completion": ("string", draw.texts),
+                "answer": ("string", [answer_text(example) for example in draw.examples]),
+                "reward": ("float64", draw.rewards.total),
                 "advantage": ("float32", advantages.tolist()),
                 "token_ids": ("list<int32>", rollouts.token_lists()),
                 "logprobs": ("list<float32>", [logprobs[span] for span in spans]),
@@ -384,54 +559,7 @@ class Trainer:
             return None
 
 
-# --- parts of a round -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Some rollouts laid out for the update: T input tokens, N completion tokens, B sequences."""
-
-    input_ids: Tensor  # int64 [T]; the last completion token predicts nothing and is left out
-    lengths: list[int]  # of the B sequences in input_ids
-    predicting: Tensor  # int64 [N], the rows of input_ids whose hidden state predicts a completion token
-    targets: Tensor  # int64 [N]
-    cu_seqlens: Tensor  # int32 [B + 1], in N
-    behavior_logprobs: Tensor  # float32 [N]
-
-
-def pack_for_training(rows: Sequence[int], rollouts: Rollouts, device: torch.device) -> Pack:
-    """Lay out rollouts `rows` one after another, without padding."""
-    spans = [rollouts.slice_of(i) for i in rows]
-    prompts = [rollouts.prompts[i] for i in rows]
-    completions = [rollouts.lengths[i] for i in rows]
-    lengths = [len(prompt) + n - 1 for prompt, n in zip(prompts, completions, strict=True)]
-    host = torch.empty(sum(lengths), dtype=torch.int64)
-    tokens = rollouts.tokens.cpu()
-    predicting, start = [], 0
-    for prompt, span, length in zip(prompts, spans, lengths, strict=True):
-        host[start : start + len(prompt)] = torch.tensor(prompt)
-        host[start + len(prompt) : start + length] = tokens[span][:-1]
-        predicting.append(torch.arange(start + len(prompt) - 1, start + length))
-        start += length
-    cu_seqlens = torch.tensor([0, *np.cumsum(completions)], dtype=torch.int32)
-    return Pack(
-        host.to(device), lengths, torch.cat(predicting).to(device), torch.cat([rollouts.tokens[s] for s in spans]),
-        cu_seqlens.to(device), torch.cat([rollouts.logprobs[s] for s in spans]),
-    )  # fmt: skip
-
-
-def micro_batches(rows: Sequence[int], rollouts: Rollouts, token_limit: int) -> list[list[int]]:
-    """Split rows, in order, into runs of at most token_limit tokens (a longer rollout is alone)."""
-    batches: list[list[int]] = []
-    used = 0
-    for row in rows:
-        tokens = len(rollouts.prompts[row]) + rollouts.lengths[row]
-        if not batches or used + tokens > token_limit:
-            batches.append([])
-            used = 0
-        batches[-1].append(row)
-        used += tokens
-    return batches
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_policy(name_or_path: str, config: Config) -> Policy:
@@ -461,7 +589,8 @@ def check_lengths(policy: Policy, config: Config) -> None:
         )
 
 
-def _reward_metrics(rewards: RewardResult, totals: np.ndarray, queries: np.ndarray) -> Metrics:
+def _reward_metrics(draw: Draw) -> Metrics:
+    totals, queries, rewards = draw.totals[draw.scored], draw.queries[draw.scored], draw.rewards
     metrics: Metrics = {
         "reward": float(totals.mean()) if len(totals) else None,
         "reward_std": float(totals.std()) if len(totals) else None,
@@ -471,8 +600,7 @@ def _reward_metrics(rewards: RewardResult, totals: np.ndarray, queries: np.ndarr
         known = [value for value in values if value is not None]
         metrics[f"rewards/{name}"] = float(np.mean(known)) if known else None
     if len(queries) > len(np.unique(queries)):
-        groups = [totals[queries == query] for query in np.unique(queries)]
-        metrics["frac_reward_zero_std"] = float(np.mean([(group == group[0]).all() for group in groups]))
+        metrics["frac_reward_zero_std"] = len(constant_groups(draw)) / len(np.unique(draw.queries))
     return metrics
 
 
@@ -486,8 +614,8 @@ def _rollout_metrics(rollouts: Rollouts) -> Metrics:
 
 
 def _update_metrics(update: Update) -> Metrics:
-    d = update.logprob_differences
-    return {
+    d, metrics = update.logprob_differences, Metrics()
+    metrics |= {
         "loss": update.loss,
         "kl": update.kl,
         "grad_norm": update.grad_norm,
@@ -495,8 +623,13 @@ def _update_metrics(update: Update) -> Metrics:
         "sampler_trainer_logprob_diff/max": float(d.max()) if len(d) else None,
         "tokens/trained": update.tokens_trained,
         "tokens/skipped": update.tokens_skipped,
-        "tokens/scored": update.tokens_scored,
     }
+    if update.off_policy:
+        names = {"ratio/mean": "ratio_mean"} | {
+            f"clip_ratio/{k}": f"clip_fraction_{k}" for k in ("low", "high", "dual")
+        }
+        metrics |= {name: update.statistics.get(key) for name, key in names.items()}
+    return metrics
 
 
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -520,4 +653,4 @@ def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], path: Path) -
         )
 
 
-__all__ = ["CheckpointError", "Listener", "Trainer", "Update", "load_policy", "make_scorer", "micro_batches"]
+__all__ = ["CheckpointError", "Listener", "Trainer", "load_policy", "make_scorer"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from bandit_rft import ops
 from bandit_rft.policy import Policy
 from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids, trace
-from bandit_rft.trainer import pack_for_training
+from bandit_rft.update import pack_for_training
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from tiny_models import character_tokenizer, save_tiny_llama, sums, tiny_llama
 from tiny_rewards import everything, mentions_answer, none_for_some, nothing, starts_with_vowel
 from transformers import AutoModelForCausalLM
 
-from bandit_rft.advantages import ADVANTAGES, NEEDS_GROUPS, compute_advantages, register
+from bandit_rft.advantages import ADVANTAGES, register
 from bandit_rft.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import Config, ConfigError, build_config
-from bandit_rft.data import PromptSet, batch_of_round, completion_texts, prompt_tokens
+from bandit_rft.data import PromptSet, completion_texts, prompt_tokens, query_order
 from bandit_rft.evaluate import best_of_k
 from bandit_rft.metrics import MetricsLog, read_metrics
+from bandit_rft.ops import PolicyObjective
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.policy import Policy
 from bandit_rft.rollout import Rollouts
 from bandit_rft.tasks import Example, Task
-from bandit_rft.trainer import Trainer, Update, micro_batches, pack_for_training
+from bandit_rft.trainer import Trainer
+from bandit_rft.update import PolicyUpdater, TrainingBatch, Update, micro_batches, pack_for_training
 
 DIFFERENT_EACH_TIME = ("seconds/",)
 
@@ -79,24 +81,25 @@ def gradient(
     config: Config, rollouts: Rollouts, advantages: Any, scored: Any = None
 ) -> tuple[dict[str, torch.Tensor], Update]:
     """The gradient the trainer hands to AdamW, before clipping."""
-    trainer = Trainer(config, policy=Policy(tiny_llama(), character_tokenizer()), task=sums())
-    trainer.policy = trainer._given_policy  # type: ignore[assignment]
-    trainer.optimizer = PolicyOptimizer(trainer.policy.named_parameters(), learning_rate=0.0)
-    trainer.reference = None
-    if config.objective.kl_coef:
-        trainer.reference = Policy(tiny_llama(seed=5))
+    policy = Policy(tiny_llama(), character_tokenizer())
+    optimizer = PolicyOptimizer(policy.named_parameters(), learning_rate=0.0)
+    updater = PolicyUpdater(
+        policy, optimizer, PolicyObjective(**asdict(config.objective)),
+        reference=Policy(tiny_llama(seed=5)) if config.objective.kl_coef else None,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+    )  # fmt: skip
     caught: dict[str, torch.Tensor] = {}
-    step = trainer.optimizer.step
+    step = optimizer.step
 
     def catch() -> torch.Tensor:
-        for name, master in zip(trainer.optimizer.names, trainer.optimizer.masters, strict=True):
+        for name, master in zip(optimizer.names, optimizer.masters, strict=True):
             caught[name] = master.grad.clone()  # type: ignore[union-attr]
         return step()
 
-    trainer.optimizer.step = catch  # type: ignore[method-assign]
-    keep = np.ones(len(rollouts), dtype=bool) if scored is None else np.asarray(scored)
-    update = trainer.update(rollouts, np.asarray(advantages, dtype=np.float32), keep)
-    return caught, update
+    optimizer.step = catch  # type: ignore[method-assign]
+    counted = np.ones(len(rollouts), dtype=bool) if scored is None else np.asarray(scored)
+    batch = TrainingBatch(rollouts, np.asarray(advantages, dtype=np.float32), counted, fresh=len(rollouts))
+    return caught, updater(batch, 1)
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -406,46 +409,10 @@ def test_too_long_is_refused_before_training(configure: Callable[..., Config]) -
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_advantages() -> None:
-    rewards, groups = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0, 0, 0, 1, 1, 1]
-    assert compute_advantages("reward", rewards, groups).tolist() == rewards
-    r = np.array(rewards)
-    np.testing.assert_allclose(compute_advantages("batch_mean", rewards, groups), r - 0.5, atol=1e-7)
-    np.testing.assert_allclose(
-        compute_advantages("batch_norm", rewards, groups), (r - 0.5) / (r.std(ddof=1) + 1e-6), atol=1e-6
-    )
-    mean = np.array([2 / 3] * 3 + [1 / 3] * 3)
-    np.testing.assert_allclose(compute_advantages("group_mean", rewards, groups), r - mean, atol=1e-7)
-    np.testing.assert_allclose(
-        compute_advantages("group_norm", rewards, groups), (r - mean) / (np.std([1, 0, 1], ddof=1) + 1e-6), atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"reward"}))
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-12, 7.7e8])
-def test_constant_groups_have_advantage_exactly_zero(name: str, value: float) -> None:
-    """The mean of equal floats may differ from them in the last bit; dividing that by 1e-6 is not an advantage."""
-    advantages = compute_advantages(name, [value] * 7, [0] * 7)
-    assert advantages.dtype == np.float32 and not advantages.any()
-
-
-def test_advantage_registry_and_errors() -> None:
-    assert {"group_mean", "group_norm"} <= NEEDS_GROUPS
-    with pytest.raises(ValueError, match="registered already"):
-        register("reward")(lambda rewards, groups, history: rewards)
-    with pytest.raises(ValueError, match="advantage must be one of"):
-        compute_advantages("grpo", [1.0], [0])
-    with pytest.raises(ValueError, match=r"rewards\[1\] is not finite"):
-        compute_advantages("reward", [1.0, float("nan")], [0, 1])
-    with pytest.raises(ValueError, match="one length"):
-        compute_advantages("reward", [1.0], [0, 1])
-    assert compute_advantages("group_norm", [], []).shape == (0,)
-
-
 def test_own_advantage_is_a_choice_of_the_configuration(configure: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match="advantage must be one of"):
         configure(advantage="minus_half")
-    register("minus_half")(lambda rewards, groups, history: rewards - 0.5)
+    register("minus_half")(lambda rewards, groups: rewards - 0.5)
     try:
         trainer = run(configure(advantage="minus_half", max_rounds=1, eval_steps=0))
     finally:
@@ -455,12 +422,13 @@ def test_own_advantage_is_a_choice_of_the_configuration(configure: Callable[...,
 
 
 def test_epochs_are_shuffled_and_drop_the_partial_batch() -> None:
-    epochs = [[batch_of_round(25, 8, 3 * e + b, seed=1) for b in (1, 2, 3)] for e in range(3)]
+    epochs = [[query_order(25, 8, 1, 24 * e + 8 * b, 8) for b in range(3)] for e in range(3)]
     for epoch in epochs:
         seen = [i for batch in epoch for i in batch]
         assert len(set(seen)) == 24 and set(seen) < set(range(25))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert batch_of_round(25, 8, 4, seed=1) == epochs[1][0] != batch_of_round(25, 8, 4, seed=2)
+    assert query_order(25, 8, 1, 20, 8) == epochs[0][2][4:] + epochs[1][0][:4]
+    assert query_order(25, 8, 2, 24, 8) != epochs[1][0]
 
 
 def test_pass_at_k_is_the_unbiased_estimator() -> None:
