@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,8 +70,10 @@ def save_checkpoint(
             shutil.rmtree(target)
         partial.rename(target)
         _sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(f"{target} could not be saved ({error}); earlier checkpoints are untouched") from error
         raise
     if keep:
         for old in list_checkpoints(folder)[:-keep]:

@@ -106,7 +106,7 @@ def train(arguments: list[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     show_result(trainer.folder, lines, trainer.report)
-    if trainer.round < config.max_rounds:
+    if not trainer.finished:
         listener.say(
             f"stopped after round {trainer.round} of {config.max_rounds}; saved. Continue with\n"
             f"  bandit-rft train --config {trainer.folder / 'config.yaml'}"

@@ -455,8 +455,11 @@ class Trainer:
 
     def _lock_folder(self) -> IO[str]:
         """Keep a second trainer out of the folder for as long as this process lives."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / ".lock").open("a")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a")
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.folder} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
