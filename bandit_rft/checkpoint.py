@@ -1,5 +1,5 @@
-"""Checkpoints: plain Hugging Face folders, optimizer.safetensors, replay.safetensors (what is remembered of earlier
-rounds) and state.json, written whole or not at all.
+"""Checkpoints: plain Hugging Face folders (peft's for adapters), optimizer.safetensors, replay.safetensors (what is
+remembered of earlier rounds) and state.json, written whole or not at all.
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
 half a checkpoint. state.json holds the checksums of the other files, so a torn or flipped one is noticed when resuming.
@@ -54,9 +54,7 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     try:
         partial.mkdir()
-        policy.model.save_pretrained(partial)
-        if policy.tokenizer is not None:
-            policy.tokenizer.save_pretrained(partial)
+        policy.save(partial)
         tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.state_tensors().items()}
         save_file(tensors, partial / "optimizer.safetensors")
         if arrays:

@@ -183,7 +183,9 @@ class Policy:
     """A causal LM, its head taken apart, its tokenizer and its stop tokens.
 
     Attributes:
-        model: the whole model, in eval mode (dropout would make the sampler and the trainer two different policies).
+        model: the whole model, in eval mode (dropout would make the sampler and the trainer two different policies);
+            with a LoRA adapter a peft model, whose adapter alone is trained.
+        base: what gives the hidden states, in the model or beneath its adapter.
         weight: the head [V, H], the very parameter of the model (of the input embedding too, when they are tied).
         bias: the head's bias [V] or None.
         softcap, logit_scale: what the model does to its logits, as bandit_rft.ops takes them.
@@ -198,7 +200,7 @@ class Policy:
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
-        self.base = model.base_model
+        self.base: nn.Module = _without_adapter(model).base_model
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         _check_head(head, model)
         self.weight: Tensor = head.weight
@@ -216,23 +218,46 @@ class Policy:
         dtype: str = "float32",
         device: str | torch.device | None = None,
         revision: str | None = None,
+        base: str | None = None,
     ) -> Policy:
         """Load a model and its tokenizer from a folder or the hub; never runs code that comes with the model.
 
-        Raises OSError (with transformers' own words) when there is no such model, UnsupportedModelError as above.
+        A LoRA adapter in peft's format is loaded, trainable, with the model it names, or with `base` in place of that.
+        Raises OSError (with transformers' own words) when there is no such model, UnsupportedModelError as above,
+        ImportError when an adapter needs the extra `lora`.
         """
+        from bandit_rft import lora  # which builds on this module
+
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if os.path.sep in name_or_path and not Path(name_or_path).exists() and name_or_path.count("/") != 1:
             raise FileNotFoundError(f"model_name_or_path: there is no folder {name_or_path!r}")
+        device = torch.device(device)
+        adapter, source, saved = lora.find_adapter(name_or_path, revision), name_or_path, name_or_path
+        if adapter is not None:
+            source, revision = adapter.base_of(name_or_path, base)
+            saved = str(adapter.folder) if adapter.has_tokenizer else source
+        elif base is not None:
+            raise ValueError(f"base={base!r} is for adapters; {name_or_path} is a whole model")
         options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
-        config = AutoConfig.from_pretrained(name_or_path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        config = AutoConfig.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
-        model.to(torch.device(device))  # type: ignore[arg-type]
+        tokenizer = AutoTokenizer.from_pretrained(saved, **options)
+        model.to(device)
+        if adapter is not None:
+            model = adapter.attach(model, device)
         return Policy(model, tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder (with a LoRA adapter, a peft folder) with the tokenizer; safetensors only."""
+        model: Any = self.model
+        # Left to itself, peft asks the hub whether embeddings have grown; they are not trained here.
+        options = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
+        model.save_pretrained(folder, **options)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:
@@ -336,14 +361,27 @@ class Policy:
         )
 
 
+def _without_adapter(model: Any) -> PreTrainedModel:
+    """The causal LM inside a peft model; any other model is its own."""
+    if not hasattr(model, "get_base_model"):
+        causal_lm: PreTrainedModel = model
+        return causal_lm
+    from bandit_rft.lora import check_adapter
+
+    check_adapter(model)
+    causal_lm = model.get_base_model()
+    return causal_lm
+
+
 def _check_head(head: Any, model: nn.Module) -> None:
     name = type(model).__name__
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnsupportedModelError(f"{name}: get_output_embeddings() gives no head with a weight; is it a causal LM?")
-    if hasattr(head, "base_layer") or any("lora_" in key for key, _ in head.named_parameters()):
+    adapted = hasattr(head, "base_layer") or type(head).__module__.partition(".")[0] == "peft"
+    if adapted or any("lora_" in key for key, _ in head.named_parameters()):
         raise UnsupportedModelError(
             f"{name}: the head carries an adapter, which a fused head would silently leave out. Merge it "
-            "(merge_and_unload) or leave lm_head out of target_modules."
+            "(merge_and_unload) or leave lm_head out of target_modules and modules_to_save."
         )
     if not head.weight.is_floating_point() or head.weight.ndim != 2:
         raise UnsupportedModelError(f"{name}: the head's weight is {head.weight.dtype}, quantized heads are not served")

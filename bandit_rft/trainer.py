@@ -353,6 +353,11 @@ class Trainer:
         found = self._find_checkpoint()
         source = config.model_name_or_path if found is None else str(found[0])
         self.policy = self._given_policy if found is None and self._given_policy else load_policy(source, config)
+        if config.lora.rank and found is None:
+            from bandit_rft.lora import add_adapter
+
+            c = config.lora
+            self.policy = add_adapter(self.policy, rank=c.rank, alpha=c.alpha, targets=c.targets, seed=config.seed)
         self.optimizer = PolicyOptimizer(
             self.policy.named_parameters(), learning_rate=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
@@ -401,8 +406,13 @@ class Trainer:
         config = self.config
         objective, reference = ops.PolicyObjective(**asdict(config.objective)), None
         if config.objective.kl_coef:
-            reference = load_policy(config.model_name_or_path, config)
-            reference.model.requires_grad_(False)
+            if config.lora.rank:
+                from bandit_rft.lora import base_policy
+
+                reference = base_policy(self.policy)
+            else:
+                reference = load_policy(config.model_name_or_path, config)
+                reference.model.requires_grad_(False)
             if config.kl.where == "reward":
                 self.kl_reference, reference = reference, None
                 objective = replace(objective, kl="none", kl_coef=0.0)
