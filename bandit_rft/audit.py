@@ -110,14 +110,14 @@ def memory_estimate(config: Config) -> str:
         return "unknown: the model is not a local folder"
     low = config.dtype != "float32"
     size = 2 if low else 4
-    fixed = parameters * (
-        size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef and not config.lora.rank else 0)
-    )
+    each = size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef else 0)
+    fixed = parameters * (size if config.lora.rank else each)
     rows = min(config.rollout.batch_size, config.batch_size * config.num_generations)
     cache = 2 * layers * heads * head * size * rows * (config.max_prompt_length + config.max_completion_length)
+    what = "weights, gradients, optimizer" + (" and reference" if config.objective.kl_coef else "")
     return (
-        f"{parameters / 1e6:,.1f}M parameters: {_bytes(fixed)} for weights, gradients, optimizer"
-        f"{' and reference' if config.objective.kl_coef else ''}; up to {_bytes(cache)} of KV cache while drawing; "
+        f"{parameters / 1e6:,.1f}M parameters: {_bytes(fixed)} for "
+        f"{'frozen weights, adapters on top' if config.lora.rank else what}; up to {_bytes(cache)} of KV cache while drawing; "
         "activations of one micro-batch come on top, logits do not"
     )
 

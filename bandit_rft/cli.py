@@ -122,8 +122,11 @@ def evaluate(arguments: list[str]) -> int:
 
     if positional:
         checkpoint = Path(positional[0])
-        if not (checkpoint / "config.json").is_file():
-            raise UsageError(f"{checkpoint} is no model folder: it has no config.json (name checkpoint-<round>)")
+        if not any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UsageError(
+                f"{checkpoint} is no model folder: it has neither config.json nor adapter_config.json (name "
+                "checkpoint-<round>)"
+            )
         overrides["model_name_or_path"] = str(checkpoint)
         run = checkpoint.absolute().parent.parent / "config.yaml"
         if file is None and run.is_file():

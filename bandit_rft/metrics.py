@@ -6,10 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 Metrics = dict[str, float | int | None]
 
@@ -115,35 +117,56 @@ def write_parquet(path: Path, columns: Mapping[str, tuple[str, Sequence[Any]]]) 
 
 def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """The trackers named in report_to. Raises ImportError saying which extra to install."""
-    return [_Tracker(name, folder, config) for name in names]
+    return [_OPEN[name](folder, config) for name in names]
 
 
-class _Tracker:
-    def __init__(self, name: str, folder: Path, config: Mapping[str, Any]):
-        try:
-            if name == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+class _TensorBoard:
+    """Event files in <folder>/tensorboard; a continued run replaces the rounds that it runs again."""
 
-                self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
-            elif name == "wandb":
-                import wandb  # type: ignore[import-not-found,unused-ignore]
-
-                self._writer = wandb.init(project="bandit_rft", name=folder.name, dir=str(folder), config=dict(config))
-            else:
-                import trackio  # type: ignore[import-not-found,unused-ignore]
-
-                self._writer = trackio.init(project="bandit_rft", name=folder.name, config=dict(config))
-        except ImportError as error:
-            message = f"report_to: {name} is not installed; pip install 'bandit_rft[tracking]' ({error})"
-            raise ImportError(message) from error
-        self._name = name
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        with _tracking("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+        self._folder, self._kind, self._writer = str(folder / "tensorboard"), SummaryWriter, cast(Any, None)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        if self._name == "tensorboard":
-            for key, value in metrics.items():
-                self._writer.add_scalar(key, value, step)
-        else:
-            self._writer.log(dict(metrics), step=step)
+        self._writer = self._writer or self._kind(self._folder, purge_step=step)
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
 
     def close(self) -> None:
-        (self._writer.close if self._name == "tensorboard" else self._writer.finish)()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Run:
+    """A run of W&B (in <folder>/wandb) or trackio (in TRACKIO_DIR); what continues it is another of the same group."""
+
+    def __init__(self, module: str, folder: Path, config: Mapping[str, Any]):
+        with _tracking(module):
+            library = import_module(module)
+        place = {"dir": str(folder)} if module == "wandb" else {}
+        name = folder.resolve().name
+        self._run: Any = library.init(project="bandit_rft", name=name, group=name, config=dict(config), **place)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@contextmanager
+def _tracking(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        message = f"report_to: {name} is not installed; pip install 'bandit_rft[tracking]' ({error})"
+        raise ImportError(message) from error
+
+
+_OPEN: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": partial(_Run, "wandb"),
+    "trackio": partial(_Run, "trackio"),
+}

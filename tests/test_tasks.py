@@ -392,4 +392,4 @@ def test_loading_a_task_imports_no_torch():
         [sys.executable, "-c", code, package], capture_output=True, text=True, env=os.environ, timeout=60
     )
     assert done.stdout == "[]\n", done.stderr
-    assert {"arithmetic", "gsm8k", "math", "summarize", "dataset", "reasoning_gym"} == set(TASKS)
+    assert {"arithmetic", "countdown", "gsm8k", "math", "summarize", "dataset", "reasoning_gym"} == set(TASKS)
