@@ -115,10 +115,11 @@ def memory_estimate(config: Config) -> str:
     rows = min(config.rollout.batch_size, config.batch_size * config.num_generations)
     cache = 2 * layers * heads * head * size * rows * (config.max_prompt_length + config.max_completion_length)
     what = "weights, gradients, optimizer" + (" and reference" if config.objective.kl_coef else "")
+    if config.lora.rank:
+        what = "frozen weights, adapters on top"
     return (
-        f"{parameters / 1e6:,.1f}M parameters: {_bytes(fixed)} for "
-        f"{'frozen weights, adapters on top' if config.lora.rank else what}; up to {_bytes(cache)} of KV cache while drawing; "
-        "activations of one micro-batch come on top, logits do not"
+        f"{parameters / 1e6:,.1f}M parameters: {_bytes(fixed)} for {what}; up to {_bytes(cache)} of KV cache while "
+        "drawing; activations of one micro-batch come on top, logits do not"
     )
 
 
