@@ -4,7 +4,7 @@
     def my_advantage(rewards, groups): ...
 
 Keyword arguments after these are options (`advantage_options.<name>`); a function registered with `memory=` gets what
-it remembers across rounds as its third argument. docs/advantages.md has them all in one table.
+it remembers across rounds as its third argument. docs/design-choices.md has them all in one table.
 
 A constant group is recognized by exact equality of its rewards, never by a floating standard deviation of about zero:
 dividing rounding noise by 1e-6 is how a group in which nothing was learned gets advantages of order one.
