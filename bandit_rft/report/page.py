@@ -52,7 +52,7 @@ def write_report(run_folder: Path | str, output: Path | None = None) -> Path:
 
 
 @dataclass
-class _Charts:
+class Charts:
     """Collects what the hover readout needs while the charts are drawn."""
 
     hover: dict[str, Any] = field(default_factory=dict)
@@ -207,7 +207,7 @@ def _answer(question: str, change: _Change | None, what: str, missing: str, extr
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{number(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -239,7 +239,7 @@ def _cost_answer(run: Run) -> str:
     if skipped + trained > 0:
         saved = f"<p class=note>{100 * skipped / (skipped + trained):.0f}% of them needed no update (advantage 0).</p>"
     return (
-        f'<section class="answer"><h2>What did it cost?</h2><p class="figure">{_duration(total)}</p>'
+        f'<section class="answer"><h2>What did it cost?</h2><p class="figure">{duration(total)}</p>'
         f'<p><span class="num">{number(generated, 4)}</span> tokens generated{speed}.</p>{saved}</section>'
     )
 
@@ -308,7 +308,7 @@ def _header(run: Run) -> str:
     return f'<header><h1>{title}</h1><p class="facts">{" · ".join(facts)}</p></header>'
 
 
-def _curves(run: Run, charts: _Charts) -> str:
+def _curves(run: Run, charts: Charts) -> str:
     learning, note = _trend(run, "reward", "round reward", 1)
     splits = run.splits()
     if "train" in splits:
@@ -370,7 +370,7 @@ def _evaluations(run: Run) -> str:
     )
 
 
-def _dynamics(run: Run, charts: _Charts) -> str:
+def _dynamics(run: Run, charts: Charts) -> str:
     """Small charts of how the policy got there; names what was not logged."""
     plan: list[tuple[str, list[tuple[str, str]], str, dict[str, Any]]] = [
         (
@@ -558,7 +558,7 @@ def _ledger(run: Run) -> str:
         )
     time_rows = "".join(
         f'<tr><th scope="row"><svg class="swatch" viewBox="0 0 10 10" aria-hidden="true"><rect class="p{i}" width="10" '
-        f'height="10"/></svg>{phase}</th><td>{_duration(spent)}</td><td>{number(spent / rounds)} s</td>'
+        f'height="10"/></svg>{phase}</th><td>{duration(spent)}</td><td>{number(spent / rounds)} s</td>'
         f"<td>{100 * spent / total if total else 0:.1f}%</td></tr>"
         for i, (phase, spent) in enumerate(parts)
         if spent > 0
@@ -589,7 +589,7 @@ def _config(run: Run) -> str:
     return f'<section><h2>Resolved config</h2><pre class="config" tabindex="0">{text}</pre></section>'
 
 
-def _hash(text: str) -> str:
+def source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -597,7 +597,7 @@ def render(run: Run) -> str:
     """The whole page. Its policy allows its one style sheet and one script, by hash, and no request at all."""
     assets = resources.files("bandit_rft.report")
     style, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    charts = _Charts()
+    charts = Charts()
     notes = "".join(f"<li>{html(note)}</li>" for note in dict.fromkeys(run.notes[:20]))
     if len(run.notes) > 20:
         notes += f"<li>and {len(run.notes) - 20} more.</li>"
@@ -613,7 +613,8 @@ def render(run: Run) -> str:
         _config(run),
     ]
     policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; "
+        f"default-src 'none'; style-src {source_hash(style)}; script-src {source_hash(script)}; img-src data:; "
+        "base-uri 'none'; "
         "form-action 'none'"
     )
     return (
