@@ -1,9 +1,9 @@
-"""Make the base model of the demo: a small Llama with mixed habits, trained on demonstrations of the arithmetic task.
+"""Make a small base model with mixed habits, trained on demonstrations of the built-in tasks.
 
-Of its demonstrations 70% answer at once, which so small a model mostly gets wrong; the others work step by step, which
-it mostly gets right. The model imitates both in the proportion it saw them, so that there is something for an
-outcome reward to teach. Before these come demonstrations that all work step by step, because the skill takes far
-longer to learn than the habit. No demonstration shows a question of the task's test side.
+From the first step to the last, 70% of the demonstrations answer at once, which so small a model mostly gets wrong; the
+others work step by step, which it gets right more often. The model imitates both in the proportion it saw them, so that
+there is something for an outcome reward to teach. At once is, for arithmetic, the right answer without the steps to it;
+for countdown, a guess: some expression of the given numbers. No demonstration shows a question of a task's test side.
 
     python examples/warm_start.py --output_dir bandit_rft/assets/arithmetic-base
 
@@ -11,7 +11,6 @@ The same arguments and torch on the same kind of machine and number of threads g
 """
 
 import argparse
-import itertools
 import json
 import random
 import time
@@ -20,16 +19,18 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from bandit_rft.tasks import arithmetic
+from bandit_rft.tasks import Example, arithmetic, collate, countdown, load_task
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+ALPHABETS = {"arithmetic": arithmetic.ALPHABET, "countdown": countdown.ALPHABET}
+WORKED = {"arithmetic": "(", "countdown": ","}  # what a completion with steps holds and one without does not
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, nothing added in front or behind."""
-    tokens = [PAD, EOS, UNKNOWN, *arithmetic.ALPHABET]
+def make_tokenizer(tasks: list[str]) -> PreTrainedTokenizerFast:
+    """One token a character of the tasks, nothing added in front or behind."""
+    tokens = [PAD, EOS, UNKNOWN, *dict.fromkeys("".join(ALPHABETS[task] for task in tasks))]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -44,14 +45,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A float32 Llama with tied embeddings."""
-    config = LlamaConfig(
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A float32 model of random weights with tied embeddings."""
+    config = AutoConfig.for_model(
+        args.architecture,
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
+        num_key_value_heads=args.key_value_heads or args.heads,
+        head_dim=args.hidden_size // args.heads,
+        rms_norm_eps=1e-6,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -60,20 +65,40 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         attn_implementation="sdpa",
     )
     torch.manual_seed(args.seed)
-    return LlamaForCausalLM(config).float()
+    return AutoModelForCausalLM.from_config(config).float()
 
 
 def demonstrations(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield (question, completion): first only worked ones, then both habits, without end."""
+    """Yield (question, completion), both habits of all tasks, without end."""
     rng = random.Random(args.seed)
-    for drawn in itertools.count():
-        at_once = args.at_once if drawn >= args.worked_steps * args.batch_size else 0.0
-        kind, terms = rng.choice(arithmetic.KINDS), rng.randint(args.min_terms, args.max_terms)
-        question = arithmetic.make_question(rng, kind, terms, args.digits)
-        while arithmetic.is_held_out(question):
-            question = arithmetic.make_question(rng, kind, terms, args.digits)
-        worked = arithmetic.work_out(question)
-        yield question, arithmetic.final_answer(worked) if rng.random() < at_once else worked
+    while True:
+        task = rng.choice(args.tasks)
+        yield show_arithmetic(rng, args) if task == "arithmetic" else show_countdown(rng, args)
+
+
+def show_arithmetic(rng: random.Random, args: argparse.Namespace) -> tuple[str, str]:
+    """Draw a question of the train side; its answer at once or worked out."""
+    while True:
+        question = arithmetic.make_question(rng, rng.choice(args.kinds), rng.choice(args.terms), args.digits)
+        if not arithmetic.is_held_out(question):
+            break
+    worked = arithmetic.work_out(question)
+    return question, arithmetic.final_answer(worked) if rng.random() < args.at_once else worked
+
+
+def show_countdown(rng: random.Random, args: argparse.Namespace) -> tuple[str, str]:
+    """Draw a question of the train side; a guess or a solution in steps."""
+    dial = countdown.CountdownOptions(max_number=args.max_number)
+    while True:
+        numbers, way = countdown.make_question(rng, dial, dial.numbers)
+        if not countdown.is_held_out(numbers, way.value):
+            break
+    question, guess = countdown.question_text(numbers, way.value), None
+    if rng.random() >= args.at_once:
+        return question, way.steps
+    while guess is None:
+        guess = countdown.combine(rng, numbers, dial.operators)
+    return question, guess.expression
 
 
 class Muon(torch.optim.Optimizer):
@@ -112,7 +137,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
 
-def train(args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def train(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Minimize the cross-entropy of the completions, end of sequence included."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
@@ -165,7 +190,7 @@ def train(args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrain
             save(args.output_dir, model, tokenizer)
 
 
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write a Hugging Face folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -178,9 +203,14 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
 
 @torch.no_grad()
 def complete(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str], max_new_tokens: int, sample: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: list[Example],
+    max_new_tokens: int,
+    sample: bool,
 ) -> list[str]:
-    """Complete each question, sampled at temperature 1 or greedily."""
+    """Complete each prompt, sampled at temperature 1 or greedily."""
+    questions = [str(example.prompt) for example in examples]
     by_length = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     completions = [""] * len(questions)
     model.eval()
@@ -196,59 +226,68 @@ def complete(
     return completions
 
 
-def report(args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Print, on the task's test side, Pass@1 and greedy accuracy, and each habit's frequency and accuracy."""
-    options = {"min_terms": args.max_terms, "max_terms": args.max_terms, "digits": args.digits}
-    task = arithmetic.load(args.seed, options)
-    for split, examples in task.splits.items():
-        if split == "train":
-            continue
-        questions = [str(example.prompt) for example in examples]
-        answers = [example.columns["answer"] for example in examples]
-        right: dict[str, list[bool]] = {"at once": [], "worked": []}
-        state = torch.get_rng_state()
-        torch.manual_seed(args.seed)
-        sampled = complete(model, tokenizer, questions, args.max_new_tokens, sample=True)
-        torch.set_rng_state(state)
-        for text, answer in zip(sampled, answers, strict=True):
-            right["worked" if "(" in text else "at once"].append(arithmetic.final_answer(text) == answer)
-        greedy = complete(model, tokenizer, questions, args.max_new_tokens, sample=False)
-        best = [arithmetic.final_answer(text) == answer for text, answer in zip(greedy, answers, strict=True)]
-        habits = ", ".join(
-            f"{habit} {len(hits) / len(answers):.2f} of the time, right {sum(hits) / max(1, len(hits)):.2f}"
-            for habit, hits in right.items()
-        )
-        pass_at_1 = sum(map(sum, right.values())) / len(answers)
-        print(f"  {split}: Pass@1 {pass_at_1:.3f}, greedy {sum(best) / len(best):.3f}; {habits}", flush=True)
+def report(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Print, on each task's test side, Pass@1 and greedy accuracy, and each habit's frequency and accuracy."""
+    options = {
+        "arithmetic": {"kinds": args.kinds, "digits": args.digits},
+        "countdown": {"max_number": args.max_number},
+    }
+    for name in args.tasks:
+        task = load_task(name, seed=args.seed, options=options[name])
+        reward = task.rewards[0].load()
+        for split, examples in task.splits.items():
+            if split == "train":
+                continue
+            state = torch.get_rng_state()
+            torch.manual_seed(args.seed)
+            sampled = complete(model, tokenizer, examples, args.max_new_tokens, sample=True)
+            torch.set_rng_state(state)
+            scores = reward([], sampled, **collate(examples))
+            right: dict[str, list[float]] = {"at once": [], "worked": []}
+            for text, score in zip(sampled, scores, strict=True):
+                right["worked" if WORKED[name] in text else "at once"].append(score)
+            greedy = reward([], complete(model, tokenizer, examples, args.max_new_tokens, False), **collate(examples))
+            habits = ", ".join(
+                f"{habit} {len(hits) / len(examples):.2f} of the time, right {sum(hits) / max(1, len(hits)):.2f}"
+                for habit, hits in right.items()
+            )
+            print(
+                f"  {name} {split}: Pass@1 {sum(scores) / len(scores):.3f}, greedy {sum(greedy) / len(greedy):.3f}, "
+                f"{sum(map(len, sampled)) / len(sampled):.1f} characters; {habits}",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--architecture", choices=["llama", "qwen3", "olmo2"], default="llama")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--intermediate_size", type=int, default=312)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--at_once", type=float, default=0.7, help="share of answers at once, after worked_steps")
-    parser.add_argument("--min_terms", type=int, default=2)
-    parser.add_argument("--max_terms", type=int, default=3)
+    parser.add_argument("--key_value_heads", type=int, help="fewer than heads: grouped-query attention")
+    parser.add_argument("--tasks", nargs="+", choices=list(ALPHABETS), default=["arithmetic"])
+    parser.add_argument("--at_once", type=float, default=0.7, help="share of demonstrations that answer at once")
+    parser.add_argument("--kinds", nargs="+", choices=arithmetic.KINDS, default=list(arithmetic.KINDS))
+    parser.add_argument("--terms", nargs="+", type=int, default=[2, 3, 3, 3, 4, 5], help="one is drawn for a question")
     parser.add_argument("--digits", type=int, default=2)
+    parser.add_argument("--max_number", type=int, default=20, help="the largest number given in countdown")
     parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--worked_steps", type=int, default=1150, help="the first of these show no answer at once")
-    parser.add_argument("--batch_size", type=int, default=128, help="demonstrations a step")
-    parser.add_argument("--micro_batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=256, help="demonstrations a step")
+    parser.add_argument("--micro_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=0.02, help="of the matrices")
     parser.add_argument("--adam_learning_rate", type=float, default=3e-3, help="of embeddings and norms")
     parser.add_argument("--warm_up_steps", type=int, default=100)
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--log_steps", type=int, default=100)
     parser.add_argument("--eval_steps", type=int, default=350)
-    parser.add_argument("--max_new_tokens", type=int, default=80)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(args.tasks)
     model = make_model(args, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     train(args, model, tokenizer)

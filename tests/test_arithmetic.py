@@ -1,9 +1,11 @@
 """The built-in task, its warm-start script and the base model that ships with the package."""
 
+import argparse
 import importlib.util
 import random
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bandit_rft.tasks import arithmetic
+from bandit_rft.tasks import arithmetic, collate, countdown, load_task
 
 ROOT = Path(__file__).parent.parent
+STUDY_MODELS = ROOT / "studies" / "models"
 BASE = ROOT / "bandit_rft" / "assets" / "arithmetic-base"
 SMALL = {"train_size": 60, "test_size": 30, "longer_size": 20}
 
@@ -143,35 +146,57 @@ def warm_start() -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "olmo2"])
 def test_warm_start_learns_and_repeats_itself(
-    warm_start: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    architecture: str,
+    warm_start: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     threads = torch.get_num_threads()
     sizes = (
         "--hidden_size 32 --intermediate_size 48 --layers 1 --heads 2 --batch_size 16 --micro_batch_size 8 --threads 1"
     )
-    steps = "--steps 30 --worked_steps 15 --warm_up_steps 3 --log_steps 10 --max_new_tokens 4"
+    steps = "--steps 30 --warm_up_steps 3 --log_steps 10 --max_new_tokens 4"
+    shape = f"--architecture {architecture} --tasks arithmetic countdown"
     for run in ("a", "b"):
-        argv = ["warm_start.py", "--output_dir", str(tmp_path / run), *sizes.split(), *steps.split()]
+        argv = ["warm_start.py", "--output_dir", str(tmp_path / run), *shape.split(), *sizes.split(), *steps.split()]
         monkeypatch.setattr(sys, "argv", argv)
         warm_start.main()
     torch.set_num_threads(threads)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 6 and losses[:3] == losses[3:] and losses[2] < losses[0]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.num_hidden_layers == 1
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "a").config
+    assert config.model_type == architecture and config.num_hidden_layers == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer.unk_token_id not in tokenizer.encode("47*6-12=(240+42-12)17?3,5,4:(3+4)/5")
 
 
-def test_demonstrations_keep_to_the_train_side_and_mix_the_habits(warm_start: ModuleType) -> None:
-    import argparse
-    from itertools import islice
-
-    args = argparse.Namespace(seed=0, min_terms=3, max_terms=4, digits=2, at_once=0.7, worked_steps=10, batch_size=20)
-    shown = list(islice(warm_start.demonstrations(args), 1200))
-    assert not any(arithmetic.is_held_out(question) for question, _ in shown)
-    assert all(completion == arithmetic.work_out(question) for question, completion in shown[:200])
-    at_once = [completion == arithmetic.final_answer(arithmetic.work_out(q)) for q, completion in shown[200:]]
-    assert 0.65 < sum(at_once) / len(at_once) < 0.75
+def test_demonstrations_keep_to_the_train_side_and_mix_the_habits_from_the_start(warm_start: ModuleType) -> None:
+    args = argparse.Namespace(
+        seed=0, at_once=0.7,
+        tasks=["arithmetic", "countdown"], kinds=["sum", "mixed"], terms=[3, 4], digits=2, max_number=20
+    )  # fmt: skip
+    habits: dict[str, list[bool]] = {"arithmetic": [], "countdown": []}
+    for question, completion in islice(warm_start.demonstrations(args), 3000):
+        if "?" not in question:
+            assert not arithmetic.is_held_out(question)
+            worked = arithmetic.work_out(question)
+            assert completion in (worked, arithmetic.final_answer(worked))
+            habits["arithmetic"].append(completion != worked)
+            continue
+        target, _, given = question.removesuffix(":").partition("?")
+        numbers = [int(number) for number in given.split(",")]
+        assert not countdown.is_held_out(numbers, int(target))
+        # A guess uses the numbers but mostly misses the target, a worked answer reaches it.
+        habits["countdown"].append("," not in completion)
+        reached = eval(completion) if habits["countdown"][-1] else int(target)
+        assert countdown.is_solution(completion, numbers, reached)
+    for at_once in habits.values():
+        for part in (at_once[:600], at_once[600:]):
+            assert 0.63 < sum(part) / len(part) < 0.77
 
 
 def test_shipped_tokenizer_is_one_token_a_character() -> None:
@@ -191,7 +216,7 @@ def test_shipped_model_is_small_and_has_mixed_habits(warm_start: ModuleType) -> 
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     examples = arithmetic.load(0, {}).splits["test"][:300]
     torch.manual_seed(0)
-    completions = warm_start.complete(model, tokenizer, [str(e.prompt) for e in examples], 60, sample=True)
+    completions = warm_start.complete(model, tokenizer, examples, 60, sample=True)
     right = arithmetic.exact_answer([], completions, answer=[e.columns["answer"] for e in examples])
     worked = ["(" in text for text in completions]
     assert sum(right) / 300 <= 0.45
@@ -199,3 +224,22 @@ def test_shipped_model_is_small_and_has_mixed_habits(warm_start: ModuleType) -> 
     # Measured on five draws of all 500 questions: 0.84-0.89 of the worked answers are right, 0.01 of the others.
     assert sum(r for r, w in zip(right, worked, strict=True) if w) >= 0.75 * sum(worked)
     assert sum(r for r, w in zip(right, worked, strict=True) if not w) <= 0.1 * (300 - sum(worked))
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in STUDY_MODELS.iterdir() if p.is_dir()))
+def test_models_of_the_tiny_study_have_mixed_habits_on_both_tasks(folder: str, warm_start: ModuleType) -> None:
+    path = STUDY_MODELS / folder
+    assert (path / "model.safetensors").stat().st_size <= 1_700_000
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert model.config.model_type == folder.removesuffix("-tiny") and model.dtype == torch.float32
+    for name, options in (("arithmetic", {"kinds": ["sum", "mixed"]}), ("countdown", {})):
+        task = load_task(name, options=options)
+        examples = task.splits["test"][:250]
+        completions = warm_start.complete(model, tokenizer, examples, 24, sample=True)
+        scores = task.rewards[0].load()([], completions, **collate(examples))
+        worked = [warm_start.WORKED[name] in text for text in completions]
+        assert 0.2 < sum(worked) / 250 < 0.6
+        rates = [sum(s for s, w in zip(scores, worked, strict=True) if w is habit) for habit in (True, False)]
+        # Both habits are there, neither of them perfect, and the worked one pays: that is what there is to learn.
+        assert 0.05 < sum(scores) / 250 < 0.6
+        assert rates[0] / sum(worked) > 1.5 * rates[1] / (250 - sum(worked))

@@ -10,7 +10,7 @@ from bandit_rft.tasks.base import Example, Task, collate
 __all__ = ["TASKS", "Example", "Task", "collate", "load_task"]
 
 # Name -> module. These make their own examples, the others read them from a file, a folder or the hub.
-GENERATED = {"arithmetic": "arithmetic", "reasoning_gym": "reasoning_gym"}
+GENERATED = {"arithmetic": "arithmetic", "countdown": "countdown", "reasoning_gym": "reasoning_gym"}
 READ = {"gsm8k": "gsm8k", "math": "math_problems", "summarize": "summarize", "dataset": "dataset"}
 SAME_AS_DATASET = ("jsonl", "json", "parquet", "csv")
 TASKS = (*GENERATED, *READ)
