@@ -1,4 +1,4 @@
-"""`bandit-rft train | eval | report | env`. Nothing heavy is imported before the arguments are known to be good."""
+"""`bandit-rft train | eval | report | study | env`. Nothing heavy is imported before the arguments are known good."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ USAGE = """bandit-rft: reinforcement fine-tuning of language models as batched c
   bandit-rft train  [--preset paper|minimal|demo] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run]
   bandit-rft eval   [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...]
   bandit-rft report RUN_FOLDER
+  bandit-rft study  plan | run | status | report STUDY.yaml [--output_dir OUT]
+                    run: [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...]
   bandit-rft env
 
   bandit-rft train --preset demo
@@ -35,7 +37,13 @@ class UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "report": report, "env": env}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "eval": evaluate,
+        "report": report,
+        "study": study,
+        "env": env,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -183,6 +191,83 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def study(arguments: list[str]) -> int:
+    """Plan, run, watch or report a study; OUT is runs/<name of the study file> by default."""
+    actions = ("plan", "run", "status", "report")
+    if not arguments or arguments[0] not in actions:
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
+        raise UsageError(f"bandit-rft study {' | '.join(actions)} STUDY.yaml: expected one of these; try --help")
+    action, *rest = arguments
+    known = ("jobs", "threads", "retry", "gpus") if action == "run" else ()
+    options, _, _, positional = _parse(rest, flags=("dry_run",), positional=1, only=("output_dir", *known))
+    if not positional:
+        raise UsageError(f"bandit-rft study {action} STUDY.yaml: which study?")
+    file = Path(positional[0])
+    folder = Path(options.get("output_dir") or (file if file.is_dir() else Path("runs") / file.stem))
+    if action in ("status", "report"):
+        if not (folder / "plan.json").is_file():
+            raise UsageError(f"{folder} is no study folder: it has no plan.json (study run makes one; or --output_dir)")
+        if action == "report":
+            from bandit_rft.study.report import write_study_report
+
+            print(write_study_report(folder))
+            return 0
+    from rich.console import Console
+
+    from bandit_rft.study import status
+    from bandit_rft.study.plan import load_plan
+
+    console = Console(highlight=False)
+    if action == "status":
+        status.show_status(folder, console)
+        return 0
+    plan = load_plan(file)
+    if action == "plan":
+        status.show_plan(plan, console)
+        return 0
+    return _run_study(plan, folder, options, console)
+
+
+def _run_study(plan: Any, folder: Path, options: Mapping[str, str], console: Any) -> int:
+    from bandit_rft.study.run import Runner
+    from bandit_rft.study.status import StudyProgress
+
+    gpus = [part for part in options.get("gpus", "").split(",") if part]
+    numbers: dict[str, Any] = {"jobs": len(gpus) or 1, "threads": 1, "retry": 0}
+    for key in numbers:
+        if key in options:
+            if not options[key].isdecimal():
+                raise UsageError(f"--{key} must be a whole number; got {options[key]!r}")
+            numbers[key] = int(options[key])
+    listener = StudyProgress(plan, folder, console)
+    runner = Runner(plan, folder, **numbers, gpus=gpus, listener=listener)
+
+    def stop(number: int, frame: object) -> None:
+        console.print("stopping: cells finish their round and save; once more to kill them")
+        runner.stop(at_once=runner.stop_requested)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with listener:
+            complete = runner.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    from bandit_rft.study.status import show_status
+
+    show_status(folder, console)
+    if runner.stop_requested:
+        console.print(f"stopped; run the same command again to continue in {folder}", markup=False)
+        return 130
+    if complete:
+        from bandit_rft.study.report import write_study_report
+
+        console.print(f"report: {write_study_report(folder)}", markup=False, soft_wrap=True)
+    return 0 if complete else 1
+
+
 def env(arguments: list[str]) -> int:
     """Print what a bug report should contain."""
     _parse(arguments, keys=False)
@@ -205,7 +290,12 @@ def env(arguments: list[str]) -> int:
 
 
 def _parse(
-    arguments: list[str], *, flags: Sequence[str] = (), positional: int = 0, keys: bool = True
+    arguments: list[str],
+    *,
+    flags: Sequence[str] = (),
+    positional: int = 0,
+    keys: bool = True,
+    only: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], str | None, set[str], list[str]]:
     """(dotted overrides, --config file, flags given, positional arguments). `--help` prints and exits."""
     overrides: dict[str, Any] = {}
@@ -230,7 +320,7 @@ def _parse(
         if key in flags and not has_value:
             given.add(key)
             continue
-        if not keys:
+        if not keys or (only is not None and key not in only):
             raise UsageError(f"unknown option {item!r}")
         if not has_value:
             if not rest or rest[0].startswith("--"):

@@ -1,0 +1,303 @@
+"""Run the cells of a study as processes, several at once, next to any other runners of the same folder.
+
+The runner imports no torch: a fork server has imported it once, and every cell is a fork of that server. A runner that
+is killed takes its fork server and cells with it; whoever runs the study next claims and resumes them (claims.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from bandit_rft.config import Config
+from bandit_rft.study.claims import HEARTBEAT, TIMEOUT, Claim, Claims
+from bandit_rft.study.plan import Plan, PlannedCell, replace_file
+
+INTERRUPTED = 130
+PR_SET_PDEATHSIG = 1
+ERROR_LINES = 12
+POLL = 0.5
+
+
+class Listener(Protocol):
+    """What a runner tells the outside."""
+
+    def started(self, cell: PlannedCell, config: Config) -> None:
+        """A cell's process was started."""
+
+    def ended(self, cell: PlannedCell, record: dict[str, Any]) -> None:
+        """A cell's process ended; `record` is its cell.json."""
+
+    def tick(self) -> None:
+        """Called about twice a second."""
+
+
+@dataclass
+class Running:
+    """A cell at work: its process, its claim, and where it may compute."""
+
+    cell: PlannedCell
+    process: BaseProcess
+    claim: Claim
+    gpu: str | None
+    begun: float
+    lost: bool = False
+
+
+def read_record(folder: Path, cell: str) -> dict[str, Any]:
+    """cell.json of a cell, {} before it was begun."""
+    try:
+        record = json.loads((folder / "cells" / cell / "cell.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+class Runner:
+    """Works through a plan in a folder until every cell is finished, failed for good, or another runner's.
+
+    Args:
+        jobs: cells at once.
+        threads: CPU threads a cell.
+        retry: how often a cell that crashed is tried again; it resumes from its last checkpoint.
+        gpus: device numbers, one cell each at a time (then jobs <= len(gpus)); empty: cells choose for themselves.
+        work: what a cell's process does, called with its configuration.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        jobs: int = 1,
+        threads: int = 1,
+        retry: int = 0,
+        gpus: Sequence[str] = (),
+        listener: Listener,
+        work: Callable[[Config], None] | None = None,
+        timeout: float = TIMEOUT,
+    ):
+        for name, value, least in (("jobs", jobs, 1), ("threads", threads, 1), ("retry", retry, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if gpus and jobs > len(gpus):
+            raise ValueError(f"jobs={jobs} is more than the {len(gpus)} gpus; a GPU runs one cell at a time")
+        self.plan, self.folder, self.listener = plan, folder.absolute(), listener
+        self.jobs, self.threads, self.retry, self.timeout = jobs, threads, retry, timeout
+        self.work = work or train_cell
+        self.free_gpus: list[str | None] = list(gpus) or [None] * jobs
+        self.failed_limit = (plan.settings.get("stopping") or {}).get("failed_cells")
+        self.failed = 0
+        self.stop_requested = False
+        self.running: list[Running] = []
+        self._waiting = list(plan.cells)  # not known to be done; others' cells stay, they may die
+        self._heart = threading.Event()
+
+    def run(self) -> bool:
+        """Run until nothing is left to do here; whether every cell of the plan is finished."""
+        self.plan.write(self.folder)
+        self.claims = Claims(self.folder, self.timeout)
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before the fork server starts
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bandit_rft.trainer", "bandit_rft.study.run"])
+        beating = threading.Thread(target=self._beat, daemon=True)
+        beating.start()
+        try:
+            while not self._done():
+                while len(self.running) < self.jobs and (cell := self._next()):
+                    self._start(context, *cell)
+                self.listener.tick()
+                if self.running:
+                    wait([job.process.sentinel for job in self.running], timeout=POLL)
+                elif not self._done():  # all that is left is at work elsewhere
+                    time.sleep(POLL)
+                for job in [job for job in self.running if not job.process.is_alive()]:
+                    self._end(job)
+        finally:
+            for job in self.running:
+                job.process.kill()
+            self._heart.set()
+            beating.join()
+            self.claims.close()
+        return all(read_record(self.folder, cell.id).get("status") == "finished" for cell in self.plan.cells)
+
+    def stop(self, at_once: bool = False) -> None:
+        """Let every cell finish its round and save, or kill them; they resume when the study is run again."""
+        self.stop_requested = True
+        for job in self.running:
+            job.process.kill() if at_once else job.process.terminate()
+
+    def _done(self) -> bool:
+        if self.failed_limit is not None and self.failed >= self.failed_limit and not self.stop_requested:
+            self.stop()
+        return not self.running and (self.stop_requested or not self._waiting)
+
+    def _next(self) -> tuple[PlannedCell, Claim] | None:
+        """The next cell that nobody works on, claimed. Cells that are finished or failed for good are forgotten."""
+        if self.stop_requested:
+            return None
+        ours = {job.cell.id for job in self.running}
+        for cell in list(self._waiting):
+            if cell.id in ours:
+                continue
+            if self._settled(cell):
+                self._waiting.remove(cell)
+                continue
+            claim = self.claims.take(cell.id)
+            if claim is None:
+                continue
+            if self._settled(cell):  # finished between the two looks
+                claim.release()
+                self._waiting.remove(cell)
+                continue
+            return cell, claim
+        return None
+
+    def _settled(self, cell: PlannedCell) -> bool:
+        record = read_record(self.folder, cell.id)
+        failed = record.get("status") == "failed" and record.get("attempts", 0) > self.retry
+        return record.get("status") == "finished" or failed
+
+    def _start(self, context: multiprocessing.context.ForkServerContext, cell: PlannedCell, claim: Claim) -> None:
+        folder, config = self.folder / "cells" / cell.id, self.plan.config(cell, self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(cell, status="running", error="", host=platform.node())
+        gpu = self.free_gpus.pop(0)
+        process = context.Process(target=_cell_process, args=(self.work, config, str(self.folder), self.threads, gpu))
+        process.start()
+        self.running.append(Running(cell, process, claim, gpu, time.monotonic()))
+        self.listener.started(cell, config)
+
+    def _end(self, job: Running) -> None:
+        self.running.remove(job)
+        self.free_gpus.append(job.gpu)
+        if job.lost:  # another runner took it over; its record is not ours to write
+            return
+        code, before = job.process.exitcode, read_record(self.folder, job.cell.id)
+        status, error, attempts = "finished", "", before.get("attempts", 0)
+        stopped = code == INTERRUPTED or (self.stop_requested and code == -signal.SIGKILL)
+        if stopped:
+            status = "stopped"
+        elif code:
+            status, attempts = "failed", attempts + 1
+            error = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            error = "\n".join([*_last_lines(self.folder / "cells" / job.cell.id / "output.log"), error])
+            self.failed += attempts > self.retry
+        seconds = before.get("seconds", 0.0) + time.monotonic() - job.begun
+        record = self._write(
+            job.cell, status=status, attempts=attempts, error=error, seconds=round(seconds, 3), versions=_versions(),
+            gpus=_gpus(self.plan.config(job.cell, self.folder), job.gpu),
+        )  # fmt: skip
+        if status == "finished" and not self.plan.settings.get("keep_checkpoints", False):
+            shutil.rmtree(self.folder / "cells" / job.cell.id / "checkpoints", ignore_errors=True)
+        job.claim.release()
+        self.listener.ended(job.cell, record)
+
+    def _write(self, cell: PlannedCell, **values: Any) -> dict[str, Any]:
+        record = {"status": "", "attempts": 0, "seconds": 0.0, **read_record(self.folder, cell.id), **values}
+        replace_file(self.folder / "cells" / cell.id / "cell.json", json.dumps(record, indent=1) + "\n")
+        return record
+
+    def _beat(self) -> None:
+        while not self._heart.wait(min(HEARTBEAT, self.timeout / 4)):
+            for job in list(self.running):
+                if not job.claim.beat():
+                    job.lost = True
+                    job.process.kill()
+
+
+# --- in the cell's process --------------------------------------------------------------------------------------------
+
+
+def _cell_process(work: Callable[[Config], None], config: Config, folder: str, threads: int, gpu: str | None) -> None:
+    """Run one cell in a fork of the server: dies with it, writes to output.log, exits with what the runner reads."""
+    server = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner says what to do
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(INTERRUPTED))
+    os.chdir(folder)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    log = os.open(Path(config.output_dir) / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    try:
+        work(config)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def train_cell(config: Config) -> None:
+    """One training run, continued where it was. SIGTERM finishes the round, saves, and leaves with status 130."""
+    from bandit_rft.trainer import Trainer
+
+    _wait_for_lock(Path(config.output_dir))
+    trainer = Trainer(config)
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGTERM, stop)
+    trainer.run()
+    if not trainer.finished:
+        raise SystemExit(INTERRUPTED)
+
+
+def _wait_for_lock(folder: Path, seconds: float = 30.0) -> None:
+    """Give a killed runner's cell the moment it needs to die."""
+    deadline = time.monotonic() + seconds
+    with (folder / ".lock").open("a") as lock:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.1)
+
+
+def _last_lines(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            return file.read().decode("utf-8", "replace").splitlines()[-ERROR_LINES:]
+    except OSError:
+        return []
+
+
+def _gpus(config: Config, gpu: str | None) -> int:
+    """How many GPUs the cell had to itself or shared, for the cost in GPU-hours."""
+    if config.device is not None:
+        return int(config.device.startswith("cuda"))
+    return int(gpu is not None or Path("/dev/nvidia0").exists())
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("bandit_rft", "torch", "transformers", "tokenizers", "numpy", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

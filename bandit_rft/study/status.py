@@ -1,0 +1,178 @@
+"""What a study has come to: counts over all cells, the cells at work, and what went wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bandit_rft.config import Config
+from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost
+from bandit_rft.study.run import read_record
+
+STATES = ("finished", "running", "stopped", "failed", "waiting")
+
+
+@dataclass
+class Status:
+    """Cells by state; `progress`: (cell, round, reward) of those at work; `failures`: (cell, end of its error)."""
+
+    states: dict[str, str]
+    progress: list[tuple[str, int, float | None]] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(self.states.values())
+
+
+def read_status(folder: Path, cells: Sequence[str] | None = None) -> Status:
+    """Look at a study folder. "running" is what cell.json says: the cell of a runner that was killed says so too."""
+    if cells is None:
+        cells = [cell["id"] for cell in json.loads((folder / "plan.json").read_text(encoding="utf-8"))]
+    status = Status({})
+    for cell in cells:
+        record = read_record(folder, cell)
+        state = status.states[cell] = record.get("status") or "waiting"
+        if state == "running":
+            line = last_line(folder / "cells" / cell / "metrics.jsonl")
+            status.progress.append((cell, int(line.get("round", 0)), line.get("reward")))
+        elif state == "failed":
+            lines = str(record.get("error") or "").strip().splitlines()
+            status.failures.append((cell, " / ".join(lines[-2:])))
+    return status
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a metrics.jsonl; {} before there is one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16384))
+            for line in reversed(file.read().split(b"\n")[:-1]):
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    continue
+                return values if isinstance(values, dict) else {}
+    except OSError:
+        pass
+    return {}
+
+
+def show_status(folder: Path, console: Console) -> None:
+    """Print the counts, every cell at work, and every failure with its reason."""
+    status = read_status(folder)
+    counts = ", ".join(f"{status.counts[state]} {state}" for state in STATES if status.counts[state])
+    console.print(f"{len(status.states)} cells: {counts}", markup=False)
+    for cell, round_, reward in status.progress:
+        shown = "" if reward is None else f"  reward {reward:.3f}"
+        console.print(f"  running  {cell}  round {round_}{shown}", markup=False)
+    for cell, error in status.failures:
+        console.print(f"  failed   {cell}  {error}", markup=False, style="red")
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print the levels with their number of cells and estimated cost, and the sum."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("factor", "left"), ("level", "left"), ("cells", "right"), ("generated", "right"),
+                          ("evaluated", "right"), ("trained", "right"), ("GPU-hours", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    total, by_level = Cost(), dict[tuple[str, str], list[Cost]]()
+    shared: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for cell in plan.cells:
+        cost = estimate_cost(plan, cell)
+        by_level.setdefault((cell.factor, cell.level), []).append(cost)
+        for place in cell.also:
+            shared.setdefault(place, set()).add((cell.factor, cell.level))
+        total += cost
+    for (factor, level), costs in by_level.items():
+        table.add_row(Text(factor), Text(level), str(len(costs)), *_cost_columns(sum(costs, Cost())))
+    for (factor, level), of in shared.items():
+        if (factor, level) not in by_level:
+            table.add_row(Text(factor), Text(level), "", "the cells of " + " / ".join(sorted(of)[0]))
+    table.add_section()
+    table.add_row("all", "", str(len(plan.cells)), *_cost_columns(total))
+    console.print(table)
+    console.print(
+        "tokens and GPU-hours are estimates (docs/study.md: how a plan is priced); nothing has been run", markup=False
+    )
+
+
+def _cost_columns(cost: Cost) -> list[str]:
+    return [f"{value / 1e6:,.2f}M" for value in (cost.generated, cost.evaluated, cost.trained)] + [
+        f"{cost.gpu_hours:,.2f}" if cost.gpu_hours else "-"
+    ]
+
+
+class StudyProgress:
+    """A live view in a terminal: all cells, and every cell at work with its round; elsewhere a line a cell."""
+
+    def __init__(self, plan: Plan, folder: Path, console: Console | None = None):
+        self.plan, self.folder = plan, folder
+        self.console = console or Console(highlight=False)
+        self._totals: dict[str, int] = {}
+        self._begun: dict[str, float] = {}
+        self._last_look = 0.0
+        self._progress = Progress(
+            TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        )
+        self._task = self._progress.add_task("cells", total=len(plan.cells))
+        self._lines: list[str] = []
+        self._failed = 0
+        self._live: Live | None = None
+
+    def __enter__(self) -> StudyProgress:
+        self._look()
+        if self.console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._look()
+            self._live.stop()
+
+    def started(self, cell: PlannedCell, config: Config) -> None:
+        self._totals[cell.id] = config.max_rounds
+        self._begun[cell.id] = time.monotonic()
+
+    def ended(self, cell: PlannedCell, record: dict[str, Any]) -> None:
+        seconds = time.monotonic() - self._begun.pop(cell.id)
+        self._look()
+        done = self._progress.tasks[0].completed
+        line = f"{done:.0f}/{len(self.plan.cells)}  {record['status']}  {cell.id}  {seconds:.0f} s"
+        if record["status"] == "failed":
+            line += "  " + str(record["error"]).strip().splitlines()[-1]
+        if not self.console.is_terminal or record["status"] == "failed":
+            self.console.print(line, markup=False, soft_wrap=True)
+
+    def tick(self) -> None:
+        if time.monotonic() - self._last_look > max(2.0, len(self.plan.cells) / 500):
+            self._look()
+
+    def _look(self) -> None:
+        """All cells, other runners' too."""
+        status = read_status(self.folder, [cell.id for cell in self.plan.cells])
+        self._last_look = time.monotonic()
+        self._progress.update(self._task, completed=status.counts["finished"])
+        self._failed = status.counts["failed"]
+        self._lines = []
+        for cell, round_, reward in status.progress:
+            total = self._totals.get(cell)
+            of, shown = f"/{total}" if total else "", "" if reward is None else f"  reward {reward:.3f}"
+            self._lines.append(f"  {cell}  round {round_}{of}{shown}{'' if cell in self._begun else '  (elsewhere)'}")
+
+    def _render(self) -> Group:
+        failed = [Text(f"  {self._failed} failed", style="red")] if self._failed else []
+        return Group(self._progress, *(Text(line) for line in self._lines), *failed)
