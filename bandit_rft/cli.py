@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if "BANDIT_RFT_TRACEBACK" in os.environ:
             raise
-        return _fail(str(error) or repr(error), 2 if type(error).__name__ == "ConfigError" else 1)
+        wrong = any(kind.__name__ == "ConfigError" for kind in type(error).__mro__)  # not imported unless raised
+        return _fail(str(error) or repr(error), 2 if wrong else 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:

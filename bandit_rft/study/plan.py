@@ -135,7 +135,7 @@ def _cells(plan: Plan) -> Iterator[PlannedCell]:
             for task, of_task in settings["tasks"].items():
                 same: dict[str, PlannedCell] = {}
                 for (factor, level), of_level in levels.items():
-                    where = f"factors.{factor}.{level}, model {model}, task {task}"
+                    where = f"{level if factor == level else f'factors.{factor}.{level}'}, model {model}, task {task}"
                     parts = (
                         ("baseline", settings["baseline"]),
                         (f"models.{model}", of_model),

@@ -1,0 +1,173 @@
+"""From a study file to cells: which there are, which are one, what is refused, what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bandit_rft.cli import main
+from bandit_rft.study.plan import Plan, StudyError, estimate_cost, load_plan
+
+STUDIES = Path(__file__).parent.parent / "studies"
+MINIMAL: dict[str, Any] = {
+    "baseline": {"preset": "minimal", "evaluation": {"splits": ["train", "test"]}},
+    "models": {"base": {"model_name_or_path": "arithmetic-base"}},
+    "tasks": {"sums": {"task": "arithmetic", "task_options": {"train_size": 64, "kinds": ["sum"]}}},
+    "seeds": [0, 1],
+    "budget": {"rule": "rounds", "amount": 3},
+}
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return load_plan(path)
+
+
+def places(plan: Plan) -> set[tuple[str, str]]:
+    return {place for cell in plan.cells for place in [(cell.factor, cell.level), *cell.also]}
+
+
+def test_equal_configurations_are_one_cell(tmp_path: Path) -> None:
+    factors = {
+        "rollouts": {"n=1": {}, "n=8": {"num_generations": 8, "advantage": "group_norm"}},
+        "trade-off": {"(32,8)": {"advantage": "group_norm", "batch_size": 32, "num_generations": 8}},
+    }
+    plan = plan_of(tmp_path, factors=factors)
+    assert [(cell.factor, cell.level, cell.also) for cell in plan.cells if cell.seed == 0] == [
+        ("baseline", "baseline", [("rollouts", "n=1")]),
+        ("rollouts", "n=8", [("trade-off", "(32,8)")]),
+    ]
+    assert [cell.seed for cell in plan.cells] == [0, 0, 1, 1], "whole seeds, one after the other"
+    assert sum(cell.baseline for cell in plan.cells) == 2
+
+
+def test_a_level_changes_one_option_of_a_task_and_keeps_the_others(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, factors={"size": {"128": {"task_options": {"train_size": 128}}}})
+    config = plan.config(plan.cells[1], tmp_path)
+    assert config.task_options == {"train_size": 128, "kinds": ["sum"]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "key"), [("rounds", "max_rounds"), ("tokens", "max_generated_tokens"), ("seconds", "max_seconds")]
+)
+def test_budgets(tmp_path: Path, rule: str, key: str) -> None:
+    plan = plan_of(tmp_path, budget={"rule": rule, "amount": 7}, stopping={} if rule == "rounds" else {"max_rounds": 9})
+    config = plan.config(plan.cells[0], tmp_path)
+    assert getattr(config, key) == 7
+    assert config.max_rounds == (7 if rule == "rounds" else 9)
+
+
+def test_paths_start_at_the_study_file(tmp_path: Path) -> None:
+    (tmp_path / "studies" / "model").mkdir(parents=True)
+    plan = plan_of(
+        tmp_path / "studies", models={"m": {"model_name_or_path": "model"}, "hub": {"model_name_or_path": "a/b"}}
+    )
+    configs = {cell.model: plan.config(cell, tmp_path / "out") for cell in plan.cells if cell.seed == 0}
+    mine, hub = configs["m"], configs["hub"]
+    assert mine.model_name_or_path == "../studies/model"
+    assert hub.model_name_or_path == "a/b", "not a folder beside the study file: a name on the hub"
+    assert mine.output_dir == "cells/m-sums-baseline-baseline-s0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factor": {}}, ["unknown key 'factor'", "did you mean factors?"]),
+        ({"budget": {"rule": "round", "amount": 3}}, ["budget", "rounds | tokens | seconds"]),
+        ({"budget": None}, ["budget"]),
+        ({"stopping": {"patience": 3}}, ["stopping", "failed_cells"]),
+        ({"seeds": [0, 0]}, ["seeds"]),
+        ({"models": {}}, ["models"]),
+        ({"models": {"m": "gpt2"}}, ["models.m", "mapping"]),
+        ({"factors": {"f": ["n=1"]}}, ["factors.f", "levels"]),
+        ({"factors": {"f": {"x": {"num_generation": 8}}}}, ["factors.f.x", "model base, task sums", "num_generations"]),
+        ({"factors": {"f": {"x": {"advantage": "rloo"}}}}, ["factors.f.x", "num_generations must be >= 2"]),
+        ({"factors": {"f": {"A": {"batch_size": 2}, "a": {"batch_size": 3}}}}, ["different names"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_study_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(StudyError) as error:
+        plan_of(tmp_path, **changes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    plan.write(tmp_path / "out")
+    plan.write(tmp_path / "out")
+    changed = plan_of(tmp_path, baseline={**MINIMAL["baseline"], "learning_rate": 1e-3})
+    changed.write(tmp_path / "out")  # nothing was begun
+    begun = tmp_path / "out" / "cells" / plan.cells[0].id
+    begun.mkdir(parents=True)
+    (begun / "cell.json").write_text("{}")
+    plan_of(tmp_path, baseline={**MINIMAL["baseline"], "learning_rate": 1e-3}, seeds=[0, 1, 2]).write(tmp_path / "out")
+    with pytest.raises(StudyError, match="another configuration"):
+        plan.write(tmp_path / "out")
+
+
+def test_cost_of_a_cell_by_hand(tmp_path: Path) -> None:
+    """10 rounds of 4 x 2 rollouts of 100 tokens after 50, evaluated at rounds 0, 5, 10 on 20 + 10 questions."""
+    plan = plan_of(
+        tmp_path,
+        baseline={"preset": "minimal", "batch_size": 4, "num_generations": 2, "advantage": "rloo", "eval_steps": 5},
+        models={"m": {"model_name_or_path": "a/b", "parameters": 1e9}},
+        budget={"rule": "rounds", "amount": 10},
+        cost={
+            "prompt_tokens": 50, "completion_tokens": 100, "train_questions": 20, "test_questions": 10,
+            "flops": 1e12, "bytes_per_second": 1e12, "bytes_per_parameter": 2, "decode_batch": 8,
+        },
+    )  # fmt: skip
+    cost = estimate_cost(plan, plan.cells[0])
+    assert cost.generated == 10 * 8 * 100
+    assert cost.trained == 10 * 8 * 150
+    assert cost.evaluated == 3 * 30 * 100
+    # Drawing 8 sequences: 2 P x 8 x 150 FLOP = 2.4 s, more than 100 reads of 2 GB = 0.2 s.
+    seconds = 10 * 2.4 + 2e9 * 90 * 150 / 1e12 + 6e9 * cost.trained / 1e12
+    assert cost.gpu_hours == pytest.approx(seconds / 3600)
+
+
+def test_the_papers_grid() -> None:
+    plan = load_plan(STUDIES / "paper.yaml")
+    levels = places(plan)
+    assert {level for factor, level in levels if factor == "trade-off"} == {
+        "(1,256)", "(2,128)", "(4,64)", "(8,32)", "(16,16)", "(32,8)", "(64,4)", "(128,2)", "(256,1)",
+    }  # fmt: skip
+    assert {level for factor, level in levels if factor == "replay"} == {
+        "(64,4)", "(128,2)", "(256,1)", "(512,1)", "(1024,1)", "(2048,1)",
+    }  # fmt: skip
+    assert {level for factor, level in levels if factor == "rollouts"} == {"n=1", "n=8", "n=16", "n=32", "n=64"}
+    assert {level for factor, level in levels if factor == "batch"} == {"B=32", "B=64", "B=128"}
+    for cell in plan.cells:
+        config = plan.config(cell, STUDIES)
+        named = cell.level.strip("()").split(",")
+        if len(named) == 2:
+            assert [config.batch_size, config.num_generations] == [int(part) for part in named]
+    assert len(plan.cells) == 22 * 3 * 2 * 5
+
+
+@pytest.mark.parametrize("name", ["tiny", "neighbours", "choices"])
+def test_the_studies_in_the_repository_are_sound(name: str) -> None:
+    plan = load_plan(STUDIES / f"{name}.yaml")
+    for cell in plan.cells:
+        assert plan.config(cell, STUDIES / "out").seed == cell.seed
+    models = [STUDIES / of["model_name_or_path"] for of in plan.settings["models"].values()]
+    assert all((model / "model.safetensors").is_file() or model.name == "arithmetic-base" for model in models)
+
+
+def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_of(tmp_path, factors={"rollouts": {"n=1": {}, "n=2": {"num_generations": 2, "advantage": "rloo"}}})
+    assert main(["study", "plan", str(tmp_path / "study.yaml"), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "n=2" in out and "the cells of" in out and "GPU-hours" in out
+    assert not (tmp_path / "out").exists()
+    assert main(["study", "plan", str(tmp_path / "none.yaml")]) == 2
+    assert main(["study", "plan"]) == 2
+    assert main(["study", "paint", "x.yaml"]) == 2
+    assert main(["study", "run", str(tmp_path / "study.yaml"), "--jobs", "many"]) == 2
+    assert main(["study", "plan", str(tmp_path / "study.yaml"), "--learning_rate", "1"]) == 2
+    assert main(["study", "report", str(tmp_path)]) == 2
+    assert "--jobs must be a whole number" in capsys.readouterr().err
