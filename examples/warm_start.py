@@ -1,9 +1,11 @@
 """Make a small base model with mixed habits, trained on demonstrations of the built-in tasks.
 
-From the first step to the last, 70% of the demonstrations answer at once, which so small a model mostly gets wrong; the
-others work step by step, which it gets right more often. The model imitates both in the proportion it saw them, so that
-there is something for an outcome reward to teach. At once is, for arithmetic, the right answer without the steps to it;
-for countdown, a guess: some expression of the given numbers. No demonstration shows a question of a task's test side.
+Of its demonstrations 70% answer at once, which is mostly wrong; the others work step by step, which even so small a
+model mostly gets right. It imitates both in the proportion it saw them, so that there is something for an outcome
+reward to teach. The first `worked_steps` show no answer at once: the skill takes far longer to learn than the habit.
+
+At once is a guess: for arithmetic a number near the answer, for countdown some expression of the given numbers. No
+demonstration shows a question of a task's test side.
 
     python examples/warm_start.py --output_dir bandit_rft/assets/arithmetic-base
 
@@ -70,23 +72,26 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 
 def demonstrations(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield (question, completion), both habits of all tasks, without end."""
-    rng = random.Random(args.seed)
+    rng, shown = random.Random(args.seed), 0
     while True:
-        task = rng.choice(args.tasks)
-        yield show_arithmetic(rng, args) if task == "arithmetic" else show_countdown(rng, args)
+        at_once = args.at_once if shown >= args.worked_steps * args.batch_size else 0.0
+        show = show_arithmetic if rng.choice(args.tasks) == "arithmetic" else show_countdown
+        yield show(rng, args, at_once)
+        shown += 1
 
 
-def show_arithmetic(rng: random.Random, args: argparse.Namespace) -> tuple[str, str]:
-    """Draw a question of the train side; its answer at once or worked out."""
+def show_arithmetic(rng: random.Random, args: argparse.Namespace, at_once: float) -> tuple[str, str]:
+    """Draw a question of the train side; a guess of its answer or the steps to it."""
     while True:
         question = arithmetic.make_question(rng, rng.choice(args.kinds), rng.choice(args.terms), args.digits)
         if not arithmetic.is_held_out(question):
             break
     worked = arithmetic.work_out(question)
-    return question, arithmetic.final_answer(worked) if rng.random() < args.at_once else worked
+    guess = int(arithmetic.final_answer(worked)) + rng.randint(-args.guess_error, args.guess_error)
+    return question, str(guess) if rng.random() < at_once else worked
 
 
-def show_countdown(rng: random.Random, args: argparse.Namespace) -> tuple[str, str]:
+def show_countdown(rng: random.Random, args: argparse.Namespace, at_once: float) -> tuple[str, str]:
     """Draw a question of the train side; a guess or a solution in steps."""
     dial = countdown.CountdownOptions(max_number=args.max_number)
     while True:
@@ -94,7 +99,7 @@ def show_countdown(rng: random.Random, args: argparse.Namespace) -> tuple[str, s
         if not countdown.is_held_out(numbers, way.value):
             break
     question, guess = countdown.question_text(numbers, way.value), None
-    if rng.random() >= args.at_once:
+    if rng.random() >= at_once:
         return question, way.steps
     while guess is None:
         guess = countdown.combine(rng, numbers, dial.operators)
@@ -270,12 +275,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--key_value_heads", type=int, help="fewer than heads: grouped-query attention")
     parser.add_argument("--tasks", nargs="+", choices=list(ALPHABETS), default=["arithmetic"])
-    parser.add_argument("--at_once", type=float, default=0.7, help="share of demonstrations that answer at once")
+    parser.add_argument("--at_once", type=float, default=0.7, help="share of answers at once, after worked_steps")
+    parser.add_argument("--guess_error", type=int, default=5, help="an answer at once is at most this far off")
     parser.add_argument("--kinds", nargs="+", choices=arithmetic.KINDS, default=list(arithmetic.KINDS))
     parser.add_argument("--terms", nargs="+", type=int, default=[2, 3, 3, 3, 4, 5], help="one is drawn for a question")
     parser.add_argument("--digits", type=int, default=2)
     parser.add_argument("--max_number", type=int, default=20, help="the largest number given in countdown")
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1250)
+    parser.add_argument("--worked_steps", type=int, default=950, help="the first of these show no answer at once")
     parser.add_argument("--batch_size", type=int, default=256, help="demonstrations a step")
     parser.add_argument("--micro_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=0.02, help="of the matrices")

@@ -1,1 +1,43 @@
-"""Triton kernels, one file an operation. None is needed: without Triton the operations run through PyTorch."""
+"""Triton kernels, one file an operation. None is needed: without Triton the operations run through PyTorch.
+
+Importing this package imports no Triton; importing one of its modules does. A machine has Triton's kernels where
+`refusal` says None: on an NVIDIA GPU from sm_80 on, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _installed() -> bool:
+    try:
+        return bool(version("triton"))
+    except PackageNotFoundError:
+        return False
+
+
+@cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """None if these kernels can read tensors of this device and dtype, otherwise the reason why not."""
+    if not _installed():
+        return "Triton is not installed"
+    if dtype not in DTYPES:
+        return f"it reads float32, bfloat16 and float16; the tensors are {str(dtype).removeprefix('torch.')}"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "it reads GPU memory (CPU memory only in Triton's interpreter, TRITON_INTERPRET=1)"
+    if device_type not in ("cpu", "cuda"):
+        return f"it reads CUDA memory; the tensors are on {device_type}"
+    if device_type == "cuda" and torch.version.hip is None and _capability() < (8, 0):
+        return f"it needs compute capability 8.0 or later; this GPU has {'.'.join(map(str, _capability()))}"
+    return None

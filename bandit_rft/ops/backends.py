@@ -1,10 +1,12 @@
 """Which backend serves which call: one table, pure predicates. `describe()` prints it; BANDIT_RFT_BACKEND forces one.
 
     cpu     the compiled core (csrc/cpu): float32 and bfloat16 rows in CPU memory
+    cuda    the compiled CUDA kernels (csrc/cuda): float32, bfloat16 and float16 rows on an NVIDIA GPU, sm_80 and later
+    triton  the Triton kernels (kernels/): an NVIDIA GPU; CPU memory only if forced, in Triton's interpreter (tests)
     torch   plain PyTorch, chunked: any device, any floating dtype
 
 A backend computes rows of logits; the matrix products around them are the vendor's (or, for sampling on the cpu
-backend, the core's own batch-invariant product).
+backend, the core's own batch-invariant product, and on triton the head fused with the softmax: `fused_head`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+kernels = import_module("bandit_rft.kernels")  # imports no Triton
 native: ModuleType | None = None
 native_error: str | None = None
 try:
@@ -43,6 +47,7 @@ class Call(NamedTuple):
 
     device_type: str
     dtype: torch.dtype
+    device_index: int = 0
 
 
 class Backend(NamedTuple):
@@ -62,8 +67,33 @@ def _cpu_refusal(call: Call) -> str | None:
     return None
 
 
+@cache
+def _cuda_module_refusal(device: int) -> str | None:
+    """Why the compiled CUDA kernels cannot run on this GPU: what is there and what is needed, in one sentence."""
+    if native is None:
+        return f"the compiled module bandit_rft._C is not installed ({native_error})"
+    if not hasattr(native, "cuda"):
+        return f"bandit_rft {native.version} was built without CUDA; a wheel with +cu in its version has the kernels"
+    return native.cuda.refusal(device) or None
+
+
+def _cuda_refusal(call: Call) -> str | None:
+    if call.device_type != "cuda" or torch.version.hip is not None:
+        return f"it reads NVIDIA GPU memory; the tensors are on {'hip' if torch.version.hip else call.device_type}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it reads float32, bfloat16 and float16; the tensors are {str(call.dtype).removeprefix('torch.')}"
+    return _cuda_module_refusal(call.device_index)
+
+
+def _triton_refusal(call: Call) -> str | None:
+    reason: str | None = kernels.refusal(call.device_type, call.dtype)
+    return reason
+
+
 BACKENDS = (
     Backend("cpu", "compiled core, float32 and bfloat16 in CPU memory", _cpu_refusal),
+    Backend("cuda", "compiled CUDA kernels, float32, bfloat16 and float16 on a GPU", _cuda_refusal),
+    Backend("triton", "Triton kernels, float32, bfloat16 and float16 on a GPU", _triton_refusal),
     Backend("torch", "plain PyTorch, any device and floating dtype", lambda call: None),
 )
 
@@ -78,7 +108,7 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     Raises ValueError if BANDIT_RFT_BACKEND (or `use_backend`) names one that cannot.
     """
     global _told
-    call = Call(device.type, dtype)
+    call = Call(device.type, dtype, device.index or 0)
     forced = _forced.get() or os.environ.get("BANDIT_RFT_BACKEND")
     if forced:
         named = {backend.name: backend for backend in BACKENDS}
@@ -95,7 +125,31 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
             RuntimeWarning,
             stacklevel=2,
         )
-    return next(backend.name for backend in BACKENDS if backend.refusal(call) is None)
+    if call.device_type == "cuda" and not _told and torch.version.hip is None:
+        _told = True
+        if reason := _cuda_module_refusal(call.device_index):
+            warnings.warn(
+                f"bandit_rft goes on without its CUDA kernels, through Triton or PyTorch: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    for backend in BACKENDS:
+        interpreted = backend.name == "triton" and call.device_type == "cpu"  # thousands of times slower than torch
+        if not interpreted and backend.refusal(call) is None:
+            return backend.name
+    raise AssertionError("unreachable: the torch backend serves every call")
+
+
+def fused_head(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a forward through the head (scoring, or a draw from the whole softmax) runs in one fused Triton kernel.
+
+    `dtype` is that of hidden and weight. Where triton can serve and no other backend is forced: bfloat16 and float16 on
+    a GPU; float32 only if triton is forced, since its exact float32 products are slower than the vendor's.
+    """
+    forced = _forced.get() or os.environ.get("BANDIT_RFT_BACKEND")
+    if forced:
+        return forced == "triton" and select(device, dtype) == "triton"
+    return device.type == "cuda" and dtype != torch.float32 and kernels.refusal(device.type, dtype) is None
 
 
 @contextmanager
@@ -145,6 +199,8 @@ def describe() -> str:
         lines.append(f"compiled core  missing: {native_error}")
     else:
         lines.append(f"compiled core  {native.version}, instruction set {native.instruction_set()}")
+        if hasattr(native, "cuda"):
+            lines.append(f"CUDA kernels   CUDA {native.cuda.version}, sm_{native.cuda.architectures} and later")
     lines.append(f"torch          {torch.__version__}, {torch.get_num_threads()} threads")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:

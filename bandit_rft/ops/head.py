@@ -24,7 +24,7 @@ def chunks(
     """Equal stretches of rows whose logits (and what plain PyTorch needs beside them) fit a share of the workspace."""
     if rows == 0:
         return []
-    copies = 1 if backend == "cpu" else 10  # the torch rows hold z, log p, p, dz and temporaries beside the logits
+    copies = 10 if backend == "torch" else 1  # the torch rows hold z, log p, p, dz and temporaries beside the logits
     bytes_a_row = vocabulary * copies * (8 if dtype == torch.float64 else 4)
     most = max(1, int(backends.workspace_bytes(device) * share) // bytes_a_row)
     count = -(-rows // most)
@@ -53,6 +53,17 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
     return z
 
 
+def narrow_gradient(z: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
+    """Where the cuda rows write dL/dz [n, V] in the weight's dtype: over the second half of each row of z [n, V].
+
+    The gradient products need it in 16 bits; written there it costs no memory and no visit of its own. None where dL/dz
+    goes over z itself.
+    """
+    if backend != "cuda" or dtype.itemsize != 2 or z.dtype != torch.float32:
+        return None
+    return z.view(dtype)[:, z.shape[1] :]
+
+
 def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [n, H] = dz [n, V] . weight [V, H]; out has weight's dtype."""
     if weight.dtype == dz.dtype:
@@ -71,9 +82,10 @@ def add_weight_gradient(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: boo
     beta = 1.0 if accumulate else 0.0
     if hidden.dtype == out.dtype or hidden.device.type == "cpu":
         out.addmm_(dz.T, hidden.to(out.dtype), beta=beta)
+    elif accumulate:
+        torch.addmm(out, dz.to(hidden.dtype).T, hidden, out_dtype=out.dtype, out=out)
     else:
-        product = torch.mm(dz.to(hidden.dtype).T, hidden, out_dtype=out.dtype)
-        out.copy_(product) if beta == 0 else out.add_(product)
+        torch.mm(dz.to(hidden.dtype).T, hidden, out_dtype=out.dtype, out=out)
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -98,6 +98,10 @@ def _linear_logprobs(
     checks.target_values(targets, weight.shape[0])
     checks.temperature_values(temperatures)
     scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
+    if backends.fused_head(hidden.device, hidden.dtype):
+        logp, entropy = rows.fused_logprobs(hidden, weight, targets, bias, scaling)
+        checks.finite_values("the logits", logp)
+        return logp, entropy
     dtype = computing_dtype(hidden)
     logp, entropy = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
     plan = head.chunks(len(hidden), len(weight), hidden.device, dtype, backends.select(hidden.device, dtype))
@@ -126,13 +130,14 @@ def _linear_logprobs_backward(
     counts = grad_logprobs != 0
     if grad_entropy is not None:
         counts |= grad_entropy != 0
-    index = None if bool(counts.all()) else counts.nonzero()[:, 0]
+    index = counts.nonzero()[:, 0]
+    every = len(index) == len(counts)
 
-    def fill(z: Tensor, chunk: slice | Tensor) -> None:
+    def fill(z: Tensor, chunk: slice | Tensor, into: Tensor | None) -> None:
         of_entropy = None if grad_entropy is None else grad_entropy[chunk]
-        rows.gradient_(z, targets[chunk], scaling.rows(chunk), grad_logprobs[chunk], of_entropy)
+        rows.gradient_(z, targets[chunk], scaling.rows(chunk), grad_logprobs[chunk], of_entropy, into)
 
-    gradients.accumulate(index, fill)
+    gradients.accumulate(None if every else index, fill)
     return gradients.results()
 
 
@@ -182,7 +187,10 @@ class HeadGradients:
         self.bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if want_bias and bias is not None else None
 
     def accumulate(self, index: Tensor | None, fill: Any) -> None:
-        """For the rows in `index` (None: all), `fill(z, chunk)` turns their logits into dL/dlogits in place."""
+        """For the rows in `index` (None: all), `fill(z, chunk, into)` turns their logits into dL/dlogits in place.
+
+        Where `into` is not None it writes dL/dlogits there instead (head.narrow_gradient).
+        """
         hidden, weight, bias = self.inputs
         count = len(hidden) if index is None else len(index)
         if self.hidden is not None and index is not None:
@@ -196,19 +204,21 @@ class HeadGradients:
             taken = chunk if index is None else index[chunk]
             h = hidden[taken]
             z = head.logits(h, weight, bias, buffer)
-            fill(z, taken)
+            narrow = head.narrow_gradient(z, weight.dtype, backend)
+            fill(z, taken, narrow)
+            dz = z if narrow is None else narrow
             if self.hidden is not None:
                 if index is None:
-                    head.add_hidden_gradient(z, weight, self.hidden[chunk])
+                    head.add_hidden_gradient(dz, weight, self.hidden[chunk])
                 else:
                     part = torch.empty_like(h)
-                    head.add_hidden_gradient(z, weight, part)
+                    head.add_hidden_gradient(dz, weight, part)
                     self.hidden.index_copy_(0, taken, part)  # type: ignore[arg-type]
             if self.weight is not None:
-                head.add_weight_gradient(z, h, self.weight, accumulate=self.started)
+                head.add_weight_gradient(dz, h, self.weight, accumulate=self.started)
                 self.started = True
             if self.bias is not None:
-                self.bias += z.sum(0)
+                self.bias += dz.sum(0, dtype=self.bias.dtype)
         if self.weight is not None and not self.started:
             self.weight.zero_()
 

@@ -217,9 +217,9 @@ def _compute(
 
     if gradients is not None and objective.token_separable:
 
-        def fill(z: Tensor, taken: slice | Tensor) -> None:
+        def fill(z: Tensor, taken: slice | Tensor, into: Tensor | None) -> None:
             logp[taken], entropy[taken] = rows.policy_(
-                z, targets[taken], scaling.rows(taken), objective, inputs.rows(taken)
+                z, targets[taken], scaling.rows(taken), objective, inputs.rows(taken), into
             )
 
         gradients.accumulate(index, fill)
@@ -240,11 +240,12 @@ def _compute(
         c[every] = token_coefficients(objective, logp[every], *computed, sequence_of[every], lengths)
         of_entropy = -objective.entropy_coef * weights if objective.entropy_coef else None
         counts = c != 0 if of_entropy is None else torch.ones_like(c, dtype=torch.bool)
-        still = None if bool(counts.all()) else counts.nonzero()[:, 0]
+        index = counts.nonzero()[:, 0]
+        still = None if len(index) == len(counts) else index
 
-        def fill_given(z: Tensor, taken: slice | Tensor) -> None:
+        def fill_given(z: Tensor, taken: slice | Tensor, into: Tensor | None) -> None:
             grad_entropy = None if of_entropy is None else of_entropy[taken]
-            rows.gradient_(z, targets[taken], scaling.rows(taken), c[taken], grad_entropy)
+            rows.gradient_(z, targets[taken], scaling.rows(taken), c[taken], grad_entropy, into)
 
         gradients.accumulate(still, fill_given)
     checks.finite_values("the logits", logp[every])
@@ -261,7 +262,8 @@ def rows_that_count(
     if not objective.token_separable:  # one token moves the ratio that its whole sequence shares
         of_sequence = torch.zeros_like(lengths).index_add(0, sequence_of, counts.long())
         counts = (of_sequence > 0)[sequence_of]
-    return None if bool(counts.all()) else counts.nonzero()[:, 0]
+    index = counts.nonzero()[:, 0]  # on a GPU the one time the host waits: how many rows there are to compute
+    return None if len(index) == len(counts) else index
 
 
 def _check_values(

@@ -6,6 +6,7 @@ The torch implementations are the formulas of csrc/row_math.h, a tensor at a tim
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -44,23 +45,37 @@ class TokenInputs(NamedTuple):
 
 def logprobs(logits: Tensor, targets: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """(logprobs [N], entropy [N]); logits [N, V] are only read."""
-    if backends.select(logits.device, logits.dtype) == "cpu":
+    backend = backends.select(logits.device, logits.dtype)
+    if backend == "triton":
+        return _triton("policy_rows").logprob_rows(logits, targets, *_triton_scaling(scaling))  # type: ignore[no-any-return]
+    if backend in ("cpu", "cuda"):
         out = _statistics_like(logits)
-        _native().logprob_rows(_dl(logits), _dl(targets), *_native_scaling(scaling), *map(_dl, out), _threads())
+        core, place = _core(backend, logits)
+        core.logprob_rows(_dl(logits), _dl(targets), *_native_scaling(scaling), *map(_dl, out), place)
         return out
     z = scaling.scaled(logits.to(computing_dtype(logits)))
     return _safe_logprobs(z, targets)
 
 
 def gradient_(
-    logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Write dL/dlogits over logits [N, V], given dL/dlogprob and dL/dentropy [N]; returns (logprobs, entropy)."""
-    if backends.select(logits.device, logits.dtype) == "cpu":
+    logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dL/dlogits over logits [N, V], given dL/dlogprob and dL/dentropy [N]; returns (logprobs, entropy).
+
+    `into`: where the cuda backend writes it instead, in fewer bits (head.narrow_gradient).
+    """
+    backend = backends.select(logits.device, logits.dtype)
+    if backend == "triton":
+        return _triton("policy_rows").gradient_rows(  # type: ignore[no-any-return]
+            logits, targets, *_triton_scaling(scaling), grad_logprobs, grad_entropy
+        )
+    if backend in ("cpu", "cuda"):
         out = _statistics_like(logits)
-        _native().gradient_rows(
+        core, place = _core(backend, logits)
+        core.gradient_rows(
             _dl(logits), _dl(targets), *_native_scaling(scaling),
-            _dl(grad_logprobs), _dl(grad_entropy), *map(_dl, out), _threads(),
+            _dl(grad_logprobs), _dl(grad_entropy), *map(_dl, out), *([_dl(into)] if backend == "cuda" else []), place,
         )  # fmt: skip
         return out
     z = scaling.scaled(logits.to(computing_dtype(logits)))
@@ -74,17 +89,26 @@ _KLS = {"none": 0, "k1": 1, "k2": 2, "k3": 3}
 
 
 def policy_(
-    logits: Tensor, targets: Tensor, scaling: Scaling, objective: PolicyObjective, inputs: TokenInputs
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, scaling: Scaling, objective: PolicyObjective, inputs: TokenInputs,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `gradient_`, with the coefficients of a token-separable objective computed on the way (one visit of a row)."""
     o = objective
-    if backends.select(logits.device, logits.dtype) == "cpu":
+    backend = backends.select(logits.device, logits.dtype)
+    low, high = 1 - o.clip_low, (o.importance_cap if o.kind == "importance" else 1 + o.clip_high)
+    kl = _KLS[o.kl] if o.kl_coef else 0
+    if backend == "triton":
+        return _triton("policy_rows").policy_rows(  # type: ignore[no-any-return]
+            logits, targets, *_triton_scaling(scaling),
+            _KINDS[o.kind], low, high, o.dual_clip or 0.0, kl, o.kl_coef, o.entropy_coef, *inputs,
+        )  # fmt: skip
+    if backend in ("cpu", "cuda"):
         out = _statistics_like(logits)
-        low, high = 1 - o.clip_low, (o.importance_cap if o.kind == "importance" else 1 + o.clip_high)
-        _native().policy_rows(
+        core, place = _core(backend, logits)
+        core.policy_rows(
             _dl(logits), _dl(targets), *_native_scaling(scaling),
-            _KINDS[o.kind], low, high, o.dual_clip or 0.0, _KLS[o.kl] if o.kl_coef else 0, o.kl_coef, o.entropy_coef,
-            *map(_dl, inputs), *map(_dl, out), _threads(),
+            _KINDS[o.kind], low, high, o.dual_clip or 0.0, kl, o.kl_coef, o.entropy_coef,
+            *map(_dl, inputs), *map(_dl, out), *([_dl(into)] if backend == "cuda" else []), place,
         )  # fmt: skip
         return out
     z = scaling.scaled(logits.to(computing_dtype(logits)))
@@ -110,12 +134,20 @@ def sample(
     min_p: float,
 ) -> Sample:
     """One draw a row of logits [B, V]."""
-    if backends.select(logits.device, logits.dtype) == "cpu":
-        rows = logits.shape[0]
-        out = (torch.empty(rows, dtype=torch.int64), *(torch.empty(rows) for _ in range(4)))
-        _native().sample_rows(
-            _dl(logits), *_native_scaling(scaling), int(seed.item()) & 0xFFFFFFFFFFFFFFFF,
-            _dl(sequence_ids), _dl(positions), top_k, top_p, min_p, *map(_dl, out), _threads(),
+    backend = backends.select(logits.device, logits.dtype)
+    if backend == "triton":
+        drawn = _triton("sample_rows").sample_rows(
+            logits, *_triton_scaling(scaling), seed, sequence_ids, positions, top_k, top_p, min_p
+        )
+        return Sample(*drawn)
+    if backend in ("cpu", "cuda"):
+        rows, on = logits.shape[0], logits.device
+        out = (torch.empty(rows, dtype=torch.int64, device=on), *(torch.empty(rows, device=on) for _ in range(4)))
+        core, place = _core(backend, logits)
+        core.sample_rows(
+            _dl(logits), *_native_scaling(scaling),
+            int(seed.item()) & 0xFFFFFFFFFFFFFFFF if backend == "cpu" else _dl(seed.reshape(1)),
+            _dl(sequence_ids), _dl(positions), top_k, top_p, min_p, *map(_dl, out), place,
         )  # fmt: skip
         return Sample(*out)
     z = scaling.scaled(logits.to(computing_dtype(logits)))
@@ -170,13 +202,52 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def _core(backend: str, logits: Tensor) -> tuple[Any, int]:
+    """The compiled kernels, and what they take last: a number of threads, or the current stream of the logits' GPU."""
+    if backend == "cpu":
+        return _native(), _threads()
+    return _native().cuda, torch.cuda.current_stream(logits.device).cuda_stream
+
+
 def _statistics_like(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(logits.shape[0]), torch.empty(logits.shape[0])
+    rows, on = logits.shape[0], logits.device
+    return torch.empty(rows, device=on), torch.empty(rows, device=on)
 
 
 def _dl(tensor: Tensor | None) -> Any:
     """A borrowed DLPack capsule, as the compiled core takes it."""
     return None if tensor is None else to_dlpack(tensor.detach())
+
+
+def _triton(module: str) -> Any:
+    return import_module(f"bandit_rft.kernels.{module}")  # Triton is imported when it is first needed
+
+
+def _triton_scaling(scaling: Scaling) -> tuple[float, Tensor | None, float | None, float]:
+    if isinstance(scaling.temperature, Tensor):
+        return 1.0, scaling.temperature, scaling.softcap, scaling.logit_scale
+    return scaling.temperature, None, scaling.softcap, scaling.logit_scale
+
+
+def fused_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scaling: Scaling
+) -> tuple[Tensor, Tensor]:
+    """(logprobs [N], entropy [N]) from the head in one kernel (where `backends.fused_head`)."""
+    return _triton("linear_logprobs").linear_logprobs(  # type: ignore[no-any-return]
+        hidden, weight, targets, bias=bias, workspace=backends.workspace_bytes(hidden.device), **scaling._asdict()
+    )
+
+
+def fused_sample(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling,
+    *, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
+) -> Sample:  # fmt: skip
+    """One draw a row from the head's whole softmax in one kernel (where `backends.fused_head`)."""
+    tokens, logp, entropy = _triton("linear_sample").linear_sample(
+        hidden, weight, seed=seed, sequence_ids=sequence_ids, positions=positions, bias=bias,
+        workspace=backends.workspace_bytes(hidden.device), **scaling._asdict(),
+    )  # fmt: skip
+    return Sample(tokens, logp, logp.clone(), entropy, torch.ones_like(entropy))
 
 
 def _native_scaling(scaling: Scaling) -> tuple[float, Any, float, float]:

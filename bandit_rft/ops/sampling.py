@@ -127,6 +127,13 @@ def _linear_sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check_values(positions, temperatures)
     scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
+    filtered = top_k > 0 or top_p < 1 or min_p > 0
+    if not filtered and backends.fused_head(hidden.device, hidden.dtype):
+        drawn = rows.fused_sample(
+            hidden, weight, bias, scaling, seed=seed, sequence_ids=sequence_ids, positions=positions
+        )
+        checks.finite_values("the logits", drawn.logprobs)
+        return drawn.tokens, drawn.logprobs, drawn.sampling_logprobs, drawn.entropy, drawn.kept_mass
     backend = backends.select(hidden.device, hidden.dtype)
     plan = head.chunks(len(hidden), len(weight), hidden.device, computing_dtype(hidden), backend)
     buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)

@@ -1,0 +1,27 @@
+# The CUDA kernels, for the module _C. The runtime is linked statically and hides its symbols, so the module needs no CUDA
+# library of its own and does not mind which one torch brings: only the driver counts.
+foreach(architecture IN LISTS BANDIT_RFT_CUDA_ARCHITECTURES)
+  list(APPEND CMAKE_CUDA_ARCHITECTURES ${architecture}-real)
+endforeach()
+list(GET BANDIT_RFT_CUDA_ARCHITECTURES -1 newest)
+list(APPEND CMAKE_CUDA_ARCHITECTURES ${newest}-virtual)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_STANDARD 17)
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.6)
+  message(FATAL_ERROR "BANDIT_RFT_CUDA needs nvcc 12.6 or later; found ${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
+string(REPLACE ";" ", " architecture_names "${BANDIT_RFT_CUDA_ARCHITECTURES}")
+add_library(kernels_cuda OBJECT csrc/cuda/policy_rows.cu csrc/cuda/sample_rows.cu)
+# Architectures are compiled side by side; -Xptxas -v says how many registers each kernel takes and whether any spill.
+target_compile_options(kernels_cuda PRIVATE --threads 0 -Xptxas -v)
+set_target_properties(kernels_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON)
+target_sources(_C PRIVATE csrc/cuda/exports.cpp)
+target_compile_definitions(_C PRIVATE BRFT_CUDA)
+foreach(target _C kernels_cuda)
+  target_compile_definitions(${target} PRIVATE BRFT_CUDA_NAMES="${architecture_names}" BRFT_CUDA_VERSION="${cuda_version}")
+endforeach()
+target_link_libraries(_C PRIVATE kernels_cuda)
+set_target_properties(_C PROPERTIES CUDA_RESOLVE_DEVICE_SYMBOLS OFF)

@@ -1,0 +1,65 @@
+// What the kernels use of a GPU beyond C++. tests/native/device_emulation.h offers the same names on a CPU, so that the
+// kernels' own source runs, and is compared with the CPU core, where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(BRFT_EMULATED_DEVICE)
+#include "device_emulation.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define BRFT_DEVICE __device__ __forceinline__
+
+namespace bandit_rft::cuda {
+
+// Every kernel keeps all its shared memory here, so that blocks of a cluster can address each other's.
+BRFT_DEVICE char* shared_memory() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
+BRFT_DEVICE void block_barrier() { __syncthreads(); }
+
+// Blocks of a cluster exist from sm_90 on; elsewhere a block is alone. What was written to another block's shared memory
+// before cluster_arrive is seen there after cluster_wait.
+BRFT_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    cooperative_groups::this_cluster().barrier_arrive();
+#endif
+}
+BRFT_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    cooperative_groups::this_cluster().barrier_wait();
+#else
+    __syncthreads();
+#endif
+}
+template <class T>
+BRFT_DEVICE T* in_block(T* shared, int rank) {  // the same variable in another block of the cluster
+#if __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().map_shared_rank(shared, unsigned(rank));
+#else
+    return shared;
+#endif
+}
+
+template <class T>
+BRFT_DEVICE T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+template <class T>
+BRFT_DEVICE T shuffle_up(T value, int distance) {
+    return __shfl_up_sync(0xFFFFFFFFu, value, unsigned(distance));
+}
+
+BRFT_DEVICE float log_approximate(float x) { return __logf(x); }
+BRFT_DEVICE uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+BRFT_DEVICE uint16_t f16_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+BRFT_DEVICE float from_f16_bits(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+}  // namespace bandit_rft::cuda
+#endif

@@ -1,0 +1,101 @@
+// How rows are laid over blocks, and how a kernel is started: on the caller's stream, waiting for nothing.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../tensor_view.h"
+#include "rows.h"
+
+namespace bandit_rft::cuda {
+
+struct Limits {
+    int major;              // compute capability
+    int shared_per_block;   // bytes, with opt-in
+    int shared_per_sm;
+    int max_threads;        // kMaxThreads, less in tests
+};
+
+// A row of `vocabulary` logits of `width` bytes. With `passes` > 1 its shares are kept in shared memory, beside `header`
+// bytes: on sm_90 and later by the smallest cluster that leaves room for two blocks on a multiprocessor. Where even eight
+// blocks cannot hold the row (or before sm_90 one), the rest is read again, latest first, from L2 as far as it is there.
+// `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
+inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, const Limits& limits) {
+    const int per_vector = 16 / width;
+    const int64_t vectors = (vocabulary + per_vector - 1) / per_vector + 1;  // one more where the row starts inside one
+    const int64_t half = (limits.shared_per_sm / 2 - 1024 - header) / 16, full = (limits.shared_per_block - header) / 16;
+    int64_t blocks = 1;
+    if (passes > 1 && limits.major >= 9) {
+        while (blocks < kMaxCluster && (vectors + blocks - 1) / blocks > half) blocks *= 2;
+        if (alone && (vectors + blocks - 1) / blocks > full) blocks = 1;
+    }
+    RowPlan plan;
+    const int64_t share = (vectors + blocks - 1) / blocks;
+    plan.blocks = int(blocks);
+    plan.share = int(share);
+    plan.cached = passes > 1 ? int(std::max<int64_t>(0, std::min(share, share <= half ? half : full))) : 0;
+    plan.threads = int(std::min<int64_t>(limits.max_threads, std::max<int64_t>(32, (share + 127) / 128 * 32)));
+    plan.shared_bytes = header + 16 * plan.cached;
+    return plan;
+}
+
+#if defined(BRFT_EMULATED_DEVICE)
+}  // namespace bandit_rft::cuda
+#include "launch_emulation.h"
+namespace bandit_rft::cuda {
+#else
+inline void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// The device that the tensors are on, current for as long as this lives.
+class OnDevice {
+   public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+        device_ = device;
+    }
+    ~OnDevice() {
+        if (device_ != before_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    Limits limits() const {
+        Limits limits{};
+        check(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device_), "device");
+        check(cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "device");
+        check(cudaDeviceGetAttribute(&limits.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_), "device");
+        limits.max_threads = kMaxThreads;
+        return limits;
+    }
+
+   private:
+    int before_ = 0, device_ = 0;
+};
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), const RowPlan& plan, int64_t rows, void* stream, const Arguments& arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(rows * plan.blocks));
+    config.blockDim = dim3(unsigned(plan.threads));
+    config.dynamicSmemBytes = size_t(plan.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute cluster[1];
+    cluster[0].id = cudaLaunchAttributeClusterDimension;
+    cluster[0].val.clusterDim.x = unsigned(plan.blocks);
+    cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
+    config.attrs = cluster;
+    config.numAttrs = plan.blocks > 1 ? 1 : 0;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes), "kernel");
+    check(cudaLaunchKernelEx(&config, kernel, arguments), "kernel launch");
+}
+#endif
+
+inline void require_grid(int64_t rows) {
+    require(rows < (int64_t(1) << 31) / kMaxCluster, "logits must have fewer than 2^28 rows");
+}
+
+}  // namespace bandit_rft::cuda

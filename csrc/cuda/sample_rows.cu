@@ -1,0 +1,280 @@
+// Rows of logits on a GPU: one draw each, after top-k, top-p and min-p, and everything known of it.
+//
+//   draw     argmax over kept j of z_j + g_j; the logarithms of g_j are only taken if it can win
+//   kept     rank(j) >= threshold, rank = (z as an ordered integer, ~j): all ranks differ, so ties fall to the lower id
+//   select   the threshold 11 bits at a time, from the histogram of the ranks that share the bits found so far
+//
+// Never in memory: noise, probabilities, a sorted row. Without filters the row is read once, by one block. With filters a
+// cluster keeps it in shared memory (see policy_rows.cu) and visits it there 3 times for each of top-k and top-p, up to 6
+// where the boundary runs through equal logits. Masses are summed as integers (exact to 2^-44 of the likeliest token at V =
+// 151,936), so neither the order of the atomics nor the cluster's size can change a result.
+#include <type_traits>
+
+#include "../philox.h"
+#include "launch.h"
+#include "operations.h"
+
+namespace bandit_rft::cuda {
+namespace {
+
+constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
+
+struct Winner {
+    float best = -INFINITY;
+    uint32_t token = 0xFFFFFFFFu;
+
+    BRFT_DEVICE void offer(float perturbed, uint32_t id) {
+        if (perturbed > best || (perturbed == best && id < token)) {
+            best = perturbed;
+            token = id;
+        }
+    }
+};
+
+struct Drawn {  // what is left to say of a row after its one or two visits, a warp each
+    float best[kMaxCluster * kMaxWarps];
+    uint32_t token[kMaxCluster * kMaxWarps];
+    double kept[kMaxCluster * kMaxWarps];
+};
+
+struct Selection {
+    // A bin's weight is low + 2^32 high: shared memory has fast 32-bit atomics only.
+    uint32_t low[kBins], high[kBins], count[kBins];
+    uint64_t warp_weight[kMaxWarps];
+    uint64_t above, weight;
+    uint32_t digit, members;
+};
+
+struct Shared {
+    SharedStates states;
+    Drawn drawn;
+};
+struct FilterShared : Shared {
+    Selection selection;
+};
+
+struct SampleArguments {
+    Rows rows;
+    RowPlan plan;
+    SampleInputs in;
+    SampleOutputs out;
+    int mass_bits;  // 2^mass_bits is the integer mass of the likeliest token
+};
+
+// An order-preserving integer: -inf < ... < -0 = +0 < ... < +inf, and NaN lowest of all.
+BRFT_DEVICE uint32_t ordered(float z) {
+    const float positive_zero = z + 0.0f;
+    uint32_t bits;
+    memcpy(&bits, &positive_zero, 4);
+    return z != z ? 0u : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+}
+BRFT_DEVICE uint64_t rank_of(float z, int64_t id) { return uint64_t(ordered(z)) << 32 | uint32_t(~uint32_t(id)); }
+
+// Offers the logits z of one vector, whose first has the id `column`, to a thread's draw.
+template <int kWidth>
+BRFT_DEVICE void draw(Winner& winner, const float* z, int64_t column, const uint32_t* counter, PhiloxKey key) {
+    PhiloxWords words{};
+    BRFT_UNROLL
+    for (int l = 0; l < kWidth; ++l) {
+        const int64_t id = column + l;
+        if (l == 0 || id % 4 == 0)
+            words = philox4x32_10(uint32_t(uint64_t(id) / 4), counter[0], counter[1], counter[2], key);
+        const int j = int(uint64_t(id) % 4);
+        const uint32_t word = j < 2 ? (j == 0 ? words.word[0] : words.word[1]) : (j == 2 ? words.word[2] : words.word[3]);
+        // -log1p(-u) >= u, so g <= -log u: the noise itself is needed only where that bound reaches the best so far.
+        const float bound = z[l] - log_approximate(uniform_from_word(word));
+        if (bound + (1e-4f + 4e-7f * fabsf(bound)) >= winner.best && z[l] > -INFINITY)
+            winner.offer(z[l] + gumbel_from_word(word), uint32_t(id));
+    }
+}
+
+// The threshold: the highest rank such that ranks from it on weigh `goal` or more, of the ranks from `lowest` on. They weigh
+// 1 each, or with kMass their probability relative to the likeliest token, and the goal is top_p of all of it.
+template <bool kMass, class Share>
+BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64_t lowest, uint64_t goal, float top_p, float m,
+                            int mass_bits) {
+    const int thread = int(threadIdx.x), threads = int(blockDim.x), lane = thread % 32, warp = thread / 32;
+    uint64_t prefix = 0;
+    for (int shift = 53, bits = kDigitBits, pass = 0;; ++pass) {
+        for (int b = thread; b < kBins; b += threads) s->low[b] = s->high[b] = s->count[b] = 0;
+        block_barrier();
+        share.template each<false>([&](int i, const float* z) {
+            BRFT_UNROLL
+            for (int l = 0; l < Share::kWidth; ++l) {
+                const uint64_t rank = rank_of(z[l], share.column(i) + l);
+                if (!share.inside(i, l) || rank < lowest || (pass && rank >> (shift + bits) != prefix)) continue;
+                const int digit = int(rank >> shift) & ((1 << bits) - 1);
+                uint64_t mass = 1;
+                if constexpr (kMass) {
+                    mass = uint64_t(ldexpf(expf(exp_domain(z[l] - m)), mass_bits));
+                    atomicAdd(&s->count[digit], 1u);
+                }
+                const uint32_t low = uint32_t(mass), before = atomicAdd(&s->low[digit], low);
+                const uint32_t high = uint32_t(mass >> 32) + (before + low < before ? 1u : 0u);
+                if (high) atomicAdd(&s->high[digit], high);
+            }
+        });
+        cluster_arrive();
+        cluster_wait();
+        // Every block finds the same bin, from the highest down: thread i has a run of bins.
+        const int run = (kBins + threads - 1) / threads;
+        const auto bin_weight = [&](int from_top, uint32_t* members) {
+            uint64_t weight = 0;
+            *members = 0;
+            const int bin = kBins - 1 - from_top;
+            for (int r = 0; bin >= 0 && r < blocks; ++r) {
+                const Selection* there = in_block(s, r);
+                weight += uint64_t(there->high[bin]) << 32 | there->low[bin];
+                *members += kMass ? there->count[bin] : there->low[bin];
+            }
+            return weight;
+        };
+        uint64_t own = 0;
+        uint32_t members;
+        for (int b = 0; b < run; ++b) own += bin_weight(thread * run + b, &members);
+        uint64_t until = own;  // inclusive sum over the threads
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const uint64_t below = shuffle_up(until, distance);
+            if (lane >= distance) until += below;
+        }
+        if (lane == 31) s->warp_weight[warp] = until;
+        block_barrier();
+        uint64_t total = 0;
+        for (int w = 0; w < threads / 32; ++w) {
+            if (w < warp) until += s->warp_weight[w];
+            total += s->warp_weight[w];
+        }
+        if (kMass && pass == 0) {
+            const double wanted = ceil(double(top_p) * double(total));
+            goal = wanted < 1.0 ? 1 : (uint64_t(wanted) < total ? uint64_t(wanted) : total);
+        }
+        if (until - own < goal && until >= goal) {
+            uint64_t above = until - own;
+            for (int b = 0; b < run; ++b) {
+                const uint64_t weight = bin_weight(thread * run + b, &members);
+                if (above < goal && above + weight >= goal) {
+                    s->digit = uint32_t(kBins - 1 - (thread * run + b));
+                    s->members = members;
+                    s->weight = weight;
+                    s->above = above;
+                }
+                above += weight;
+            }
+        }
+        if (total < goal && thread == 0) {  // NaN everywhere: keep all of it
+            s->digit = 0;
+            s->members = 1;
+            s->weight = s->above = 0;
+        }
+        block_barrier();
+        prefix = prefix << bits | s->digit;
+        const bool done = shift == 0 || s->members == 1 || s->above + s->weight == goal;
+        goal -= s->above < goal ? s->above : goal;
+        cluster_arrive();  // no histogram is cleared while another block still reads it
+        cluster_wait();
+        if (done) return prefix << shift > lowest ? prefix << shift : lowest;
+        // The digits end where the logit ends and the id begins: 11 + 11 + 10 bits each.
+        bits = shift == 42 || shift == 10 ? 10 : kDigitBits;
+        shift -= bits;
+    }
+}
+
+template <class In, bool kFiltered>
+__global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleArguments a) {
+    using Share = RowShare<In>;
+    using Memory = std::conditional_t<kFiltered, FilterShared, Shared>;
+    constexpr int kWidth = Share::kWidth;
+    auto* shared = reinterpret_cast<Memory*>(shared_memory());
+    cluster_arrive();
+    const int blocks = kFiltered ? a.plan.blocks : 1;
+    const int64_t index = int64_t(blockIdx.x) / blocks;
+    const int block = int(blockIdx.x) % blocks;
+    const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, warps = int(blockDim.x) / 32;
+    const Share share(a.rows, a.plan, index, block, shared + 1);
+    const uint64_t seed = uint64_t(*a.in.seed), sequence = uint64_t(a.in.sequence_ids[index]);
+    const PhiloxKey key{uint32_t(seed), uint32_t(seed >> 32)};
+    const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
+
+    Winner winner;
+    SoftmaxState<float> own;
+    share.template each<true>([&](int i, const float* z) {
+        add_to_state<kWidth>(own, z);
+        if constexpr (!kFiltered) draw<kWidth>(winner, z, share.column(i), counter, key);
+    });
+    const auto state = merged_over_cluster(own, &shared->states, blocks, block);
+
+    double kept = 0;  // sum of exp(z - m) over what is kept
+    if constexpr (kFiltered) {
+        uint64_t threshold = 0;
+        if (a.in.top_k > 0 && a.in.top_k < a.rows.vocabulary)
+            threshold = select<false>(share, &shared->selection, blocks, 0, uint64_t(a.in.top_k), 0.0f, state.m, 0);
+        if (a.in.top_p < 1.0f)
+            threshold = select<true>(share, &shared->selection, blocks, threshold, 0, a.in.top_p, state.m, a.mass_bits);
+        share.template each<false>([&](int i, const float* z) {
+            float left[kWidth];
+            BRFT_UNROLL
+            for (int l = 0; l < kWidth; ++l) {
+                const float relative = expf(exp_domain(z[l] - state.m));
+                const bool keep = rank_of(z[l], share.column(i) + l) >= threshold && relative >= a.in.min_p;
+                left[l] = keep ? z[l] : -INFINITY;
+                kept += keep && share.inside(i, l) ? relative : 0.0f;
+            }
+            draw<kWidth>(winner, left, share.column(i), counter, key);
+        });
+    }
+    for (int mask = 16; mask; mask /= 2) {
+        const float best = shuffle_xor(winner.best, mask);
+        winner.offer(best, shuffle_xor(winner.token, mask));
+        kept += shuffle_xor(kept, mask);
+    }
+    if (lane == 0) {
+        Drawn* first = in_block(&shared->drawn, 0);
+        first->best[block * warps + warp] = winner.best;
+        first->token[block * warps + warp] = winner.token;
+        first->kept[block * warps + warp] = kept;
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (block > 0 || thread > 0) return;
+    kept = 0;
+    for (int w = 0; w < blocks * warps; ++w) {
+        winner.offer(shared->drawn.best[w], shared->drawn.token[w]);
+        kept += shared->drawn.kept[w];
+    }
+    if (!kFiltered) kept = state.s;
+    if (winner.token == 0xFFFFFFFFu) winner.token = 0;  // no finite logit: the log-probability below is NaN and says so
+    const float z = share.scale(In::widen(share.row[winner.token]));
+    a.out.tokens[index] = int64_t(winner.token);
+    a.out.logprobs[index] = row_logprob(state, z);
+    a.out.sampling_logprobs[index] = float(double(z) - double(state.m) - log(kept));
+    a.out.entropy[index] = row_entropy(state);
+    a.out.kept_mass[index] = kFiltered ? float(kept / state.s) : 1.0f;
+}
+
+template <class In>
+auto* kernel_for(bool filtered) {
+    return filtered ? sample<In, true> : sample<In, false>;
+}
+
+}  // namespace
+
+void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutputs& out, const Where& where) {
+    if (logits.count == 0) return;
+    require_grid(logits.count);
+    const OnDevice on(where.device);
+    SampleArguments a{};
+    a.rows = {logits.data, logits.count, logits.vocabulary, logits.stride, logits.scaling, logits.temperature,
+              logits.temperatures};
+    a.in = in;
+    a.out = out;
+    for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;
+    const bool filtered = in.top_k > 0 || in.top_p < 1.0f || in.min_p > 0.0f;
+    a.plan = plan_rows(logits.vocabulary, logits.dtype == DType::f32 ? 4 : 2,
+                       int(filtered ? sizeof(FilterShared) : sizeof(Shared)), filtered ? 2 : 1, false, on.limits());
+    auto* kernel = logits.dtype == DType::f32    ? kernel_for<F32>(filtered)
+                   : logits.dtype == DType::bf16 ? kernel_for<Bf16>(filtered)
+                                                 : kernel_for<F16>(filtered);
+    launch(kernel, a.plan, logits.count, where.stream, a);
+}
+
+}  // namespace bandit_rft::cuda

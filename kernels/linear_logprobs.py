@@ -1,0 +1,90 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
+"""The LM head fused with the online softmax: log-probability and entropy of given tokens.
+
+    z = softcap(logit_scale (hidden . weight^T + bias)) / temperature
+    logp = z_target - logsumexp(z);  entropy = logsumexp(z) - sum_j p_j z_j
+
+No logit is ever in memory; of each row 12 bytes a tile of 128 logits are (head_tile.py). Products of bfloat16 and
+float16 accumulate in float32 (float32 products are exact, without TF32), and so does everything after them: the error
+is that of a float32 softmax over unrounded logits. 2NHV FLOP.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .head_tile import capability_of, configuration, launch_merge, logits_tile, place, row_chunks, store_state
+from .row_math import scaled
+
+
+@triton.jit(do_not_specialize=["rows", "vocabulary"])
+def score_tiles(
+    hidden, weight, bias, targets, temperatures, states, target_logit, rows, vocabulary, hidden_stride, weight_stride,
+    logit_scale, softcap, temperature, H: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """States [3, tiles, rows] of every tile, and the target's logit [rows] from the tile that has it."""
+    row_block, tile = place(rows, vocabulary, BLOCK_N, BLOCK_V)
+    row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = logits_tile(
+        hidden, weight, bias, row, column, rows, vocabulary, hidden_stride, weight_stride,
+        H, WIDEN, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    if temperatures is not None:
+        temperature = tl.load(temperatures + row, mask=row < rows, other=1.0)[:, None]
+    z = scaled(x, logit_scale, softcap, temperature, SOFTCAP)
+    z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+    store_state(z, states, tile, tl.cdiv(vocabulary, BLOCK_V), row, rows)
+    target = tl.load(targets + row, mask=row < rows, other=-1)
+    here = (target >= tile * BLOCK_V) & (target < min((tile + 1) * BLOCK_V, vocabulary))
+    z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+    tl.store(target_logit + row, z_target, mask=here)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    workspace: int = 1 << 30,
+) -> tuple[Tensor, Tensor]:
+    """(logprobs [N], entropy [N]) float32 of targets [N] int64; hidden [N, H] and weight [V, H] of one dtype.
+
+    Arguments are those of `bandit_rft.linear_logprobs`, checked there; `workspace` bounds the states, in bytes. A
+    target outside [0, V) gets NaN. Launches two kernels for each stretch of rows on the current stream and waits for
+    nothing.
+    """
+    rows, vocabulary = len(hidden), len(weight)
+    hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
+    out = torch.empty((2, rows), dtype=torch.float32, device=hidden.device)
+    chosen = torch.full((rows,), torch.nan, dtype=torch.float32, device=hidden.device)
+    temperatures = temperature.contiguous() if isinstance(temperature, Tensor) else None
+    capability = capability_of(hidden)
+    block_v = configuration(rows, hidden.dtype, capability).BLOCK_V
+    chunks = row_chunks(rows, vocabulary, block_v, 12, workspace)
+    for start in chunks:
+        part = slice(start, min(start + chunks.step, rows))
+        h, tiles = hidden[part], triton.cdiv(vocabulary, block_v)
+        states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=hidden.device)
+        config = configuration(len(h), hidden.dtype, capability)
+        score_tiles[(triton.cdiv(len(h), config.BLOCK_N) * tiles,)](
+            h, weight, None if bias is None else bias.contiguous(), targets[part],
+            None if temperatures is None else temperatures[part], states, chosen[part], len(h), vocabulary,
+            h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
+            1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, not h.is_cuda,
+            **config._asdict(),
+        )  # fmt: skip
+        launch_merge(states, out[0, part], out[1, part], chosen_logit=chosen[part])
+    return out[0], out[1]
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

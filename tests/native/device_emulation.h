@@ -1,0 +1,180 @@
+// csrc/cuda/device.h's names on a CPU. The threads of a cluster are fibers of one thread: each runs until it waits, then the
+// next one does, in an order that the test chooses, so that a barrier that is missing shows as a wrong result in some order.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define BRFT_DEVICE inline
+#define __global__ static
+#define __launch_bounds__(...)
+
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+struct uint2 {
+    uint32_t x, y;
+};
+struct Index {
+    unsigned x;
+};
+inline Index threadIdx, blockIdx, blockDim;
+
+namespace bandit_rft::cuda {
+namespace emulation {
+
+struct Barrier {
+    int expected = 0, arrived = 0;
+    long generation = 0;
+
+    long arrive() {
+        const long mine = generation;
+        if (++arrived == expected) arrived = 0, ++generation;
+        return mine;
+    }
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(256 << 10);
+    unsigned block = 0, thread = 0;
+    long cluster_ticket = 0;
+    long shuffles = 0;
+    bool finished = true;
+};
+
+struct Cluster {
+    std::vector<Fiber> fibers;
+    std::vector<std::vector<char>> memory;      // of each block; refilled with nonsense before it is used
+    std::vector<Barrier> block_barriers, warp_barriers;
+    Barrier cluster_barrier;
+    std::vector<uint64_t> exchanged;            // [fiber][2]: the values of two consecutive shuffles
+    ucontext_t scheduler;
+    Fiber* current = nullptr;
+    unsigned first_block = 0, threads = 0;
+    std::function<void()> kernel;
+};
+inline Cluster cluster;
+inline bool backwards = false;  // which way round the fibers are scheduled
+
+inline void yield() { swapcontext(&cluster.current->context, &cluster.scheduler); }
+inline void wait(const Barrier& barrier, long ticket) {
+    while (barrier.generation == ticket) yield();
+}
+inline void enter() {
+    cluster.kernel();
+    cluster.current->finished = true;
+    yield();
+}
+inline unsigned warp_of(const Fiber& f) { return (f.block - cluster.first_block) * (cluster.threads / 32) + f.thread / 32; }
+
+inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t bytes, std::function<void()> kernel) {
+    Cluster& c = cluster;
+    c.first_block = first_block;
+    c.threads = threads;
+    c.kernel = std::move(kernel);
+    c.fibers.resize(blocks * threads);
+    c.memory.assign(blocks, std::vector<char>(bytes + 16, char(0x7f)));
+    c.block_barriers.assign(blocks, Barrier{int(threads)});
+    c.warp_barriers.assign(blocks * threads / 32, Barrier{32});
+    c.cluster_barrier = Barrier{int(blocks * threads)};
+    c.exchanged.assign(size_t(blocks) * threads * 2, 0);
+    for (unsigned i = 0; i < c.fibers.size(); ++i) {
+        Fiber& f = c.fibers[i];
+        f.block = first_block + i / threads;
+        f.thread = i % threads;
+        f.shuffles = 0;
+        f.finished = false;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.data();
+        f.context.uc_stack.ss_size = f.stack.size();
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, enter, 0);
+    }
+    blockDim.x = threads;
+    for (bool more = true; more;) {
+        more = false;
+        for (unsigned i = 0; i < c.fibers.size(); ++i) {
+            Fiber& f = c.fibers[backwards ? c.fibers.size() - 1 - i : i];
+            if (f.finished) continue;
+            more = true;
+            c.current = &f;
+            blockIdx.x = f.block;
+            threadIdx.x = f.thread;
+            swapcontext(&c.scheduler, &f.context);
+        }
+    }
+}
+
+template <class T>
+T shuffle(T value, int from_lane) {
+    static_assert(sizeof(T) <= 8);
+    Fiber& f = *cluster.current;
+    const size_t parity = size_t(f.shuffles++ % 2), self = size_t(&f - cluster.fibers.data());
+    memcpy(&cluster.exchanged[self * 2 + parity], &value, sizeof(T));
+    Barrier& barrier = cluster.warp_barriers[warp_of(f)];
+    wait(barrier, barrier.arrive());
+    if (from_lane >= 0) memcpy(&value, &cluster.exchanged[(self - self % 32 + size_t(from_lane)) * 2 + parity], sizeof(T));
+    return value;
+}
+
+}  // namespace emulation
+
+inline char* shared_memory() {
+    auto* memory = emulation::cluster.memory[emulation::cluster.current->block - emulation::cluster.first_block].data();
+    return memory + (16 - reinterpret_cast<uintptr_t>(memory) % 16) % 16;
+}
+inline void block_barrier() {
+    auto& barrier = emulation::cluster.block_barriers[emulation::cluster.current->block - emulation::cluster.first_block];
+    emulation::wait(barrier, barrier.arrive());
+}
+inline void cluster_arrive() {
+    emulation::cluster.current->cluster_ticket = emulation::cluster.cluster_barrier.arrive();
+}
+inline void cluster_wait() {
+    emulation::wait(emulation::cluster.cluster_barrier, emulation::cluster.current->cluster_ticket);
+}
+template <class T>
+T* in_block(T* shared, int rank) {
+    auto* there = emulation::cluster.memory[size_t(rank)].data();
+    there += (16 - reinterpret_cast<uintptr_t>(there) % 16) % 16;
+    return reinterpret_cast<T*>(there + (reinterpret_cast<char*>(shared) - shared_memory()));
+}
+template <class T>
+T shuffle_xor(T value, int mask) {
+    return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) ^ mask);
+}
+template <class T>
+T shuffle_up(T value, int distance) {
+    return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) - distance);
+}
+
+inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+    const uint32_t before = *to;
+    *to += value;
+    return before;
+}
+inline float log_approximate(float x) { return logf(x); }
+inline uint16_t bf16_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7FFF : uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+inline uint16_t f16_bits(float x) {
+    const _Float16 half = _Float16(x);
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+inline float from_f16_bits(uint16_t bits) {
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return float(half);
+}
+
+}  // namespace bandit_rft::cuda

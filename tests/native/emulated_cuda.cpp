@@ -1,0 +1,81 @@
+// The CUDA kernels' own source, compiled for the CPU, behind C functions for tests/test_device_math.py.
+#include "../../csrc/cuda/policy_rows.cu"
+#include "../../csrc/cuda/sample_rows.cu"
+
+using namespace bandit_rft;
+
+namespace {
+thread_local std::string error;
+
+template <class Call>
+const char* guarded(const Call& call) {
+    try {
+        call();
+        return nullptr;
+    } catch (const std::exception& e) {
+        error = e.what();
+        return error.c_str();
+    }
+}
+}  // namespace
+
+extern "C" {
+
+struct LogitsArgument {
+    void* data;
+    int dtype;  // 0 float32, 1 bfloat16, 2 float16
+    int64_t count, vocabulary, stride;
+    float logit_scale, softcap, temperature;
+    const float* temperatures;
+};
+
+static cuda::Logits logits_of(const LogitsArgument& a) {
+    return {a.data, DType(a.dtype), a.count, a.vocabulary, a.stride, {a.logit_scale, a.softcap}, a.temperature, a.temperatures};
+}
+
+void use_device(int major, int shared_per_block, int shared_per_sm, int max_threads, bool backwards) {
+    cuda::emulated_limits = {major, shared_per_block, shared_per_sm, max_threads};
+    cuda::emulation::backwards = backwards;
+}
+
+void plan_of(int64_t vocabulary, int width, int header, int passes, bool alone, int* out) {
+    const auto plan = cuda::plan_rows(vocabulary, width, header, passes, alone, cuda::emulated_limits);
+    const int fields[] = {plan.blocks, plan.threads, plan.cached, plan.share, plan.shared_bytes};
+    for (int i = 0; i < 5; ++i) out[i] = fields[i];
+}
+
+const char* logprob_rows(LogitsArgument logits, const int64_t* targets, float* logprobs, float* entropy) {
+    return guarded([&] { cuda::logprob_rows(logits_of(logits), targets, logprobs, entropy, {}); });
+}
+
+// kind 0: advantages and weights are dL/dlogp and dL/dentropy (or null).
+const char* policy_rows(LogitsArgument logits, const int64_t* targets, int kind, float low, float high, float dual_clip, int kl,
+                        float kl_coef, float entropy_coef, const float* advantages, const float* weights,
+                        const float* behavior, const float* reference, void* gradient, int gradient_dtype,
+                        int64_t gradient_stride, float* logprobs, float* entropy) {
+    return guarded([&] {
+        cuda::PolicyInputs in{};
+        if (kind == 0) {
+            in.given_logprob = advantages;
+            in.given_entropy = weights;
+        } else {
+            in.objective = {ObjectiveKind(kind), low, high, dual_clip, KlKind(kl), kl_coef, entropy_coef};
+            in.advantages = advantages;
+            in.weights = weights;
+            in.behavior = behavior;
+            in.reference = reference;
+        }
+        cuda::policy_rows(logits_of(logits), targets, in, {gradient, DType(gradient_dtype), gradient_stride}, logprobs,
+                          entropy, {});
+    });
+}
+
+const char* sample_rows(LogitsArgument logits, const int64_t* seed, const int64_t* sequences, const int64_t* positions,
+                        int64_t top_k, float top_p, float min_p, int64_t* tokens, float* logprobs,
+                        float* sampling_logprobs, float* entropy, float* kept_mass) {
+    return guarded([&] {
+        cuda::sample_rows(logits_of(logits), {seed, sequences, positions, top_k, top_p, min_p},
+                          {tokens, logprobs, sampling_logprobs, entropy, kept_mass}, {});
+    });
+}
+}

@@ -1,0 +1,314 @@
+"""The CUDA kernels' own source, run on a CPU by an emulation of a GPU's blocks, clusters, barriers and shuffles.
+
+No GPU and no nvcc: csrc/cuda/*.cu is compiled by the host's compiler (tests/native/device_emulation.h) and held to the
+reference in float64. Every case runs with the threads scheduled both ways round, so that a missing barrier shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from ops_cases import OBJECTIVES, assert_close_to_truth
+from torch import Tensor
+
+from bandit_rft.ops import PolicyObjective, reference
+from bandit_rft.ops.objective import token_coefficients
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SM_80 = (8, 166912, 167936)  # major, shared memory bytes a block and a multiprocessor
+SM_90 = (9, 232448, 233472)
+#: Tiny shared memories make short rows take the paths of long ones: clusters, and rows that do not fit.
+DEVICES = {
+    "sm_80": SM_80,
+    "sm_90": SM_90,
+    "cluster": (9, 6000, 7000),
+    "cluster-that-filters": (9, 40000, 60000),
+    "overflowing-cluster": (9, 3400, 9000),
+    "overflowing-block": (8, 3000, 9000),
+}
+
+
+class Logits(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("count", ctypes.c_int64), ("vocabulary", ctypes.c_int64),
+        ("stride", ctypes.c_int64), ("logit_scale", ctypes.c_float), ("softcap", ctypes.c_float),
+        ("temperature", ctypes.c_float), ("temperatures", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler: the CUDA kernels' source cannot be run on this CPU")
+    library = tmp_path_factory.mktemp("emulated") / "cuda.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE", f"-I{ROOT / 'tests/native'}"]
+    source = ROOT / "tests/native/emulated_cuda.cpp"
+    built = subprocess.run([compiler, *flags, "-o", library, source], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    loaded = ctypes.CDLL(str(library))
+    for name in ("logprob_rows", "policy_rows", "sample_rows"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
+@pytest.fixture(params=itertools.product(DEVICES, ("forwards", "backwards")), ids="-".join)
+def device(request: pytest.FixtureRequest, kernels: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
+    name, order = request.param
+    kernels.use_device(*DEVICES[name], 64, ctypes.c_bool(order == "backwards"))
+    yield kernels
+    kernels.use_device(*SM_90, 64, ctypes.c_bool(False))
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def argument(z: Tensor, scaling: dict[str, Any]) -> Logits:
+    t = scaling.get("temperature", 1.0)
+    return Logits(
+        z.data_ptr(), DTYPES[z.dtype], z.shape[0], z.shape[1], z.stride(0), scaling.get("logit_scale", 1.0),
+        scaling.get("softcap") or 0.0, 1.0 if isinstance(t, Tensor) else t,
+        pointer(t).value if isinstance(t, Tensor) else None,
+    )  # fmt: skip
+
+
+def raise_if(error: bytes | None) -> None:
+    if error is not None:
+        raise ValueError(error.decode())
+
+
+def place(values: Tensor, offset: int, pad: int) -> Tensor:
+    """The same rows, `offset` elements into an allocation and `pad` elements apart."""
+    n, v = values.shape
+    room = torch.full((offset + n * (v + pad) + 8,), 3.0, dtype=values.dtype)
+    rows = room[offset : offset + n * (v + pad)].view(n, v + pad)[:, :v]
+    rows.copy_(values)
+    return rows
+
+
+#: rows, V, elements before the first row, elements between rows, scaling
+SHAPES = [
+    (3, 1, 0, 0, {}),
+    (2, 3, 1, 2, {"temperature": 0.7}),
+    (3, 769, 3, 0, {"softcap": 5.0}),
+    (2, 4096, 0, 0, {"temperature": "rows", "logit_scale": -0.5}),
+    (2, 2501, 5, 6, {"temperature": 1.3, "softcap": 8.0, "logit_scale": 0.5}),
+]
+
+
+def problem(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    n, v, offset, pad, scaling = shape
+    g = torch.Generator().manual_seed(n * v)
+    z = place((torch.randn(n, v, generator=g) * 4).to(dtype), offset, pad)
+    scaling = dict(scaling)
+    if scaling.get("temperature") == "rows":
+        scaling["temperature"] = torch.rand(n, generator=g) + 0.5
+    return z, torch.randint(v, (n,), generator=g), scaling
+
+
+def scaled(z: Tensor, scaling: dict[str, Any]) -> Tensor:
+    t = scaling.get("temperature", 1.0)
+    t = t.to(z.dtype) if isinstance(t, Tensor) else t
+    return reference.scaled_logits(z, t, scaling.get("softcap"), scaling.get("logit_scale", 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logprobs(device: ctypes.CDLL, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
+    z, targets, scaling = problem(shape, dtype)
+    logp, entropy = torch.empty(len(z)), torch.empty(len(z))
+    before = z.clone()
+    raise_if(device.logprob_rows(argument(z, scaling), pointer(targets), pointer(logp), pointer(entropy)))
+    assert torch.equal(z, before)
+    truth = reference.logprobs_and_entropy(scaled(z.double(), scaling), targets)
+    plain = reference.logprobs_and_entropy(scaled(z.float(), scaling), targets)
+    for name, got, p, t in zip(("logp", "entropy"), (logp, entropy), plain, truth, strict=True):
+        assert_close_to_truth(name, got, p, t)
+
+
+GRADIENTS = ["in place", "other memory", "overlaid bf16", "overlaid f16", "bf16"]
+
+
+@pytest.mark.parametrize("where", GRADIENTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(device: ctypes.CDLL, shape: tuple[Any, ...], where: str) -> None:
+    dtype = torch.bfloat16 if where == "bf16" else torch.float32
+    z, targets, scaling = problem(shape, dtype)
+    n, v = z.shape
+    if where.startswith("overlaid"):
+        z = place(z, 0, 0)  # rows without a gap: the half of a row is then the half of its memory
+        narrow = torch.bfloat16 if where.endswith("bf16") else torch.float16
+        gradient = z.view(narrow)[:, v:]
+    else:
+        gradient = torch.full((n, v + 3), 7.0)[:, :v] if where == "other memory" else z
+    original = z.clone()
+    given, of_entropy = torch.randn(n), torch.randn(n)
+    logp, entropy = torch.empty(n), torch.empty(n)
+    raise_if(
+        device.policy_rows(
+            argument(z, scaling), pointer(targets), 0, *[ctypes.c_float(0)] * 3, 0, *[ctypes.c_float(0)] * 2,
+            pointer(given), pointer(of_entropy), None, None, pointer(gradient), DTYPES[gradient.dtype],
+            ctypes.c_int64(gradient.stride(0)), pointer(logp), pointer(entropy),
+        )
+    )  # fmt: skip
+
+    def differentiated(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        x = original.to(dtype).requires_grad_()
+        logp, entropy = reference.logprobs_and_entropy(scaled(x, scaling), targets)
+        ((logp * given.to(dtype)).sum() + (entropy * of_entropy.to(dtype)).sum()).backward()
+        assert x.grad is not None
+        return logp.detach(), entropy.detach(), x.grad
+
+    truth, plain = differentiated(torch.float64), differentiated(torch.float32)
+    assert_close_to_truth("logp", logp, plain[0], truth[0])
+    assert_close_to_truth("entropy", entropy, plain[1], truth[1])
+    assert_close_to_truth("dz", gradient, plain[2].to(gradient.dtype), truth[2])
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if not n.startswith("gspo")])
+def test_objectives(kernels: ctypes.CDLL, name: str) -> None:
+    o: PolicyObjective = OBJECTIVES[name]
+    n, v = 6, 700
+    z, targets = torch.randn(n, v) * 3, torch.randint(v, (n,))
+    truth_logp, truth_entropy = reference.logprobs_and_entropy(z.double(), targets)
+    advantages, weights = torch.randn(n), torch.rand(n)
+    advantages[2] = 0
+    behavior, ref = ((truth_logp + 0.4 * torch.randn(n)).float() for _ in range(2))
+    low, high = 1 - o.clip_low, (o.importance_cap if o.kind == "importance" else 1 + o.clip_high)
+    kind = ["", "reinforce", "importance", "ppo", "cispo"].index(o.kind)
+    kl = ["none", "k1", "k2", "k3"].index(o.kl)
+    logp, entropy, gradient = torch.empty(n), torch.empty(n), z.clone()
+    raise_if(
+        kernels.policy_rows(
+            argument(gradient, {}), pointer(targets), kind,
+            *map(ctypes.c_float, (low, high, o.dual_clip or 0.0)), kl,
+            *map(ctypes.c_float, (o.kl_coef, o.entropy_coef)),
+            *map(pointer, (advantages, weights, behavior, ref)), None, 0, ctypes.c_int64(0),
+            pointer(logp), pointer(entropy),
+        )
+    )  # fmt: skip
+    nowhere = torch.empty(0, dtype=torch.int64)
+    doubles = (t.double() for t in (truth_logp, advantages, weights, behavior, ref))
+    c = token_coefficients(o, *doubles, nowhere, nowhere)
+    every = torch.log_softmax(z.double(), -1)
+    hot = torch.nn.functional.one_hot(targets, v)
+    e = (o.entropy_coef * weights.double())[:, None]
+    truth = c[:, None] * (hot - every.exp()) + e * every.exp() * (every + truth_entropy[:, None])
+    torch.testing.assert_close(gradient.double(), truth, rtol=2e-4, atol=1e-6)
+    assert torch.equal(gradient[2] == 0, torch.ones(v, dtype=torch.bool)) or o.every_token_counts
+
+
+FILTERS = [{}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}]
+
+
+def drawn(device: ctypes.CDLL, z: Tensor, scaling: dict[str, Any], filters: dict[str, float]) -> tuple[Tensor, ...]:
+    n = len(z)
+    seed, sequences, positions = torch.tensor(-12345), torch.arange(n) * 2**33 + 7, torch.arange(n) % 3
+    out = (torch.empty(n, dtype=torch.int64), *(torch.empty(n) for _ in range(4)))
+    raise_if(
+        device.sample_rows(
+            argument(z, scaling), *map(pointer, (seed, sequences, positions)),
+            ctypes.c_int64(int(filters.get("top_k", 0))), ctypes.c_float(filters.get("top_p", 1.0)),
+            ctypes.c_float(filters.get("min_p", 0.0)), *map(pointer, out),
+        )
+    )  # fmt: skip
+    want = reference.sample(
+        scaled(z.double(), scaling), seed=seed, sequence_ids=sequences, positions=positions, **filters
+    )
+    assert torch.equal(out[0], want.tokens)
+    for name, got, truth in zip(want._fields[1:], out[1:], want[1:], strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    return out
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_draws(device: ctypes.CDLL, shape: tuple[Any, ...], filters: dict[str, float]) -> None:
+    z, _, scaling = problem(shape, torch.float32)
+    drawn(device, z, scaling, filters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.8}], ids=str)
+def test_draws_from_narrow_logits(kernels: ctypes.CDLL, dtype: torch.dtype, filters: dict[str, float]) -> None:
+    z, _, scaling = problem(SHAPES[4], dtype)
+    drawn(kernels, z, scaling, filters)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.3}, {"top_k": 300, "top_p": 0.5}], ids=str)
+def test_equal_logits_are_kept_by_id(device: ctypes.CDLL, filters: dict[str, float]) -> None:
+    z = torch.tensor([0.0, -0.0, 1.0, -torch.inf])[torch.randint(4, (2, 1000))]
+    drawn(device, z, {}, filters)
+
+
+def test_lost_rows_say_so(kernels: ctypes.CDLL) -> None:
+    """NaN, an infinite logit, nothing finite, a target outside: NaN statistics, NaN gradients, no other row harmed."""
+    z = torch.randn(5, 300)
+    z[0, 17], z[1, 5], z[2] = torch.nan, torch.inf, -torch.inf
+    targets = torch.tensor([3, 4, 5, 300, 7])
+    logp, entropy = torch.empty(5), torch.empty(5)
+    raise_if(
+        kernels.policy_rows(
+            argument(z, {}), pointer(targets), 0, *[ctypes.c_float(0)] * 3, 0, *[ctypes.c_float(0)] * 2,
+            pointer(torch.ones(5)), None, None, None, None, 0, ctypes.c_int64(0), pointer(logp), pointer(entropy),
+        )
+    )  # fmt: skip
+    assert logp.isnan().tolist() == [True, True, True, True, False]
+    assert z.isnan().any(1).tolist() == [True, True, True, True, False]
+    filters: dict[str, float]
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        bad = torch.randn(3, 300)
+        bad[0, 17], bad[1] = torch.nan, -torch.inf
+        out = (torch.empty(3, dtype=torch.int64), *(torch.empty(3) for _ in range(4)))
+        raise_if(
+            kernels.sample_rows(
+                argument(bad, {}), *map(pointer, (torch.tensor(1), torch.arange(3), torch.arange(3))),
+                ctypes.c_int64(int(filters.get("top_k", 0))), ctypes.c_float(filters.get("top_p", 1.0)),
+                ctypes.c_float(0.0), *map(pointer, out),
+            )
+        )  # fmt: skip
+        assert out[1].isnan().tolist() == [True, True, False]
+        assert bool(((out[0] >= 0) & (out[0] < 300)).all())
+
+
+def test_gradient_memory_is_checked(kernels: ctypes.CDLL) -> None:
+    z = torch.randn(4, 64)
+    ones, out = torch.ones(4), torch.empty(4)
+    for gradient in (z.view(torch.bfloat16)[:, :64], z.view(torch.bfloat16)[1:, 64:]):
+        with pytest.raises(ValueError, match="gradient must be the logits' own memory"):
+            raise_if(
+                kernels.policy_rows(
+                    argument(z, {}), pointer(torch.zeros(4, dtype=torch.int64)), 0, *[ctypes.c_float(0)] * 3, 0,
+                    *[ctypes.c_float(0)] * 2, pointer(ones), None, None, None, pointer(gradient), 1,
+                    ctypes.c_int64(gradient.stride(0)), pointer(out), pointer(out),
+                )
+            )  # fmt: skip
+
+
+def planned(kernels: ctypes.CDLL, device: tuple[int, int, int], vocabulary: int, *, alone: bool = False) -> list[int]:
+    kernels.use_device(*device, 512, ctypes.c_bool(False))
+    out = (ctypes.c_int * 5)()
+    kernels.plan_of(ctypes.c_int64(vocabulary), 4, 2560, 2, ctypes.c_bool(alone), out)
+    return list(out)
+
+
+def test_plans(kernels: ctypes.CDLL) -> None:
+    """Vocabularies of today's models fit a cluster's shared memory, two blocks a multiprocessor."""
+    for vocabulary, blocks in ((1, 1), (1024, 1), (32000, 2), (128256, 8), (151936, 8), (202048, 8)):
+        got, threads, cached, share, shared = planned(kernels, SM_90, vocabulary)
+        assert got == blocks
+        assert cached >= share and got * share * 4 >= vocabulary
+        assert 2 * (shared + 1024) <= SM_90[2] and 32 <= threads <= 512 and threads % 32 == 0
+    blocks, _, cached, share, shared = planned(kernels, SM_80, 151936)
+    assert blocks == 1 and cached < share and shared <= SM_80[1]
+    # A row that no cluster holds belongs to one block where others could write over what it still has to read.
+    assert planned(kernels, SM_90, 600_000)[0] == 8 and planned(kernels, SM_90, 600_000, alone=True)[0] == 1

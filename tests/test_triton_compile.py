@@ -1,0 +1,31 @@
+"""Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+#: Bytes a multiprocessor has for one block.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_kernel_compiles_without_spills(architecture: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("triton_compile.py")), str(architecture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == 8
+    for name, used in kernels.items():
+        assert used["stack"] == 0 and used["local"] == 0, f"{name} spills: {used}"
+        assert used["shared"] <= SHARED[architecture], f"{name}: {used}"
+        assert used["matrix"] == ([MATRIX[architecture]] if name.startswith("linear") else []), f"{name}: {used}"

@@ -1,0 +1,269 @@
+"""Triton kernels through the public operations: on the GPU where there is one, otherwise in Triton's interpreter.
+
+Not collected by its name: test_triton_interpreter.py runs it where there is no GPU, gpu/test_triton_gpu.py where there
+is one. Shapes are small because the interpreter is slow.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from ops_cases import CASES, OBJECTIVES, Case, assert_close_to_truth, plain_in
+from torch import Tensor
+
+from bandit_rft import (
+    Sample,
+    linear_logprobs,
+    linear_policy_loss,
+    linear_sample,
+    logprobs_from_logits,
+    sample_from_logits,
+)
+from bandit_rft.ops import backends, reference, use_backend
+from bandit_rft.ops.philox import gumbel_noise, random_words
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FILTERS = [{}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}]
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with warnings.catch_warnings(), use_backend("triton"):
+        # numpy, in the interpreter, tells of infinities in lanes that a mask then drops.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\..*")
+        yield
+
+
+def on_device(value: object) -> object:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def head_case(name: str, dtype: torch.dtype) -> Case:
+    return Case.make(**{**CASES[name], "n": min(CASES[name]["n"], 40)}, dtype=dtype)
+
+
+@TYPES
+@pytest.mark.parametrize("name", ["one-token", "one-word", "rows-temperature", "everything", "confident"])
+def test_linear_logprobs_is_as_exact_as_pytorch(name: str, dtype: torch.dtype) -> None:
+    case = head_case(name, dtype)
+    leaves = [t.detach().to(DEVICE).requires_grad_() for t in case.leaves()]
+    scaling = {k: on_device(v) for k, v in case.scaling.items()}
+    bias = leaves[2] if case.bias is not None else None
+    logp, entropy = linear_logprobs(
+        leaves[0], leaves[1], case.targets.to(DEVICE), bias=bias, return_entropy=True, **scaling
+    )
+    pull = torch.randn(2, len(logp))
+
+    def gradients(logp: Tensor, entropy: Tensor, of: list[Tensor]) -> list[Tensor]:
+        c = pull.to(logp)
+        return list(torch.autograd.grad((c[0] * logp + c[1] * entropy).sum(), of))
+
+    got = [logp, entropy, *gradients(logp, entropy, leaves)]
+    exact = case.leaves(torch.float64)
+    truth = list(
+        reference.linear_logprobs(
+            exact[0], exact[1], case.targets, bias=exact[2] if case.bias is not None else None, **case.doubled_scaling()
+        )
+    )
+    truth += gradients(*truth, exact)
+    p_logp, p_entropy, *p_leaves = plain_in(case, dtype)
+    plain = [p_logp, p_entropy, *gradients(p_logp, p_entropy, p_leaves)]
+    floor = 2e-6 if dtype == torch.float32 else 4e-3  # a result rounded to bfloat16 is off by up to 2^-9 of itself
+    for label, g, p, t in zip(["logp", "entropy", "dhidden", "dweight", "dbias"], got, plain, truth, strict=False):
+        allowed = floor if label.startswith("d") else 2e-6
+        assert_close_to_truth(label, g.detach().cpu(), p.detach(), t.detach(), allowed)
+
+
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.kind != "reinforce" or o.kl_coef])
+def test_policy_loss_and_gradients(name: str) -> None:
+    objective, case = OBJECTIVES[name], Case.make(24, 12, 301, temperature="rows")
+    case.advantages[1] = 0.0
+
+    def loss_and_gradients(leaves: list[Tensor]) -> list[Tensor]:
+        case_on = {k: on_device(getattr(case, k)) for k in ("targets", "advantages", "cu_seqlens")}
+        result = linear_policy_loss(
+            *leaves, *case_on.values(), objective=objective, behavior_logprobs=case.behavior.to(DEVICE),
+            reference_logprobs=case.reference.to(DEVICE), temperature=case.scaling["temperature"].to(DEVICE),
+        )  # fmt: skip
+        result.loss.backward()
+        return [result.loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    got = loss_and_gradients([t.detach().to(DEVICE).requires_grad_() for t in case.leaves()])
+    with use_backend("torch"):
+        truth = loss_and_gradients([t.detach().to(DEVICE).requires_grad_() for t in case.leaves(torch.float64)])
+    for label, g, t in zip(["loss", "dhidden", "dweight"], got, truth, strict=True):
+        torch.testing.assert_close(g.double(), t, rtol=2e-5, atol=2e-6 * max(1.0, t.abs().max().item()), msg=label)
+
+
+@TYPES
+def test_rows_of_logits(dtype: torch.dtype) -> None:
+    logits = (torch.randn(9, 9001) * 4).to(dtype).to(DEVICE)  # more than one block of 8192
+    logits[3] = -1e4
+    logits[4, 1::2] = -torch.inf
+    logits[5, 17] = 1e4
+    targets = torch.tensor([0, 9000, 8191, 8192, 4, 17, 5, 6, 7], device=DEVICE)
+    pull = torch.randn(2, 9, device=DEVICE)
+
+    def statistics(z: Tensor, weights: Tensor) -> list[Tensor]:
+        z = z.requires_grad_()
+        logp, entropy = logprobs_from_logits(z, targets, return_entropy=True)
+        return [logp, entropy, *torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), z)]
+
+    got = statistics(logits.clone(), pull)
+    with use_backend("torch"):
+        truth = statistics(logits.double(), pull.double())
+    for label, g, t in zip(["logp", "entropy"], got, truth, strict=False):
+        torch.testing.assert_close(g.double(), t, rtol=2e-6, atol=4e-6, msg=label)
+    assert got[2].dtype == dtype and torch.isfinite(got[2]).all() and got[2][4, 1::2].eq(0).all()
+    # Half a unit in the last place of bfloat16, or (in the interpreter, which truncates) a whole one.
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3 if DEVICE == "cuda" else 8e-3
+    torch.testing.assert_close(got[2].double(), truth[2], rtol=tolerance, atol=tolerance * 0.1)
+
+
+def stream(rows: int, seed: int = 11) -> dict[str, Tensor]:
+    vectors = {"seed": torch.tensor(seed), "sequence_ids": torch.arange(rows) * 7919 * 2**30 - 5}
+    return {k: v.to(DEVICE) for k, v in {**vectors, "positions": torch.arange(rows) % 5}.items()}
+
+
+def expected(z: Tensor, arguments: dict[str, Tensor], **filters: float) -> tuple[Sample, Tensor]:
+    """The reference's draw in float64, and where the winner is clearly ahead of the runner-up."""
+    noise = gumbel_noise(random_words(*arguments.values(), z.shape[1]), z.dtype)
+    perturbed = (z + noise).masked_fill(~reference.kept_tokens(z, **filters), -torch.inf)
+    top = perturbed.topk(min(2, z.shape[1]), -1).values
+    ahead = top[:, 0] - top[:, 1] if z.shape[1] > 1 else torch.full((len(z),), torch.inf, device=z.device)
+    return reference.sample(z, **arguments, **filters), ahead > 1e-4
+
+
+def assert_same_draw(got: Sample, want: Sample, clear: Tensor) -> None:
+    assert clear.float().mean() > 0.7
+    assert torch.equal(got.tokens[clear], want.tokens[clear])
+    for name in ("logprobs", "sampling_logprobs", "entropy", "kept_mass"):
+        g, w = getattr(got, name)[clear], getattr(want, name)[clear]
+        torch.testing.assert_close(g.double(), w.double(), rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@TYPES
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}], ids=str)
+def test_linear_sample_equals_the_reference(filters: dict[str, float], dtype: torch.dtype) -> None:
+    rows, h, v = 17, 40, 803
+    hidden, weight = torch.randn(rows, h).to(dtype).to(DEVICE), (torch.randn(v, h) * 0.5).to(dtype).to(DEVICE)
+    bias, temperature = torch.randn(v).to(dtype).to(DEVICE), (torch.rand(rows) + 0.5).to(DEVICE)
+    got = linear_sample(
+        hidden, weight, bias=bias, temperature=temperature, softcap=10.0, logit_scale=1.5, **stream(rows), **filters
+    )
+    z = reference.scaled_logits(
+        reference.head_logits(hidden.double(), weight.double(), bias.double()), temperature.double(), 10.0, 1.5
+    )
+    assert_same_draw(got, *expected(z, stream(rows), **filters))
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("v", [1, 2100])
+def test_sample_rows_equal_the_reference(v: int, filters: dict[str, float]) -> None:
+    z = (torch.randn(8, v) * 3).to(DEVICE)
+    assert_same_draw(sample_from_logits(z, **stream(8), **filters), *expected(z.double(), stream(8), **filters))
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.3}, {"top_k": 5, "top_p": 0.5}], ids=str)
+def test_ties_are_kept_by_the_lower_id(filters: dict[str, float]) -> None:
+    z = torch.zeros(24, 10, device=DEVICE)
+    z[:, 4] = -0.0
+    want = reference.kept_tokens(z[:1].double(), **filters)[0].nonzero()[:, 0].tolist()
+    drawn = sample_from_logits(z, **stream(24), **filters)
+    assert sorted(set(drawn.tokens.tolist())) == want
+    torch.testing.assert_close(drawn.kept_mass, torch.full((24,), len(want) / 10, device=DEVICE))
+
+
+@TYPES
+def test_sampling_and_scoring_give_the_same_bits(dtype: torch.dtype) -> None:
+    case = head_case("everything", dtype)
+    hidden, weight, bias = (on_device(t) for t in (case.hidden, case.weight, case.bias))
+    scaling = {k: on_device(v) for k, v in case.scaling.items()}
+    drawn = linear_sample(hidden, weight, bias=bias, **stream(len(hidden)), **scaling)
+    logp, entropy = linear_logprobs(hidden, weight, drawn.tokens, bias=bias, return_entropy=True, **scaling)
+    assert torch.equal(drawn.logprobs, logp) and torch.equal(drawn.entropy, entropy)
+
+
+def test_random_words_are_those_of_every_backend() -> None:
+    import triton
+    import triton.language as tl
+    from bandit_rft.kernels.philox import gumbel_noise as device_noise
+    from bandit_rft.kernels.philox import random_words as device_words
+
+    # A kernel finds what it calls among its module's names.
+    globals().update(device_words=device_words, device_noise=device_noise, tl=tl)
+
+    @triton.jit
+    def words_kernel(seed, sequences, positions, words, noise, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+        row = tl.arange(0, ROWS)
+        word = device_words(
+            tl.load(seed), tl.load(sequences + row), tl.load(positions + row), TOKENS, ROWS, TOKENS
+        )  # the second tile: ids TOKENS ... 2 TOKENS - 1
+        at = row[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        tl.store(words + at, word.to(tl.int64))
+        tl.store(noise + at, device_noise(word))
+
+    seed = torch.tensor(-0x123456789ABCDEF, device=DEVICE)
+    sequences = torch.tensor([0, 1, -1, 2**62 + 12345], device=DEVICE)
+    positions = torch.tensor([0, 7, 2**32 - 1, 2**31], device=DEVICE)
+    words = torch.empty((4, 256), dtype=torch.int64, device=DEVICE)
+    noise = torch.empty((4, 256), device=DEVICE)
+    words_kernel[(1,)](seed, sequences, positions, words, noise, ROWS=4, TOKENS=256, enable_fp_fusion=False)
+    want = random_words(seed, sequences, positions, 512)[:, 256:]
+    assert torch.equal(words, want)
+    torch.testing.assert_close(noise.double(), gumbel_noise(want, torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_a_target_out_of_range_gives_nan_not_a_number() -> None:
+    from bandit_rft.kernels.linear_logprobs import linear_logprobs as fused
+    from bandit_rft.kernels.policy_rows import logprob_rows
+
+    targets = torch.tensor([0, -1, 70, 69], device=DEVICE)
+    hidden, weight = torch.randn(4, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
+    for logp, entropy in (fused(hidden, weight, targets), logprob_rows(hidden @ weight.T, targets, 1.0, None, None, 1)):
+        assert torch.isnan(logp).tolist() == [False, True, True, False]
+        assert torch.isfinite(entropy).all()
+
+
+def test_a_nan_logit_is_never_hidden() -> None:
+    z = torch.randn(4, 300, device=DEVICE)
+    z[1, 5], z[2, 7], z[3] = torch.nan, torch.inf, -torch.inf
+    logp, entropy = logprobs_from_logits(z, torch.zeros(4, dtype=torch.int64, device=DEVICE), return_entropy=True)
+    drawn = sample_from_logits(z, **stream(4))
+    for statistic in (logp, entropy, drawn.logprobs, drawn.entropy):
+        assert torch.isfinite(statistic).tolist() == [True, False, False, False]
+
+
+def test_no_rows() -> None:
+    hidden, weight = torch.randn(0, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
+    assert linear_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE)).shape == (0,)
+    assert linear_sample(hidden, weight, **stream(0)).tokens.shape == (0,)
+    assert sample_from_logits(hidden, **stream(0)).tokens.shape == (0,)
+
+
+def test_a_small_workspace_changes_no_bit() -> None:
+    from bandit_rft.kernels.linear_logprobs import linear_logprobs as fused
+
+    hidden, weight = torch.randn(300, 8, device=DEVICE), torch.randn(130, 8, device=DEVICE)
+    targets = torch.randint(130, (300,), device=DEVICE)
+    whole, parts = fused(hidden, weight, targets), fused(hidden, weight, targets, workspace=1)  # 256 rows, then 44
+    if DEVICE == "cuda":
+        assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+    else:  # numpy's product may sum in another order for another shape
+        torch.testing.assert_close(whole, parts)
+
+
+def test_who_serves() -> None:
+    """The interpreter is never chosen, only forced; what Triton cannot read is refused by name."""
+    with pytest.raises(ValueError, match="float64"):
+        backends.select(torch.device(DEVICE), torch.float64)
+    token = backends._forced.set(None)
+    try:
+        assert backends.select(torch.device("cpu"), torch.float16) == "torch"
+        assert not backends.fused_head(torch.device("cpu"), torch.float32)
+
+    finally:
+        backends._forced.reset(token)
