@@ -46,7 +46,7 @@ SIDES = (*SPLITS, "gap")  # gap: the gain on train minus the gain on test
 
 @dataclass
 class Analysis:
-    """The study's tables. Columns are listed in docs/study-analysis.md."""
+    """The study's tables. Columns are listed in docs/study.md."""
 
     study: Study
     results: list[Row]
