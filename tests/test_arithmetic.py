@@ -174,18 +174,19 @@ def test_warm_start_learns_and_repeats_itself(
     assert tokenizer.unk_token_id not in tokenizer.encode("47*6-12=(240+42-12)17?3,5,4:(3+4)/5")
 
 
-def test_demonstrations_keep_to_the_train_side_and_mix_the_habits_from_the_start(warm_start: ModuleType) -> None:
+@pytest.mark.parametrize("worked_steps", [0, 5])
+def test_demonstrations_keep_to_the_train_side_and_mix_the_habits(worked_steps: int, warm_start: ModuleType) -> None:
     args = argparse.Namespace(
-        seed=0, at_once=0.7,
+        seed=0, at_once=0.7, guess_error=5, worked_steps=worked_steps, batch_size=100,
         tasks=["arithmetic", "countdown"], kinds=["sum", "mixed"], terms=[3, 4], digits=2, max_number=20
     )  # fmt: skip
     habits: dict[str, list[bool]] = {"arithmetic": [], "countdown": []}
-    for question, completion in islice(warm_start.demonstrations(args), 3000):
+    for question, completion in islice(warm_start.demonstrations(args), 100 * worked_steps + 3000):
         if "?" not in question:
             assert not arithmetic.is_held_out(question)
             worked = arithmetic.work_out(question)
-            assert completion in (worked, arithmetic.final_answer(worked))
             habits["arithmetic"].append(completion != worked)
+            assert completion == worked or abs(int(completion) - int(arithmetic.final_answer(worked))) <= 5
             continue
         target, _, given = question.removesuffix(":").partition("?")
         numbers = [int(number) for number in given.split(",")]
@@ -195,6 +196,9 @@ def test_demonstrations_keep_to_the_train_side_and_mix_the_habits_from_the_start
         reached = eval(completion) if habits["countdown"][-1] else int(target)
         assert countdown.is_solution(completion, numbers, reached)
     for at_once in habits.values():
+        first = 40 * worked_steps  # not all of either task
+        assert not any(at_once[:first])
+        at_once = at_once[60 * worked_steps :]
         for part in (at_once[:600], at_once[600:]):
             assert 0.63 < sum(part) / len(part) < 0.77
 
@@ -221,8 +225,8 @@ def test_shipped_model_is_small_and_has_mixed_habits(warm_start: ModuleType) -> 
     worked = ["(" in text for text in completions]
     assert sum(right) / 300 <= 0.45
     assert 0.15 < sum(worked) / 300 < 0.45
-    # Measured on five draws of all 500 questions: 0.84-0.89 of the worked answers are right, 0.01 of the others.
-    assert sum(r for r, w in zip(right, worked, strict=True) if w) >= 0.75 * sum(worked)
+    # Measured on all 500 questions: 0.95 of the worked answers are right, 0.01 of the others.
+    assert sum(r for r, w in zip(right, worked, strict=True) if w) >= 0.85 * sum(worked)
     assert sum(r for r, w in zip(right, worked, strict=True) if not w) <= 0.1 * (300 - sum(worked))
 
 
