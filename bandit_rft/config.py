@@ -8,6 +8,7 @@ keys and impossible values are errors that name the key and what would do.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
 import typing
@@ -490,8 +491,13 @@ def _set(config: Config, dotted: str, value: Any) -> None:
         else:
             hint = _nearest(dotted, names)
         raise ConfigError(f"unknown key {dotted!r}{hint}")
-    kind = typing.get_type_hints(type(node))[last]
+    kind = _types(type(node))[last]
     setattr(node, last, _convert(dotted, kind, value))
+
+
+@functools.cache
+def _types(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 def _convert(key: str, kind: Any, value: Any) -> Any:

@@ -175,7 +175,7 @@ def test_checked_mode_names_the_row(backend: str) -> None:
 
 def test_forced_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANDIT_RFT_BACKEND", "gpu")
-    with pytest.raises(ValueError, match=r"BANDIT_RFT_BACKEND must be one of cpu, torch; got 'gpu'"):
+    with pytest.raises(ValueError, match=r"BANDIT_RFT_BACKEND must be one of cpu, cuda, triton, torch; got 'gpu'"):
         logprobs()
     monkeypatch.setenv("BANDIT_RFT_BACKEND", "cpu")
     with pytest.raises(ValueError, match=r"BANDIT_RFT_BACKEND=cpu cannot serve this call"):
