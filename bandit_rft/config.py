@@ -491,7 +491,7 @@ def _set(config: Config, dotted: str, value: Any) -> None:
         else:
             hint = _nearest(dotted, names)
         raise ConfigError(f"unknown key {dotted!r}{hint}")
-    kind = _types(type(node))[last]
+    kind = _types(type(node))[last]  # type: ignore[arg-type]
     setattr(node, last, _convert(dotted, kind, value))
 
 
