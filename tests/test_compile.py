@@ -43,7 +43,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for kind, kl, coefficients in (("ppo", "k3", [0.1, 0.01]), ("gspo", "none", [0.0, 0.0])):
         objective = (kind, [0.2, 0.2, 0.0, 2.0], kl, coefficients)
         torch.library.opcheck(
-            OPS.linear_policy_loss.default, (hidden, weight, bias, *tokens, *scaling, *objective, [True, True, True])
+            OPS.linear_policy_loss.default,
+            (hidden, weight, bias, *tokens, *scaling, *objective, 0.0, [True, True, True]),
         )
         torch.library.opcheck(OPS.logits_policy_loss.default, (logits, *tokens, *scaling, *objective, True))
 

@@ -16,6 +16,7 @@ from . import backends
 from .reference import computing_dtype
 
 _TILE_BYTES = 8 << 20  # of widened weight at a time
+BLOCK = 128  # vocabulary entries that a sparse backward leaves out together
 
 
 def chunks(
@@ -62,6 +63,21 @@ def narrow_gradient(z: Tensor, dtype: torch.dtype, backend: str) -> Tensor | Non
     if backend != "cuda" or dtype.itemsize != 2 or z.dtype != torch.float32:
         return None
     return z.view(dtype)[:, z.shape[1] :]
+
+
+def columns_that_count(dz: Tensor, floor: float) -> Tensor | None:
+    """The columns of dz [n, V], in blocks of 128, where some |dz| is not below floor, int64; None: most, so take all.
+
+    On a GPU the host waits for their number.
+    """
+    vocabulary = dz.shape[1]
+    low, high = dz.aminmax(dim=0)
+    largest = torch.nn.functional.pad(torch.maximum(high, -low), (0, -vocabulary % BLOCK)).view(-1, BLOCK)
+    blocks = (~(largest < floor)).any(1).nonzero()  # a NaN counts: it must be seen, not dropped
+    if 2 * len(blocks) > len(largest):
+        return None
+    columns = (blocks * BLOCK + torch.arange(BLOCK, device=dz.device)).flatten()
+    return columns[columns < vocabulary]
 
 
 def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:

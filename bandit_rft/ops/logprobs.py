@@ -185,6 +185,7 @@ class HeadGradients:
             weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.weight = weight_grad
         self.bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if want_bias and bias is not None else None
+        self.floor = 0.0  # |dL/dlogit| below which a block of the vocabulary is left out of the products
 
     def accumulate(self, index: Tensor | None, fill: Any) -> None:
         """For the rows in `index` (None: all), `fill(z, chunk, into)` turns their logits into dL/dlogits in place.
@@ -207,15 +208,23 @@ class HeadGradients:
             narrow = head.narrow_gradient(z, weight.dtype, backend)
             fill(z, taken, narrow)
             dz = z if narrow is None else narrow
+            columns = head.columns_that_count(dz, self.floor) if self.floor else None
+            of_hidden = (dz, weight) if columns is None else (dz[:, columns], weight[columns])
             if self.hidden is not None:
                 if index is None:
-                    head.add_hidden_gradient(dz, weight, self.hidden[chunk])
+                    head.add_hidden_gradient(*of_hidden, self.hidden[chunk])
                 else:
                     part = torch.empty_like(h)
-                    head.add_hidden_gradient(dz, weight, part)
+                    head.add_hidden_gradient(*of_hidden, part)
                     self.hidden.index_copy_(0, taken, part)  # type: ignore[arg-type]
             if self.weight is not None:
-                head.add_weight_gradient(dz, h, self.weight, accumulate=self.started)
+                if columns is None:
+                    head.add_weight_gradient(dz, h, self.weight, accumulate=self.started)
+                else:
+                    some = self.weight.new_empty(len(columns), h.shape[1])
+                    head.add_weight_gradient(of_hidden[0], h, some, accumulate=False)
+                    self.weight = self.weight if self.started else self.weight.zero_()
+                    self.weight.index_add_(0, columns, some)
                 self.started = True
             if self.bias is not None:
                 self.bias += dz.sum(0, dtype=self.bias.dtype)

@@ -49,6 +49,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
     weight_grad: Tensor | None = None,
+    gradient_threshold: float = 0.0,
 ) -> PolicyLoss:
     """The policy-gradient loss of N completion tokens of B packed sequences, from the head, never building [N, V].
 
@@ -64,6 +65,9 @@ def linear_policy_loss(
         normalizer: the D of the objective's aggregation, so that micro-batches or ranks add up to exactly the whole.
         weight_grad: [V, H] float32 (such as weight.grad): the weight's gradient is added straight into it, here and
             now, and autograd returns none for the weight. The loss must then be backpropagated unscaled.
+        gradient_threshold: above 0, the products of hidden's and weight's gradient leave out every block of 128
+            vocabulary entries in which no |dL/dlogit| of the chunk of tokens at hand reaches this share of the largest
+            |advantage x token weight|. An approximation (docs/operations.md has its error); the loss stays exact.
 
     Returns:
         PolicyLoss(loss, stats, logprobs). Gradients (hidden, weight, bias) are ready when this returns; .backward()
@@ -79,7 +83,11 @@ def linear_policy_loss(
     tokens = _token_arguments(
         objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, hidden, n
     )
-    arguments = (targets, *tokens, *split(temperature), softcap, logit_scale, *_fields(objective))
+    if not isinstance(gradient_threshold, int | float) or not 0 <= gradient_threshold < 1:
+        raise ValueError(f"gradient_threshold must be a number >= 0 and < 1; got {gradient_threshold!r}")
+    arguments = (
+        targets, *tokens, *split(temperature), softcap, logit_scale, *_fields(objective), float(gradient_threshold)
+    )  # fmt: skip
     if weight_grad is not None:
         _check_weight_grad(weight_grad, weight, hidden)
         return PolicyLoss(*_named(*_AccumulatingLoss.apply(hidden, weight, bias, weight_grad, *arguments)))  # type: ignore[no-untyped-call]
@@ -203,7 +211,8 @@ def _compute(
     advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
     sequence_of: Tensor, lengths: Tensor, cu_seqlens: Tensor,
     temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    kind: str, bounds: list[float], kl: str, coefficients: list[float], gradients: HeadGradients | None,
+    kind: str, bounds: list[float], kl: str, coefficients: list[float], gradient_threshold: float,
+    gradients: HeadGradients | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, statistics, logprobs [N]); gradients, where wanted, are added to `gradients`."""
     _check_values(targets, weight.shape[0], temperatures, advantages, behavior, reference)
@@ -214,6 +223,8 @@ def _compute(
     entropy = torch.full_like(advantages, math.nan)
     index = rows_that_count(objective, advantages, sequence_of, lengths)
     every: Tensor | slice = slice(None) if index is None else index
+    if gradients is not None and gradient_threshold and len(advantages):
+        gradients.floor = gradient_threshold * float((advantages * weights).abs().max())
 
     if gradients is not None and objective.token_separable:
 
@@ -294,13 +305,14 @@ def _linear_policy_loss(
     advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
     sequence_of: Tensor, lengths: Tensor, cu_seqlens: Tensor,
     temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    kind: str, bounds: list[float], kl: str, coefficients: list[float], wanted: list[bool],
+    kind: str, bounds: list[float], kl: str, coefficients: list[float], gradient_threshold: float,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     checks.sequence_values(cu_seqlens, len(hidden))
     gradients = HeadGradients(hidden, weight, bias, wanted) if any(wanted) else None
     seen = _compute(
         hidden, weight, bias, targets, advantages, weights, behavior, reference, sequence_of, lengths, cu_seqlens,
-        temperature, temperatures, softcap, logit_scale, kind, bounds, kl, coefficients, gradients,
+        temperature, temperatures, softcap, logit_scale, kind, bounds, kl, coefficients, gradient_threshold, gradients,
     )  # fmt: skip
     nothing = [hidden.new_empty(0) for _ in range(3)]
     return (*seen, *(nothing if gradients is None else gradients.results()))
@@ -318,7 +330,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
         scaled(gradient, grad_loss) if wanted and grad_loss is not None else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     ]
-    return (*gradients, *(None,) * 17)
+    return (*gradients, *(None,) * 18)
 
 
 autograd("linear_policy_loss", _backward, _setup)
@@ -358,7 +370,7 @@ class _AccumulatingLoss(torch.autograd.Function):
         # The weight's gradient was added for a factor of 1; any other would leave the two gradients at odds.
         torch._assert_async(grad_loss == 1)
         of_hidden, _, of_bias = (g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-        return of_hidden, None, of_bias, *(None,) * 17
+        return of_hidden, None, of_bias, *(None,) * 18
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
