@@ -58,7 +58,7 @@ def test_error_is_below_the_threshold(backend: str, into: bool) -> None:
     assert ((exact[2] - sparse[2]).abs() <= bound + 1e-7).all()
     bound = threshold * largest * case["weight"][left_out].abs().sum(0)
     assert ((exact[1] - sparse[1]).abs() <= bound + 1e-7).all()
-    assert not torch.equal(exact[2], sparse[2])
+    assert into or not torch.equal(exact[2], sparse[2])  # beside a buffer of ones, what is left out is rounded away
 
 
 def test_off_by_default_and_without_effect_where_every_block_counts() -> None:
