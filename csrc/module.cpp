@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include "capsules.h"
+#include "cpu/decoder.h"
 #include "cpu/operations.h"
+#include "cpu/threads.h"
 #include "philox.h"
 #if defined(BRFT_CUDA)
 #include "cuda/exports.h"
@@ -103,6 +105,100 @@ void head_logits(const py::capsule& hidden, const py::capsule& weight, const Opt
     cpu::head_logits(head, z.as<float>(), threads);
 }
 
+const float* contiguous(const TensorView& tensor, const char* name, int64_t rows, int64_t columns) {
+    require(tensor.dtype == DType::f32 && tensor.shape[0] == rows && tensor.shape[1] == columns &&
+                (rows < 2 || tensor.row_stride == columns),
+            std::string(name) + " must be a contiguous float32 [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    return tensor.as<float>();
+}
+
+// The weights of a layer by the names they have in transformers; one that is missing or None is absent.
+class LayerWeights {
+   public:
+    explicit LayerWeights(py::dict weights) : weights_(std::move(weights)) {}
+    const float* matrix(const char* name, int64_t rows, int64_t columns) const {
+        const py::object value = find(name);
+        require(!value.is_none(), std::string(name) + " is missing");
+        return contiguous(memory.view(value.cast<py::capsule>(), name, 2), name, rows, columns);
+    }
+    const float* vector(const char* name, int64_t length) const {
+        const py::object value = find(name);
+        return value.is_none() ? nullptr : memory.floats(value.cast<py::capsule>(), name, length);
+    }
+
+   private:
+    py::object find(const char* name) const { return weights_.contains(name) ? py::object(weights_[name]) : py::none(); }
+    py::dict weights_;
+};
+
+std::unique_ptr<cpu::Decoder> decoder(const py::dict& outside, const std::vector<py::dict>& layers, int64_t vocabulary,
+                                      int64_t hidden_size, int64_t intermediate_size, int64_t heads, int64_t key_value_heads,
+                                      int64_t head_size, float norm_eps, float scaling, bool norms_over_all_heads) {
+    const int64_t queries = heads * head_size, key_values = key_value_heads * head_size;
+    const LayerWeights model(outside);
+    cpu::DecoderModel m{};
+    m.embedding = model.matrix("embed_tokens", vocabulary, hidden_size);
+    m.final_norm = model.vector("norm", hidden_size);
+    m.vocabulary = vocabulary;
+    m.hidden_size = hidden_size;
+    m.intermediate_size = intermediate_size;
+    m.heads = heads;
+    m.key_value_heads = key_value_heads;
+    m.head_size = head_size;
+    m.norm_eps = norm_eps;
+    m.scaling = scaling;
+    m.norms_over_all_heads = norms_over_all_heads;
+    for (const py::dict& weights : layers) {
+        const LayerWeights w(weights);
+        cpu::DecoderLayer layer{};
+        layer.before_attention = w.vector("before_attention", hidden_size);
+        layer.after_attention = w.vector("after_attention", hidden_size);
+        layer.before_mlp = w.vector("before_mlp", hidden_size);
+        layer.after_mlp = w.vector("after_mlp", hidden_size);
+        layer.q = w.matrix("q_proj", queries, hidden_size);
+        layer.k = w.matrix("k_proj", key_values, hidden_size);
+        layer.v = w.matrix("v_proj", key_values, hidden_size);
+        layer.o = w.matrix("o_proj", hidden_size, queries);
+        layer.gate = w.matrix("gate_proj", intermediate_size, hidden_size);
+        layer.up = w.matrix("up_proj", intermediate_size, hidden_size);
+        layer.down = w.matrix("down_proj", hidden_size, intermediate_size);
+        layer.q_bias = w.vector("q_bias", queries);
+        layer.k_bias = w.vector("k_bias", key_values);
+        layer.v_bias = w.vector("v_bias", key_values);
+        layer.o_bias = w.vector("o_bias", hidden_size);
+        layer.q_norm = w.vector("q_norm", norms_over_all_heads ? queries : head_size);
+        layer.k_norm = w.vector("k_norm", norms_over_all_heads ? key_values : head_size);
+        m.layers.push_back(layer);
+    }
+    return std::make_unique<cpu::Decoder>(m);
+}
+
+void decoder_begin(cpu::Decoder& self, const py::capsule& first, int64_t capacity, const py::capsule& cos,
+                   const py::capsule& sin) {
+    const TensorView f = memory.view(first, "first", 1), c = memory.view(cos, "cos", 2), s = memory.view(sin, "sin", 2);
+    require(f.dtype == DType::i64, "first must be int64");
+    const int64_t positions = c.shape[0], size = self.model().head_size;
+    self.begin(f.shape[0], capacity, f.as<const int64_t>(), contiguous(c, "cos", positions, size),
+               contiguous(s, "sin", positions, size), positions);
+}
+
+void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& positions, const py::capsule& hidden,
+                  int threads) {
+    const auto* t = memory.vector(tokens, "tokens", DType::i64, self.batch()).as<const int64_t>();
+    const auto* p = memory.vector(positions, "positions", DType::i64, self.batch()).as<const int64_t>();
+    auto* h = const_cast<float*>(
+        contiguous(memory.view(hidden, "hidden", 2), "hidden", self.batch(), self.model().hidden_size));
+    py::gil_scoped_release release;
+    self.step(t, p, h, threads);
+}
+
+void decoder_select(cpu::Decoder& self, const py::capsule& which) {
+    const TensorView w = memory.view(which, "which", 1);
+    require(w.dtype == DType::i64, "which must be int64");
+    py::gil_scoped_release release;
+    self.select(w.as<const int64_t>(), w.shape[0]);
+}
+
 py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
     const PhiloxWords w = philox4x32_10(c0, c1, c2, c3, {uint32_t(key), uint32_t(key >> 32)});
     return py::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
@@ -121,6 +217,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("policy_rows", &policy_rows);
     m.def("sample_rows", &sample_rows);
     m.def("head_logits", &head_logits);
+    py::class_<cpu::Decoder>(m, "Decoder")
+        .def(py::init(&decoder))
+        .def("begin", &decoder_begin)
+        .def("step", &decoder_step)
+        .def("select", &decoder_select)
+        .def_property_readonly("lanes", &cpu::Decoder::lanes);
 #if defined(BRFT_CUDA)
     cuda::add_exports(m.def_submodule("cuda"));
 #endif

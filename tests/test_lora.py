@@ -25,7 +25,7 @@ from bandit_rft.lora import add_adapter, base_policy, find_adapter
 from bandit_rft.ops import logprobs as head_ops
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.policy import Policy, UnsupportedModelError
-from bandit_rft.rollout import RolloutEngine, Rollouts, trace
+from bandit_rft.rollout import RolloutEngine, Rollouts
 from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater
 
@@ -155,20 +155,17 @@ def test_bfloat16_models_get_float32_adapters_that_move() -> None:
 # --- rollouts ---------------------------------------------------------------------------------------------------------
 
 
-def test_recorded_decoding_follows_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "HOT", 3)
+def test_decoding_follows_the_adapters() -> None:
     policy = trained(add_adapter(Policy(tiny_llama()), rank=4))
     policy.stop_tokens = []
     engine = RolloutEngine(policy, max_completion_length=24)
+    assert engine._native is None  # the core would leave the adapters out
     arguments: tuple[Any, ...] = ([[1, 5, 6], [1, 9]], torch.arange(2))
-    for scale in (0.2, 0.4, 0.1):  # trained on between rollouts
-        drawn = engine.generate(*arguments, seed=4)
-        assert engine._step._recorded, "no decoding step was recorded"
-        monkeypatch.setattr(trace, "HOT", 10**9)
-        eager = RolloutEngine(policy, max_completion_length=24).generate(*arguments, seed=4)
-        assert torch.equal(drawn.tokens, eager.tokens) and torch.equal(drawn.logprobs, eager.logprobs)
+    drawn = [engine.generate(*arguments, seed=4)]
+    for scale in (0.4, 0.1):  # trained on between rollouts
         trained(policy, scale)
-    assert not torch.equal(engine.generate(*arguments, seed=4).logprobs, drawn.logprobs)
+        drawn.append(engine.generate(*arguments, seed=4))
+    assert len({tuple(d.logprobs.tolist()) for d in drawn}) == 3
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

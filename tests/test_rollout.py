@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_policy import CONFIGS
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from bandit_rft import ops
+from bandit_rft import _C, ops
 from bandit_rft.policy import Policy
-from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids, trace
+from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
+from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.update import pack_for_training
 
 
@@ -145,58 +148,143 @@ def test_greedy_takes_the_most_likely_token(policy: Policy) -> None:
         ids = torch.cat([ids, torch.tensor([token])])
 
 
-def test_recorded_steps_are_bit_for_bit_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is replayed follows the weights, and changes neither tokens nor a bit of what is known of them."""
-    monkeypatch.setattr(trace, "HOT", 10**9)
-    policy = Policy(tiny_llama(max_position_embeddings=512))
-    eager = RolloutEngine(policy, max_completion_length=90)
-    monkeypatch.setattr(trace, "HOT", 5)
-    engine = RolloutEngine(policy, max_completion_length=90)
-    for number in range(3):
-        ids = sequence_ids(0, number, list(range(40)), 0)
-        monkeypatch.setattr(trace, "HOT", 10**9)
-        expected = eager.generate(PROMPTS * 8, ids, seed=1)
-        monkeypatch.setattr(trace, "HOT", 5)
-        rollouts = engine.generate(PROMPTS * 8, ids, seed=1)
-        assert rollouts.token_lists() == expected.token_lists()
-        assert torch.equal(rollouts.logprobs, expected.logprobs) and torch.equal(rollouts.entropy, expected.entropy)
-        with torch.no_grad():
-            for parameter in policy.parameters():  # the optimizer's way: in place
-                parameter.mul_(1.01)
-    assert not eager._step._recorded
-    assert len(engine._step._recorded) >= 3 and engine._step._may_record  # several row counts, both widths
-    assert {shape[-1] for shape in engine._step._recorded} == {64, 128}
-    for parameter in policy.parameters():  # another memory: what was recorded must not be used
-        parameter.data = parameter.data * 1.5
-    again = engine.generate(PROMPTS * 8, ids, seed=1)
-    torch.testing.assert_close(trainer_logprobs(policy, again), again.logprobs, atol=1e-4, rtol=0)
+NATIVE = ["llama", "qwen2", "qwen3", "olmo2", "mistral"]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2", "gpt2", "cohere", "granite", "phi"])
-def test_common_architectures_are_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "HOT", 2)
+def native_engine(name: str, **options: int) -> RolloutEngine:
+    """An engine over a tiny model that the compiled core decodes, norms and biases moved from their initial values."""
     torch.manual_seed(2)
-    engine = RolloutEngine(Policy(AutoModelForCausalLM.from_config(CONFIGS[name])), max_completion_length=8)
-    rollouts = engine.generate(PROMPTS, sequence_ids(0, 1, list(range(5)), 0), seed=5)
-    assert len(engine._step._recorded) == 1
-    torch.testing.assert_close(trainer_logprobs(engine.policy, rollouts), rollouts.logprobs, atol=1e-4, rtol=0)
+    config = copy.deepcopy(CONFIGS[name])
+    config.sliding_window = None
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    engine = RolloutEngine(policy, **{"max_completion_length": 20, **options})
+    assert engine._native is not None
+    return engine
 
 
-def test_model_that_looks_at_values_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "HOT", 2)
-    policy = Policy(tiny_llama())
-    engine = RolloutEngine(policy, max_completion_length=8)
-    forward = policy.base.forward
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_decoding_is_the_models_own(name: str, isa: str) -> None:
+    best = _C.instruction_set()
+    try:
+        _C.use_instruction_set(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        engine = native_engine(name, max_completion_length=70)
+        for size in (5, 45, 1):  # ragged prompts; one panel, several, and less than a SIMD vector
+            prompts = (PROMPTS * 9)[:size]
+            ids = sequence_ids(0, 1, list(range(size)), 0)
+            native = engine.generate(prompts, ids, seed=1)
+            engine._native, kept = None, engine._native
+            model = engine.generate(prompts, ids, seed=1)
+            engine._native = kept
+            assert native.token_lists() == model.token_lists() and native.truncated == model.truncated
+            torch.testing.assert_close(native.logprobs, model.logprobs, atol=5e-5, rtol=0)
+            torch.testing.assert_close(native.entropy, model.entropy, atol=5e-5, rtol=0)
+            torch.testing.assert_close(trainer_logprobs(engine.policy, native), native.logprobs, atol=1e-4, rtol=0)
+    finally:
+        _C.use_instruction_set(best)
 
-    def sorts(*args, **kwargs):  # type: ignore[no-untyped-def]
-        output = forward(*args, **kwargs)
-        output.last_hidden_state = output.last_hidden_state + 0 * output.last_hidden_state.sort(-1).values
-        return output
 
-    monkeypatch.setattr(policy.base, "forward", sorts)
-    rollouts = engine.generate(PROMPTS, sequence_ids(0, 1, list(range(5)), 0), seed=5)
-    assert not engine._step._recorded and not engine._step._may_record
-    torch.testing.assert_close(trainer_logprobs(policy, rollouts), rollouts.logprobs, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str) -> None:
+    engine = native_engine(name)
+    native, hidden = engine._native, dict[tuple[int, int], torch.Tensor]()
+    prompts = PROMPTS * 120  # enough that three threads share a step
+    lengths = torch.tensor([len(p) for p in prompts])
+    tokens = torch.randint(0, 97, (8, 600), generator=torch.Generator().manual_seed(1))
+    everyone, some, last = torch.arange(600), torch.tensor([3, 4, 66]), torch.tensor([599])
+    default = torch.get_num_threads()
+    try:
+        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2)):
+            torch.set_num_threads(threads)
+            out = native.read([prompts[i] for i in chosen], 15)
+            for t in range(9):
+                for row, which in zip(out, chosen.tolist(), strict=True):
+                    assert torch.equal(hidden.setdefault((t, which), row), row)
+                out = native.step(tokens[t % 8, chosen], lengths[chosen] + t)
+    finally:
+        torch.set_num_threads(default)
+    assert len(hidden) == 9 * 600
+
+
+def test_native_decoding_goes_on_with_those_that_are_left() -> None:
+    engine = native_engine("qwen3")
+    native, lanes = engine._native, engine._native.lanes
+    prompts = (PROMPTS * 40)[: 5 * lanes]
+    lengths, everyone = torch.tensor([len(p) for p in prompts]), torch.arange(5 * lanes)
+    tokens = torch.randint(0, 97, (6, 5 * lanes), generator=torch.Generator().manual_seed(1))
+    native.read(prompts, 12)
+    expected = [native.step(tokens[t], lengths + t) for t in range(6)]
+    native.read(prompts, 12)
+    left = everyone
+    for t in range(6):
+        assert torch.equal(native.step(tokens[t, left], lengths[left] + t), expected[t][left])
+        if t == 2:  # and several of each, as for n rollouts of a prompt
+            keep = torch.arange(len(left)).repeat_interleave(3)
+        else:
+            keep = torch.arange(len(left))[torch.arange(len(left)) % 4 != t % 3]
+        native.select(keep)
+        left = left[keep]
+    assert 2 * lanes < len(left) < 5 * lanes
+
+
+def test_native_decoding_follows_the_weights() -> None:
+    engine = native_engine("llama")
+    ids = sequence_ids(0, 1, list(range(5)), 0)
+    for change in range(3):
+        rollouts = engine.generate(PROMPTS, ids, seed=1)
+        torch.testing.assert_close(trainer_logprobs(engine.policy, rollouts), rollouts.logprobs, atol=1e-4, rtol=0)
+        with torch.no_grad():
+            for parameter in engine.policy.parameters():
+                if change:  # another memory
+                    parameter.data = parameter.data * 1.1
+                else:  # the optimizer's way: in place
+                    parameter.mul_(1.1)
+
+
+def test_changed_model_is_decoded_by_its_own_forward() -> None:
+    """A hook, or another forward than the class's: what the core computes is no longer what the model computes."""
+    for change in ("hook", "forward"):
+        engine = native_engine("llama")
+        layer = engine.policy.base.layers[0].mlp
+        if change == "hook":
+            layer.register_forward_hook(lambda module, inputs, output: output * 0.5)
+        else:
+            layer.forward = lambda x, forward=layer.forward: forward(x) * 0.5
+        rollouts = engine.generate(PROMPTS, sequence_ids(0, 1, list(range(5)), 0), seed=1)
+        torch.testing.assert_close(trainer_logprobs(engine.policy, rollouts), rollouts.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*sorted(set(CONFIGS) - set(NATIVE)), "bfloat16", "forced"])
+def test_other_models_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]) if name in CONFIGS else tiny_llama()
+    policy = Policy(model.to(torch.bfloat16) if name == "bfloat16" else model)
+    if name == "forced":
+        monkeypatch.setenv("BANDIT_RFT_BACKEND", "torch")
+    with pytest.raises(NotImplementedError, match=r"is not one of|bfloat16|another backend"):
+        NativeDecoder(policy)
+    assert RolloutEngine(policy, max_completion_length=2)._native is None
+
+
+def test_bad_input_to_the_core_is_refused() -> None:
+    native, one = native_engine("llama")._native, torch.ones(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the cache is full"):
+        native.read([[1, 2, 3]], 2)
+    native.read([[1, 2, 3]], 5)
+    with pytest.raises(ValueError, match="tokens must lie in the vocabulary"):
+        native.step(one * 97, one * 3)
+    with pytest.raises(ValueError, match="positions must lie in the table"):
+        native.step(one, one * 5)
+    with pytest.raises(ValueError, match="tokens must have length 1"):
+        native.step(torch.ones(2, dtype=torch.int64), one)
+    with pytest.raises(ValueError, match="which names a sequence that is not there"):
+        native.select(torch.tensor([0, 1]))
 
 
 def test_seed_and_round_change_the_draw(policy: Policy) -> None:

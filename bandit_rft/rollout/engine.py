@@ -21,12 +21,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bandit_rft import ops
 from bandit_rft.policy import Policy, UnsupportedModelError
-from bandit_rft.rollout.trace import DecodingStep
+from bandit_rft.rollout.native import NativeDecoder
 
 logger = logging.getLogger(__name__)
 
-#: On a CPU the visible part of the cache grows by so many columns at a time, so that few shapes occur.
-COLUMNS = 64
 #: How a model is told which positions are padding: a ready additive mask, or the plain [B, length] one.
 Padding = Literal["ready", "plain"]
 
@@ -112,11 +110,6 @@ class _InPlaceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = self._k.narrow(2, 0, self.length), self._v.narrow(2, 0, self.length)
         return self.keys, self.values
 
-    @property
-    def room(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, heads, capacity, width], the part not written yet included."""
-        return self._k, self._v
-
     def get_seq_length(self) -> int:
         return self.length
 
@@ -127,6 +120,34 @@ class _InPlaceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             new = old.new_zeros((len(indices), *old.shape[1:]))
             new.narrow(2, 0, self.length).copy_(old.narrow(2, 0, self.length).index_select(0, indices))
             setattr(self, name, new)
+
+
+class _ModelSteps:
+    """Decoding steps through the model's own forward, over its KV cache."""
+
+    lanes = 1  # any number of sequences is as good as another
+
+    def __init__(self, policy: Policy, cache: DynamicCache, cache_argument: str, width: int):
+        self._policy, self._cache, self._cache_argument, self._columns = policy, cache, cache_argument, width
+        self.mask: Tensor | None = None  # what hides the padding of the prompts; see RolloutEngine._decoding_mask
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states [b, H] after one more token each; positions [b] are those in the whole text."""
+        self._columns += 1
+        output = self._policy.base(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask[..., : self._columns] if self.mask is not None else None,
+            position_ids=positions[:, None],
+            use_cache=True,
+            **{self._cache_argument: self._cache},
+        )
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+    def select(self, keep: Tensor) -> None:
+        """Go on with the sequences `keep` [b] int64."""
+        self.mask = self.mask[keep] if self.mask is not None else None
+        _select(self._cache, keep)
 
 
 @dataclass
@@ -168,12 +189,9 @@ class RolloutEngine:
         # State-space models call their cache by another name.
         names = inspect.signature(policy.base.forward).parameters
         self._cache_argument = "cache_params" if "cache_params" in names else "past_key_values"
-        kinds = {type(layer) for layer in DynamicCache(config=policy.model.config).layers}
-        self._only_attention = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        self._step = DecodingStep(policy)
         self._padding: Padding | None = None
         self._padding = self._probe_padding()
-        self._static_agrees = self._probe_static()
+        self._native = self._probe_native()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
@@ -233,35 +251,29 @@ class RolloutEngine:
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
         capacity = width + self.max_completion_length - 1
-        static = self._static(width, capacity)
-        if static:
-            capacity = -(-capacity // COLUMNS) * COLUMNS
-            self._step.begin()
-        cache = DynamicCache(config=policy.model.config)
-        for i, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                cache.layers[i] = _InPlaceLayer(capacity)
-        hidden = self._prefill(prompts, width, cache)
+        in_window = self._window is None or capacity <= self._window
+        native = self._native if in_window and self._native is not None and self._native.ready() else None
+        steps: NativeDecoder | _ModelSteps
+        if native is not None:
+            hidden, steps = native.read(prompts, capacity), native
+        else:
+            cache = self._cache(capacity)
+            hidden = self._prefill(prompts, width, cache)
+            steps = _ModelSteps(policy, cache, self._cache_argument, width)
 
         # One row a prompt so far; from here on one row a completion.
-        prompt_lengths = torch.tensor(lengths, device=device)
+        place = torch.tensor(lengths, device=device)
         if n > 1:
             place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
             which = torch.tensor([place_of[r // n] for r in rows], device=device)
-            hidden, prompt_lengths = hidden[which], prompt_lengths[which]
-            _select(cache, which)
-        mask: Tensor | None = None
-        kv: list[Tensor] = []
-        slot = torch.tensor([width], device=device)
-        if static or min(lengths) < width:
-            mask = self._decoding_mask(prompt_lengths, width, capacity, hidden.dtype)
-        if static:  # columns that are not written yet are hidden, and shown one by one
-            assert mask is not None
-            mask[..., width:] = -torch.inf
+            hidden, place = hidden[which], place[which]
+            steps.select(which)
+        if isinstance(steps, _ModelSteps) and min(lengths) < width:
+            steps.mask = self._decoding_mask(place, width, capacity, hidden.dtype)
 
         active = torch.arange(len(rows), device=device)
         row_ids = ids[torch.tensor(rows, device=device)]
-        positions, place = torch.zeros_like(active), prompt_lengths[:, None]
+        positions = torch.zeros_like(active)
         alive = torch.ones(len(rows), dtype=torch.bool, device=device)
         segments = [_Segment(active, 0)]
         options = {**policy.head_options, **sampling.__dict__}
@@ -282,43 +294,24 @@ class RolloutEngine:
                 if remaining == 0:
                     break
                 # Moving the cache costs about as much as one step, so it pays once a quarter of the batch is idle.
-                # Row counts are rounded up, so that few shapes occur and each of them often.
-                granule = max(8, len(rows) // 64 * 8) if static else 1
-                size = min(-(-remaining // granule) * granule, len(active))
+                size = min(-(-remaining // steps.lanes) * steps.lanes, len(active))
                 if size <= 0.75 * len(active):
                     keep = alive.int().argsort(descending=True, stable=True)[:size].sort().values
                     active, row_ids, positions, place = active[keep], row_ids[keep], positions[keep], place[keep]
                     tokens, alive = tokens[keep], alive[keep]
-                    mask = mask[keep] if mask is not None else None
-                    _select(cache, keep)
+                    steps.select(keep)
                     segments.append(_Segment(active, step + 1))
-                    kv = []
-            if static:
-                assert mask is not None
-                visible = -(-(width + step + 1) // COLUMNS) * COLUMNS
-                if not kv or kv[0].shape[2] != visible:
-                    kv = [x.narrow(2, 0, visible) for layer in cache.layers for x in layer.room]  # type: ignore[union-attr]
-                mask[..., width + step] = 0.0
-                hidden = self._step(tokens[:, None], place, slot, mask[..., :visible], kv)
-                for layer in cache.layers:
-                    layer.length += 1  # type: ignore[union-attr]
-                slot = slot + 1
-            else:
-                output = policy.base(
-                    input_ids=tokens[:, None],
-                    attention_mask=mask[..., : width + step + 1] if mask is not None else None,
-                    position_ids=place,
-                    use_cache=True,
-                    **{self._cache_argument: cache},
-                )
-                hidden = output.last_hidden_state[:, -1]
+            hidden = steps.step(tokens, place)
             positions, place = positions + 1, place + 1
         return segments
 
-    def _static(self, width: int, capacity: int) -> bool:
-        """Whether decoding has a few fixed shapes (see trace.py): on a CPU, with attention layers and a ready mask."""
-        whole = self._window is None or capacity + COLUMNS <= self._window
-        return self._static_agrees and whole
+    def _cache(self, capacity: int) -> DynamicCache:
+        """An empty cache of `capacity` columns, written in place where its layers allow it."""
+        cache = DynamicCache(config=self.policy.model.config)
+        for i, layer in enumerate(cache.layers):
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                cache.layers[i] = _InPlaceLayer(capacity)
+        return cache
 
     def _prefill(self, prompts: Sequence[Sequence[int]], width: int, cache: DynamicCache) -> Tensor:
         """Run the prompts [P, width], left-padded, into the cache; the last hidden state of each, [P, H]."""
@@ -402,47 +395,31 @@ class RolloutEngine:
         return None
 
     @torch.inference_mode()
-    def _probe_static(self) -> bool:
-        """Whether decoding in fixed shapes (trace.py; on a CPU only) gives the hidden states that it should."""
-        if not (self._only_attention and self._padding == "ready" and self.policy.device.type == "cpu"):
-            return False
+    def _probe_native(self) -> NativeDecoder | None:
+        """The compiled core's decoder where it takes the model and gives the hidden states that it should."""
         prompts = [[5, 4, 3], [3, 4, 5, 6, 5, 4]]
-        expected = self._two_steps(prompts)[1]
-        cache = DynamicCache(config=self.policy.model.config)
-        cache.layers = [_InPlaceLayer(8) for _ in cache.layers]
-        self._prefill(prompts, 6, cache)
-        lengths = torch.tensor([3, 6])
-        mask = self._decoding_mask(lengths, 6, 8, expected.dtype)
-        if mask.ndim != 4:
-            return False
-        mask[..., 7:] = -torch.inf
-        kv = [x for layer in cache.layers for x in layer.room]  # type: ignore[union-attr]
         try:
-            hidden = self._step(torch.ones(2, 1, dtype=torch.int64), lengths[:, None], torch.tensor([6]), mask, kv)
-        except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
-            logger.debug("decoding in fixed shapes: %s", error)
-            return False
-        tolerance = (1e-4 if expected.dtype == torch.float32 else 0.05) * float(expected.abs().max())
-        return bool(((hidden - expected).abs() <= tolerance).all())
+            native = NativeDecoder(self.policy)
+            first = native.read(prompts, 7)
+            second = native.step(torch.ones(2, dtype=torch.int64), torch.tensor([3, 6]))
+        except (NotImplementedError, AttributeError, ValueError) as error:
+            logger.debug("decoding goes through the model's own forward: %s", error)
+            return None
+        expected = self._two_steps(prompts)
+        difference = float((torch.stack([first, second]) - expected).abs().max())
+        return native if difference <= 1e-4 * float(expected.abs().max()) else None
 
     def _two_steps(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states [2, P, H] of the prompts' last token and of one more token."""
         width = max(len(prompt) for prompt in prompts)
-        cache = DynamicCache(config=self.policy.model.config)
-        for i, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                cache.layers[i] = _InPlaceLayer(width + 1)
+        cache = self._cache(width + 1)
         first = self._prefill(prompts, width, cache)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
         padded = min(len(prompt) for prompt in prompts) < width
-        output = self.policy.base(
-            input_ids=torch.ones_like(lengths)[:, None],
-            attention_mask=self._decoding_mask(lengths, width, width + 1, first.dtype) if padded else None,
-            position_ids=lengths[:, None],
-            use_cache=True,
-            **{self._cache_argument: cache},
-        )
-        return torch.stack([first, output.last_hidden_state[:, -1]])
+        steps = _ModelSteps(self.policy, cache, self._cache_argument, width)
+        if padded:
+            steps.mask = self._decoding_mask(lengths, width, width + 1, first.dtype)
+        return torch.stack([first, steps.step(torch.ones_like(lengths), lengths)])
 
 
 def _select(cache: DynamicCache, rows: Tensor) -> None:

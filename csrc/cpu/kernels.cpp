@@ -6,81 +6,16 @@
 //   draw     argmax_j z_j + g_j, where g_j is only computed if it can win
 //
 // Never in memory: probabilities, noise, or anything else of the row's length but the row itself (read from L2 in pass 2).
-// Loops are written for the compiler's vectorizer; nothing here may instantiate a template of the standard library, since
-// the linker keeps one copy of those for all instruction sets.
 #include "kernels.h"
 
-#include <cmath>
-#include <cstring>
+#include "vectors.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#ifndef BRFT_ISA
-#error "compile with -DBRFT_ISA=<name> -DBRFT_LANES=<float lanes>"
-#endif
-
-#define BRFT_PASTE2(a, b) a##b
-#define BRFT_PASTE(a, b) BRFT_PASTE2(a, b)
-#define BRFT_STRING2(a) #a
-#define BRFT_STRING(a) BRFT_STRING2(a)
-
 namespace bandit_rft::cpu {
 namespace BRFT_ISA {
-
-BRFT_INLINE float from_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-BRFT_INLINE uint32_t to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-BRFT_INLINE float from_bf16(uint16_t x) { return from_bits(uint32_t(x) << 16); }
-BRFT_INLINE uint16_t to_bf16(float x) {  // round to nearest even; a NaN stays one
-    const uint32_t bits = to_bits(x);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return uint16_t(x != x ? 0x7FC0u : rounded);
-}
-
-// Where float32 has no normal number left for exp(x); the maximum instruction leaves a NaN in place in this order.
-constexpr float kExpFloor = -88.0f;
-BRFT_INLINE float exp_domain(float x) { return kExpFloor > x ? kExpFloor : x; }
-
-// exp(x) to about 1 ulp for kExpFloor <= x <= 88, and exactly 0 at kExpFloor (its power of two has no bits); NaN stays.
-BRFT_INLINE float exp_inside(float x) {
-    const float shifted = x * 1.44269504f + 12582912.0f;  // round to nearest by the magic number 1.5 * 2^23
-    const float n = shifted - 12582912.0f;
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * from_bits((to_bits(shifted) + (127u - 0x4B400000u)) << 23);
-}
-
-BRFT_INLINE float exp_fast(float x) { return exp_inside(exp_domain(x)); }
-
-// tanh(x) to a few ulp: odd polynomial near 0 (where 1 - 2/(e^2x + 1) cancels), the exponential form elsewhere.
-BRFT_INLINE float tanh_fast(float x) {
-    const float magnitude = x < 0 ? -x : x;
-    const float limited = magnitude > 44.0f ? 44.0f : magnitude;
-    const float far = 1.0f - 2.0f / (exp_fast(2.0f * limited) + 1.0f);
-    const float x2 = x * x;
-    float p = -5.70498872745e-3f;
-    p = p * x2 + 2.06390887954e-2f;
-    p = p * x2 - 5.37397155531e-2f;
-    p = p * x2 + 1.33314422036e-1f;
-    p = p * x2 - 3.33332819422e-1f;
-    const float near = p * x2 * x + x;
-    return magnitude < 0.625f ? near : (x < 0 ? -far : far);
-}
 
 // z of `n` logits from `begin` on. Returns a pointer to them: the row itself where nothing has to be done.
 const float* scaled_block(const Row& row, int64_t begin, int n, float* buffer) {
@@ -367,37 +302,8 @@ SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) 
     return state;
 }
 
-// The head. Lanes run over the batch, so weights are read once, as they lie, and every output is one chain of
-// fused multiply-adds over k (in stretches of 256, summed in order) whatever else is computed beside it.
-typedef float Vector __attribute__((vector_size(BRFT_LANES * 4), aligned(4)));
-constexpr int kColumns = 2;                       // vectors of batch rows in a panel
-constexpr int kPanel = kColumns * BRFT_LANES;     // batch rows in a panel
-constexpr int kTile = BRFT_LANES == 16 ? 12 : 6;  // weight rows whose sums stay in registers
-constexpr int kStretch = 256;
+// The head, in panels of batch rows (vectors.h).
 static_assert(kBlock % 12 == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and Philox counters");
-
-template <int Rows, int Columns>
-BRFT_INLINE void head_tile(const float* weight, int64_t weight_stride, const float* panel, int64_t hidden_size, float* sums) {
-    for (int i = 0; i < Rows * kPanel; ++i) sums[i] = 0;
-    for (int64_t start = 0; start < hidden_size; start += kStretch) {
-        const int64_t stop = start + kStretch < hidden_size ? start + kStretch : hidden_size;
-        Vector sum[Rows][Columns] = {};
-        for (int64_t k = start; k < stop; ++k) {
-            Vector h[Columns];
-            BRFT_UNROLL
-            for (int c = 0; c < Columns; ++c) memcpy(&h[c], panel + k * kPanel + c * BRFT_LANES, sizeof(Vector));
-            BRFT_UNROLL
-            for (int r = 0; r < Rows; ++r) {
-                const float w = weight[r * weight_stride + k];
-                BRFT_UNROLL
-                for (int c = 0; c < Columns; ++c) sum[r][c] += w * h[c];
-            }
-        }
-        for (int r = 0; r < Rows; ++r)
-            for (int c = 0; c < Columns; ++c)
-                for (int l = 0; l < BRFT_LANES; ++l) sums[r * kPanel + c * BRFT_LANES + l] += sum[r][c][l];
-    }
-}
 
 void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
                  int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride,
@@ -421,14 +327,7 @@ void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const 
         for (int64_t first = 0; first < batch; first += kPanel) {
             const int members = int(batch - first < kPanel ? batch - first : kPanel);
             const float* panel = packed + first * hidden_size;
-            if (rows == kTile && members > BRFT_LANES) {
-                head_tile<kTile, kColumns>(tile, tile_stride, panel, hidden_size, sums);
-            } else if (rows == kTile) {
-                head_tile<kTile, 1>(tile, tile_stride, panel, hidden_size, sums);
-            } else {
-                for (int r = 0; r < rows; ++r)
-                    head_tile<1, kColumns>(tile + r * tile_stride, tile_stride, panel, hidden_size, sums + r * kPanel);
-            }
+            rows_product(rows, tile, tile_stride, panel, hidden_size, members, sums);
             for (int b = 0; b < members; ++b) {
                 float* to = out + (first + b) * out_stride + v;
                 for (int r = 0; r < rows; ++r) to[r] = sums[r * kPanel + b] + (bias ? bias[v + r] : 0.0f);
@@ -456,7 +355,7 @@ const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
     BRFT_STRING(BRFT_ISA),  BRFT_LANES,           BRFT_ISA::kTile,       BRFT_ISA::kPanel,
     BRFT_ISA::row_state,    BRFT_ISA::row_logit,  BRFT_ISA::row_scaled,  BRFT_ISA::row_gradient,
     BRFT_ISA::row_exponentials, BRFT_ISA::scale_exponentials,
-    BRFT_ISA::row_draw,     BRFT_ISA::head_logits, BRFT_ISA::pack_hidden,
+    BRFT_ISA::row_draw,     BRFT_ISA::head_logits, BRFT_ISA::pack_hidden, &BRFT_PASTE(decoder_kernels_, BRFT_ISA),
 };
 
 }  // namespace bandit_rft::cpu

@@ -7,6 +7,7 @@
 #include "../philox.h"
 #include "../row_math.h"
 #include "../tensor_view.h"
+#include "decoder_kernels.h"
 
 namespace bandit_rft::cpu {
 
@@ -60,6 +61,8 @@ struct Kernels {
                         int64_t out_stride, float* scratch);
     // [panels, H, head_panel] float32, zero-padded
     void (*pack_hidden)(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size, float* packed);
+
+    const DecoderKernels* decoder;
 };
 
 #if defined(BRFT_X86_DISPATCH)
@@ -67,5 +70,8 @@ extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 #endif
 extern const Kernels kernels_baseline;
+
+// Those of the instruction set in use (operations.cpp).
+const Kernels& kernels();
 
 }  // namespace bandit_rft::cpu

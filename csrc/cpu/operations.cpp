@@ -3,17 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <exception>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 #include "filter.h"
 #include "kernels.h"
-
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include "threads.h"
 
 namespace bandit_rft::cpu {
 namespace {
@@ -33,79 +28,13 @@ std::atomic<const Kernels*>& chosen() {
     return kernels;
 }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
-
-// The OpenMP runtime that the process has loaded already (torch's), if any. Its threads spin for a while after their last
-// task, so threads of our own would compete with them for the cores; they are asked to do the work instead. Linking to a
-// runtime would bring a second one, with a second set of spinning threads.
-struct OpenMP {
-    void (*run)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
-    int (*index)() = nullptr;
-    int (*size)() = nullptr;
-};
-OpenMP openmp;
-
-// Runs task(0) ... task(count - 1) at once, on the process's OpenMP threads or on threads that end with the call.
-template <class Task>
-void run_all(int64_t count, const Task& task) {
-    if (openmp.run) {
-        struct Shared {
-            const Task& task;
-            int64_t count;
-        } shared{task, count};
-        const auto member = [](void* data) {  // the runtime may grant fewer threads than asked
-            const auto& s = *static_cast<const Shared*>(data);
-            for (int64_t i = openmp.index(); i < s.count; i += openmp.size()) s.task(i);
-        };
-        return openmp.run(member, &shared, unsigned(count), 0);
-    }
-    std::vector<std::thread> helpers;
-    for (int64_t i = 1; i < count; ++i) helpers.emplace_back([&task, i] { task(i); });
-    task(0);
-    for (auto& helper : helpers) helper.join();
-}
-
-// Runs work(begin, end) on [0, count), cut at multiples of `grain`, on at most `threads` threads of `elements` logits or
-// more each: a thread costs about 30 microseconds to start, a logit about one nanosecond.
-template <class Work>
-void parallel(int64_t count, int64_t grain, int64_t elements, int threads, const Work& work) {
-    const int64_t worthwhile = elements / (1 << 17);
-    const int64_t pieces = (count + grain - 1) / grain;
-    const int64_t used = std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), pieces, worthwhile}));
-    const auto bound = [&](int64_t i) { return std::min(count, pieces * i / used * grain); };
-    if (used == 1) return work(int64_t(0), count);
-    std::vector<std::exception_ptr> errors(static_cast<size_t>(used));
-    run_all(used, [&](int64_t i) {
-        try {
-            work(bound(i), bound(i + 1));
-        } catch (...) {
-            errors[size_t(i)] = std::current_exception();
-        }
-    });
-    for (const auto& error : errors)
-        if (error) std::rethrow_exception(error);
-}
-
 Row row_of(const Rows& rows, int64_t i) {
     return {rows.row(i), rows.dtype, rows.vocabulary, rows.scaling, rows.temperature_of(i)};
 }
 
 }  // namespace
 
-bool use_openmp(const std::string& library) {
-#if defined(__linux__)
-    void* handle = dlopen(library.c_str(), RTLD_NOLOAD | RTLD_LAZY);
-    if (!handle) return false;
-    OpenMP found;
-    found.run = reinterpret_cast<decltype(found.run)>(dlsym(handle, "GOMP_parallel"));
-    found.index = reinterpret_cast<decltype(found.index)>(dlsym(handle, "omp_get_thread_num"));
-    found.size = reinterpret_cast<decltype(found.size)>(dlsym(handle, "omp_get_num_threads"));
-    if (found.run && found.index && found.size) openmp = found;
-#else
-    (void)library;
-#endif
-    return openmp.run != nullptr;
-}
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
 std::string instruction_set() { return kernels().name; }
 

@@ -12,9 +12,6 @@ namespace bandit_rft::cpu {
 std::string instruction_set();                  // the one in use
 void use_instruction_set(const std::string&);   // for tests and measurements; throws std::invalid_argument
 
-// Work on the threads of an OpenMP runtime that is loaded already; false (and nothing changes) if it is not.
-bool use_openmp(const std::string& library);
-
 struct Rows {
     void* logits;
     DType dtype;

@@ -1,5 +1,6 @@
 // The CPU core on its own, for the sanitizers: every operation, instruction set and dtype on exactly sized heap buffers
 // over ragged shapes, against plain loops in double. `make sanitize` builds and runs it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -7,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/decoder.h"
 #include "../../csrc/cpu/operations.h"
 #include "../../csrc/philox.h"
 
@@ -131,6 +133,93 @@ void head_case(int64_t b, int64_t hidden_size, int64_t v, DType dtype, std::mt19
     check(std::memcmp(alone.data(), out.data() + last * v, size_t(v) * 4) == 0, "a row is the same bits alone", b, v);
 }
 
+// A decoder's step: a sequence has the same bits alone as in a batch, after others have left it, on any number of threads.
+void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool over_all_heads, std::mt19937& random) {
+    const int64_t vocabulary = 7, key_value_heads = 3, heads = key_value_heads * group, queries = heads * head_size;
+    const int64_t key_values = key_value_heads * head_size, hidden_size = 13, intermediate = 29, positions = 9, batch = 37;
+    std::normal_distribution<float> normal(0, 0.4f);
+    std::vector<std::vector<float>> kept;
+    kept.reserve(100);
+    const auto weights = [&](int64_t size) {
+        kept.emplace_back(static_cast<size_t>(size));
+        for (float& x : kept.back()) x = normal(random);
+        return static_cast<const float*>(kept.back().data());
+    };
+    DecoderModel model{};
+    model.embedding = weights(vocabulary * hidden_size);
+    model.final_norm = weights(hidden_size);
+    model.vocabulary = vocabulary;
+    model.hidden_size = hidden_size;
+    model.intermediate_size = intermediate;
+    model.heads = heads;
+    model.key_value_heads = key_value_heads;
+    model.head_size = head_size;
+    model.norm_eps = 1e-6f;
+    model.scaling = 0.3f;
+    model.norms_over_all_heads = over_all_heads;
+    for (int l = 0; l < 2; ++l) {
+        DecoderLayer layer{};
+        (after ? layer.after_attention : layer.before_attention) = weights(hidden_size);
+        (after ? layer.after_mlp : layer.before_mlp) = weights(hidden_size);
+        layer.q = weights(queries * hidden_size);
+        layer.k = weights(key_values * hidden_size);
+        layer.v = weights(key_values * hidden_size);
+        layer.o = weights(hidden_size * queries);
+        layer.gate = weights(intermediate * hidden_size);
+        layer.up = weights(intermediate * hidden_size);
+        layer.down = weights(hidden_size * intermediate);
+        if (bias) {
+            layer.q_bias = weights(queries);
+            layer.k_bias = weights(key_values);
+            layer.v_bias = weights(key_values);
+            layer.o_bias = weights(hidden_size);
+        } else {
+            layer.q_norm = weights(over_all_heads ? queries : head_size);
+            layer.k_norm = weights(over_all_heads ? key_values : head_size);
+        }
+        model.layers.push_back(layer);
+    }
+    const float* cos = weights(positions * head_size);
+    const float* sin = weights(positions * head_size);
+    std::vector<int64_t> first(static_cast<size_t>(batch)), tokens(static_cast<size_t>(batch * 4));
+    for (int64_t b = 0; b < batch; ++b) first[size_t(b)] = b % 3;
+    for (int64_t& token : tokens) token = int64_t(random() % uint64_t(vocabulary));
+
+    // The hidden states [4, hidden_size] of one sequence, in the batch of all (of which some leave) or alone.
+    const auto decode = [&](std::vector<int64_t> members, int threads, bool leave) {
+        Decoder decoder(model);
+        std::vector<int64_t> begins(members.size());
+        for (size_t i = 0; i < members.size(); ++i) begins[i] = first[size_t(members[i])];
+        decoder.begin(int64_t(members.size()), 4, begins.data(), cos, sin, positions);
+        std::vector<float> last(size_t(4 * hidden_size));
+        for (int64_t t = 0; t < 4; ++t) {
+            std::vector<int64_t> ids, at;
+            for (int64_t b : members) {
+                ids.push_back(tokens[size_t(t * batch + b)]);
+                at.push_back(std::max<int64_t>(t - first[size_t(b)], 0));
+            }
+            std::vector<float> hidden(members.size() * size_t(hidden_size));
+            decoder.step(ids.data(), at.data(), hidden.data(), threads);
+            std::copy(hidden.end() - hidden_size, hidden.end(), last.begin() + t * hidden_size);
+            for (float x : hidden) check(std::isfinite(x), "decoder: finite", batch, t);
+            if (!leave || members.size() < 3) continue;
+            std::vector<int64_t> which, left;  // every other one leaves, one is there twice, the last stays last
+            for (size_t i = members.size() % 2 ? 0 : 1; i < members.size(); i += 2) which.push_back(int64_t(i));
+            which.insert(which.begin(), which[0]);
+            for (int64_t i : which) left.push_back(members[size_t(i)]);
+            decoder.select(which.data(), int64_t(which.size()));
+            members = left;
+        }
+        return last;
+    };
+    std::vector<int64_t> everyone;
+    for (int64_t b = 0; b < batch; ++b) everyone.push_back(b);
+    const std::vector<float> alone = decode({batch - 1}, 1, false);
+    // What was computed before a sequence began depends on nothing but the sequence either.
+    check(alone == decode(everyone, 1, false), "decoder: in a batch", batch, head_size);
+    check(alone == decode(everyone, 3, true), "decoder: others leave", batch, head_size);
+}
+
 }  // namespace
 
 int main() {
@@ -150,6 +239,12 @@ int main() {
                 for (const int64_t hidden_size : {1, 255, 257})
                     for (const int64_t v : {1, 11, 12, 100}) head_case(b, hidden_size, v, dtype, random);
         }
+        for (const int64_t head_size : {2, 6, 16, 20})
+            for (const int64_t group : {1, 3}) {
+                decoder_case(head_size, group, true, false, false, random);
+                decoder_case(head_size, group, false, false, false, random);
+                decoder_case(head_size, group, false, true, true, random);
+            }
         std::printf("%s: fine\n", isa);
     }
     std::printf("%d passed, 0 failed\n", checks);

@@ -1,0 +1,155 @@
+"""Decoding steps of Llama-shaped models in the compiled core (csrc/cpu/decoder.h): one call a step instead of some 200.
+
+A step of a million-parameter model is 200 operations of a few microseconds, and calling them through modules costs more
+than they do. The core knows one kind of layer: RMS norms, rotary positions, grouped-query attention, a gated SiLU. A
+model built of exactly that is decoded there, on a CPU in float32, from its own weights; the engine compares both ways
+before it relies on it. Any other model, and any other device, decodes through the model's own forward.
+
+SIMD lanes run over the batch, so what a sequence gets has the same bits whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+
+from bandit_rft.ops import backends
+from bandit_rft.policy import Policy
+
+#: Models whose layers are what the core computes (config.model_type).
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+#: Rotary embeddings that are a table of the position: others change with the length of the text.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class NativeDecoder:
+    """The core's decoder over a policy's weights: `read` the prompts, then `step` by `step`, `select` when some end."""
+
+    def __init__(self, policy: Policy):
+        """Raises NotImplementedError, saying why, for a model that the core does not compute."""
+        base: Any = policy.base
+        config = policy.model.config.get_text_config()
+        _refuse_unless(config.model_type in MODEL_TYPES, f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")
+        served = policy.weight.dtype == torch.float32 and backends.select(policy.device, torch.float32) == "cpu"
+        _refuse_unless(served, f"it is {policy.weight.dtype} on {policy.device}, or another backend is forced")
+        _refuse_unless(config.hidden_act == "silu", f"its activation is {config.hidden_act}")
+        rope = getattr(config, "rope_parameters", None) or {}
+        _refuse_unless(rope.get("rope_type", "default") in STATIC_ROPE, f"its rotary embedding is {rope}")
+        epsilons = {m.variance_epsilon for m in base.modules() if type(m).__name__.endswith("RMSNorm")}
+        _refuse_unless(len(epsilons) == 1, f"its norms have several epsilons: {epsilons}")
+        scalings = {layer.self_attn.scaling for layer in base.layers}
+        _refuse_unless(len(scalings) == 1, f"its layers scale attention differently: {scalings}")
+        attention = base.layers[0].self_attn
+        self._base, self._head_size = base, attention.head_dim
+        over_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != self._head_size
+        self._sizes = (
+            config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
+            config.num_key_value_heads, self._head_size, epsilons.pop(), scalings.pop(), over_all_heads,
+        )  # fmt: skip
+        self._addresses: list[int] = []
+        self._core: Any = None
+        self._refresh()
+
+    @property
+    def lanes(self) -> int:
+        """Sequences that one SIMD vector holds: a batch is worth shrinking by that many."""
+        lanes: int = self._core.lanes
+        return lanes
+
+    def ready(self) -> bool:
+        """Whether the model still is what the core computes; reads the weights' addresses again if they have moved."""
+        try:
+            self._refresh()
+        except NotImplementedError:
+            return False
+        return True
+
+    def read(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """Start a batch of prompts, in a cache of `capacity` columns; the last hidden state of each, [P, H].
+
+        The prompts end in the same column and are read a token a step, so that a sequence's bits do not depend on the
+        others here either. For a full batch that is no slower than one pass over all tokens: the products are as large
+        as the caches like them. With fewer prompts than a SIMD vector has lanes, a part of it is idle.
+        """
+        self._refresh()
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        cos, sin = self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+        self._core.begin(_dl(width - lengths), capacity, _dl(cos[0].contiguous()), _dl(sin[0].contiguous()))
+        places = torch.arange(width)[:, None] - (width - lengths)
+        tokens = torch.zeros_like(places)
+        tokens.T[places.T >= 0] = torch.tensor([token for prompt in prompts for token in prompt])
+        places.clamp_(min=0)  # what a sequence computes before it has begun is hidden from it later
+        for column in range(width):
+            hidden = self.step(tokens[column], places[column])
+        return hidden
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states [B, H] after one more token each; positions [B] are those in the whole text."""
+        hidden = torch.empty(len(tokens), self._sizes[1])
+        self._core.step(_dl(tokens), _dl(positions), _dl(hidden), torch.get_num_threads())
+        return hidden
+
+    def select(self, which: Tensor) -> None:
+        """Go on with the sequences `which` [b] int64 of the batch, in that order; one may be named several times."""
+        self._core.select(_dl(which))
+
+    def _refresh(self) -> None:
+        hooked = [
+            name
+            for name, module in self._base.named_modules()
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        ]
+        _refuse_unless(not hooked, f"modules {hooked} have hooks or another forward than their class")
+        addresses = [parameter.data_ptr() for parameter in self._base.parameters()]
+        if addresses == self._addresses:
+            return
+        outside = {"embed_tokens": _weight(self._base.embed_tokens), "norm": _weight(self._base.norm)}
+        layers = [_layer_weights(layer) for layer in self._base.layers]
+        self._core = _native().Decoder(outside, layers, *self._sizes)
+        self._addresses = addresses
+
+
+def _layer_weights(layer: Any) -> dict[str, Any]:
+    """The layer's weights by the names that the core knows; norms by where they stand."""
+    weights = {name: _weight(getattr(layer.self_attn, name)) for name in PROJECTIONS}
+    weights |= {f"{name[0]}_bias": _bias(getattr(layer.self_attn, name)) for name in PROJECTIONS}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        weights[name] = _weight(getattr(layer.mlp, name))
+        _refuse_unless(getattr(layer.mlp, name).bias is None, f"{name} has a bias")
+    for name in ("q_norm", "k_norm"):
+        if hasattr(layer.self_attn, name):
+            weights[name] = _weight(getattr(layer.self_attn, name))
+    if hasattr(layer, "input_layernorm"):
+        places = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+    else:  # OLMo-2 normalizes what comes out
+        places = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
+    return weights | {place: _weight(getattr(layer, name)) for place, name in places.items()}
+
+
+def _weight(module: Any) -> Any:
+    plain = type(module) in (nn.Linear, nn.Embedding) or type(module).__name__.endswith("RMSNorm")
+    _refuse_unless(plain, f"{type(module).__name__} is not a plain module")
+    return _dl(module.weight.detach())
+
+
+def _bias(module: nn.Linear) -> Any:
+    return None if module.bias is None else _dl(module.bias.detach())
+
+
+def _refuse_unless(condition: bool, reason: str) -> None:
+    if not condition:
+        raise NotImplementedError(reason)
+
+
+def _native() -> Any:
+    return backends.native
+
+
+def _dl(tensor: Tensor) -> Any:
+    return to_dlpack(tensor)

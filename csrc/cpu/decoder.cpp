@@ -1,0 +1,272 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace bandit_rft::cpu {
+namespace {
+
+constexpr size_t kLine = 64;
+constexpr int64_t kWorthAThread = 1 << 22;  // multiply-adds of a step; some 100 microseconds
+
+void require(bool condition, const std::string& what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+struct Share {
+    int64_t begin, end;
+    Share(int64_t count, int index, int size) : begin(count * index / size), end(count * (index + 1) / size) {}
+};
+
+}  // namespace
+
+void Decoder::Freed::operator()(float* memory) const { ::operator delete(memory, std::align_val_t(kLine)); }
+
+float* Decoder::Buffer::of(size_t floats) {
+    if (floats > size) {
+        memory.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(kLine))));
+        std::memset(memory.get(), 0, floats * sizeof(float));
+        size = floats;
+    }
+    return memory.get();
+}
+
+Decoder::Decoder(const DecoderModel& model) : model_(model), kernels_(kernels().decoder) {
+    require(model.head_size > 0 && model.head_size % 2 == 0, "head_size must be even and positive");
+    require(model.key_value_heads > 0 && model.heads % model.key_value_heads == 0,
+            "heads must be a multiple of key_value_heads");
+}
+
+size_t Decoder::cache_block() const {
+    return size_t(capacity_ * model_.key_value_heads * model_.head_size * kernels_->panel);
+}
+
+float* Decoder::cache(int64_t layer, int64_t panel, int which) const {
+    return cache_.memory.get() + ((layer * panels_ + panel) * 2 + which) * int64_t(cache_block());
+}
+
+void Decoder::begin(int64_t batch, int64_t capacity, const int64_t* first, const float* cos, const float* sin,
+                    int64_t positions) {
+    require(batch > 0 && capacity > 0, "a batch needs a sequence and a column");
+    const int64_t width = kernels_->panel;
+    batch_ = batch;
+    capacity_ = capacity;
+    columns_ = 0;
+    panels_ = (batch + width - 1) / width;
+    first_.assign(size_t(panels_ * width), 0);
+    for (int64_t b = 0; b < batch; ++b) {
+        require(first[b] >= 0 && first[b] <= capacity, "first must lie in the cache");
+        first_[size_t(b)] = int32_t(first[b]);
+    }
+    positions_ = positions;
+    cos_.assign(cos, cos + positions * model_.head_size);
+    sin_.assign(sin, sin + positions * model_.head_size);
+    cache_.of(model_.layers.size() * 2 * cache_block() * size_t(panels_));
+    reserve();
+}
+
+void Decoder::reserve() {
+    const auto panels = [&](int64_t size) { return size_t(panels_ * size * kernels_->panel); };
+    const int64_t key_values = model_.key_value_heads * model_.head_size, queries = model_.heads * model_.head_size;
+    qkv_.of(panels(queries + 2 * key_values));
+    attended_.of(panels(queries));
+    projected_.of(panels(model_.hidden_size));
+    activated_.of(panels(model_.intermediate_size));
+    rotation_.of(panels(2 * model_.head_size));
+}
+
+void Decoder::select(const int64_t* which, int64_t count) {
+    require(count > 0, "which must name a sequence");
+    for (int64_t b = 0; b < count; ++b)
+        require(which[b] >= 0 && which[b] < batch_, "which names a sequence that is not there");
+    const int64_t panel = kernels_->panel, rows = columns_ * model_.key_value_heads * model_.head_size;
+    const int64_t layers = int64_t(model_.layers.size()), panels = (count + panel - 1) / panel;
+    std::vector<int32_t> first(size_t(panels * panel), 0);
+    for (int64_t b = 0; b < count; ++b) first[size_t(b)] = first_[size_t(which[b])];
+    other_.of(size_t(layers) * 2 * cache_block() * size_t(panels));
+    std::vector<const float*> from(static_cast<size_t>(panel));
+    for (int64_t layer = 0; layer < layers; ++layer)
+        for (int64_t p = 0; p < panels; ++p)
+            for (int kind = 0; kind < 2; ++kind) {
+                const int64_t members = std::min(panel, count - p * panel);
+                for (int64_t l = 0; l < members; ++l) {
+                    const int64_t b = which[p * panel + l];
+                    from[size_t(l)] = cache(layer, b / panel, kind) + b % panel;
+                }
+                float* to = other_.memory.get() + ((layer * panels + p) * 2 + kind) * int64_t(cache_block());
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t l = 0; l < members; ++l) to[r * panel + l] = from[size_t(l)][r * panel];
+            }
+    std::swap(cache_, other_);
+    first_ = std::move(first);
+    batch_ = count;
+    panels_ = panels;
+    reserve();
+}
+
+void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads) {
+    require(columns_ < capacity_, "the cache is full");
+    for (int64_t b = 0; b < batch_; ++b) {
+        require(tokens[b] >= 0 && tokens[b] < model_.vocabulary, "tokens must lie in the vocabulary");
+        require(positions[b] >= 0 && positions[b] < positions_, "positions must lie in the table of rotations");
+    }
+    const int64_t hidden_size = model_.hidden_size, panels = panels_;
+    const int64_t width = kernels_->panel, queries = model_.heads * model_.head_size;
+    const int64_t key_values = model_.key_value_heads * model_.head_size;
+    const int64_t weights = int64_t(model_.layers.size()) * hidden_size *
+                            (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
+    const int64_t worthwhile = panels * width * weights / kWorthAThread;
+    const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worthwhile)));
+    if (members_.size() < size_t(team)) members_.resize(size_t(team));
+    for (Member& member : members_) {
+        member.residual.of(size_t(panels * hidden_size * width));
+        member.normed.of(size_t(panels * hidden_size * width));
+        member.scratch.of(size_t((model_.head_size + capacity_ + 2) * width));
+    }
+    for (int64_t b = 0; b < panels * width; ++b) {  // cos and sin of each lane, [2 head_size, panel]
+        float* to = rotation_.memory.get() + b / width * 2 * model_.head_size * width + b % width;
+        const int64_t position = b < batch_ ? positions[b] : 0;
+        for (int64_t d = 0; d < model_.head_size; ++d) {
+            to[d * width] = cos_[size_t(position * model_.head_size + d)];
+            to[(model_.head_size + d) * width] = sin_[size_t(position * model_.head_size + d)];
+        }
+    }
+    ++columns_;
+    auto task = [&](int index, int size) { work(members_[size_t(index)], index, size, tokens, hidden); };
+    run_team(team, task);
+}
+
+void Decoder::work(Member& member, int index, int size, const int64_t* tokens, float* hidden) {
+    const DecoderKernels& kernel = *kernels_;
+    const int64_t width = kernel.panel, panels = panels_, hidden_size = model_.hidden_size;
+    const int64_t queries = model_.heads * model_.head_size, key_values = model_.key_value_heads * model_.head_size;
+    const auto in_panels = [&](float* data, int64_t rows) { return Panels{data, rows * width}; };
+    const Panels residual = in_panels(member.residual.memory.get(), hidden_size);
+    const Panels normed = in_panels(member.normed.memory.get(), hidden_size);
+    const Panels qkv = in_panels(qkv_.memory.get(), queries + 2 * key_values);
+    const Panels attended = in_panels(attended_.memory.get(), queries);
+    const Panels projected = in_panels(projected_.memory.get(), hidden_size);
+    const Panels activated = in_panels(activated_.memory.get(), model_.intermediate_size);
+    const auto members_of = [&](int64_t p) { return int(std::min(width, batch_ - p * width)); };
+
+    const auto norm = [&](const Panels& x, const float* weight) {
+        if (!weight) return x;
+        for (int64_t p = 0; p < panels; ++p)
+            kernel.rms_norm(x.data + p * x.stride, weight, model_.norm_eps, hidden_size, members_of(p),
+                            normed.data + p * normed.stride);
+        return normed;
+    };
+    const auto add = [&](const Panels& y) {
+        for (int64_t p = 0; p < panels; ++p)
+            kernel.add(residual.data + p * residual.stride, y.data + p * y.stride, hidden_size, members_of(p));
+    };
+    // Calls work(begin, end) with this member's rows of a matrix that comes after `before` others' tiles, of `all` in total.
+    const auto rows_of = [&](int64_t rows, int64_t before, int64_t all, const auto& do_rows) {
+        const Share share(all, index, size);
+        const int64_t tiles = (rows + kernel.tile - 1) / kernel.tile;
+        const int64_t begin = std::max<int64_t>(share.begin - before, 0), end = std::min(share.end - before, tiles);
+        if (begin < end) do_rows(begin * kernel.tile, std::min(end * kernel.tile, rows));
+        return before + tiles;
+    };
+    const auto tiles = [&](int64_t rows) { return (rows + kernel.tile - 1) / kernel.tile; };
+
+    for (int64_t b = 0; b < panels * width; ++b) {
+        const float* from = b < batch_ ? model_.embedding + tokens[b] * hidden_size : nullptr;
+        float* to = residual.data + b / width * residual.stride + b % width;
+        for (int64_t k = 0; k < hidden_size; ++k) to[k * width] = from ? from[k] : 0.0f;
+    }
+    for (size_t l = 0; l < model_.layers.size(); ++l) {
+        const DecoderLayer& layer = model_.layers[l];
+        Panels in = norm(residual, layer.before_attention);
+        const struct {
+            const float *weight, *bias;
+            int64_t rows, at;
+        } products[] = {{layer.q, layer.q_bias, queries, 0},
+                        {layer.k, layer.k_bias, key_values, queries},
+                        {layer.v, layer.v_bias, key_values, queries + key_values}};
+        const int64_t all = tiles(queries) + 2 * tiles(key_values);
+        int64_t before = 0;
+        for (const auto& m : products)
+            before = rows_of(m.rows, before, all, [&](int64_t begin, int64_t end) {
+                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, batch_, {qkv.data + m.at * width, qkv.stride});
+            });
+        barrier_.wait(size);
+        attend(layer, int64_t(l), member, index, size);
+        barrier_.wait(size);
+        rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
+            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, batch_, projected);
+        });
+        barrier_.wait(size);
+        add(norm(projected, layer.after_attention));
+        in = norm(residual, layer.before_mlp);
+        rows_of(model_.intermediate_size, 0, tiles(model_.intermediate_size), [&](int64_t begin, int64_t end) {
+            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, batch_, activated);
+        });
+        barrier_.wait(size);
+        rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
+            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, batch_, projected);
+        });
+        barrier_.wait(size);
+        add(norm(projected, layer.after_mlp));
+    }
+    const Panels last = norm(residual, model_.final_norm);
+    const Share mine(batch_, index, size);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+        const float* from = last.data + b / width * last.stride + b % width;
+        for (int64_t k = 0; k < hidden_size; ++k) hidden[b * hidden_size + k] = from[k * width];
+    }
+}
+
+void Decoder::attend(const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
+    const int64_t width = kernels_->panel, panels = panels_, head_size = model_.head_size;
+    const int64_t heads = model_.key_value_heads, group = model_.heads / heads;
+    const int64_t queries = model_.heads * head_size, key_values = heads * head_size;
+    float *inverses = member.scratch.memory.get(), *scratch = inverses + 2 * width;
+    int64_t normed_panel = -1;
+    const Share share(panels * heads, index, size);
+    for (int64_t unit = share.begin; unit < share.end; ++unit) {
+        const int64_t p = unit / heads, head = unit % heads;
+        const float* qkv = qkv_.memory.get() + p * (queries + 2 * key_values) * width;
+        const float* rotation = rotation_.memory.get() + p * 2 * head_size * width;
+        const int members = int(std::min(width, batch_ - p * width));
+        const bool whole = model_.norms_over_all_heads;
+        if (whole && p != normed_panel) {
+            if (layer.q_norm) kernels_->inverse_rms(qkv, model_.norm_eps, queries, members, inverses);
+            if (layer.k_norm)
+                kernels_->inverse_rms(qkv + queries * width, model_.norm_eps, key_values, members, inverses + width);
+            normed_panel = p;
+        }
+        HeadAttention a{};
+        a.members = members;
+        a.head_size = head_size;
+        a.group = group;
+        a.columns = columns_;
+        a.column_stride = key_values * width;
+        a.scaling = model_.scaling;
+        a.norm_eps = model_.norm_eps;
+        a.query = qkv + head * group * head_size * width;
+        a.key = qkv + (queries + head * head_size) * width;
+        a.value = qkv + (queries + key_values + head * head_size) * width;
+        a.query_norm = layer.q_norm ? layer.q_norm + (whole ? head * group * head_size : 0) : nullptr;
+        a.key_norm = layer.k_norm ? layer.k_norm + (whole ? head * head_size : 0) : nullptr;
+        a.query_inverse = whole && layer.q_norm ? inverses : nullptr;
+        a.key_inverse = whole && layer.k_norm ? inverses + width : nullptr;
+        a.cos = rotation;
+        a.sin = rotation + head_size * width;
+        a.keys = cache(which, p, 0) + head * head_size * width;
+        a.values = cache(which, p, 1) + head * head_size * width;
+        a.first = first_.data() + p * width;
+        a.lowest_first = std::min(*std::min_element(a.first, a.first + members), int32_t(columns_ - 1));
+        a.highest_first = *std::max_element(a.first, a.first + members);
+        a.scratch = scratch;
+        a.out = attended_.memory.get() + (p * model_.heads + head * group) * head_size * width;
+        kernels_->attend(a);
+    }
+}
+
+}  // namespace bandit_rft::cpu

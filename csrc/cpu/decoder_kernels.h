@@ -1,0 +1,61 @@
+// What a decoding step of a transformer needs from one instruction set; decoder_kernels.cpp, compiled once for each.
+//
+// Everything lies in panels of `panel` sequences, [size, panel] floats: SIMD lanes run over the batch, so every sequence is
+// computed alone in its lane, in an order that does not depend on the others. Only the first `members` lanes of a panel
+// count (more are computed, up to a whole SIMD vector).
+#pragma once
+
+#include <cstdint>
+
+namespace bandit_rft::cpu {
+
+// One head of keys and values of one panel, and the `group` query heads that read it.
+struct HeadAttention {
+    int members;
+    int64_t head_size, group, columns;  // columns of the cache in use, that of the new token included
+    int64_t column_stride;              // floats from one column of the cache to the next
+    float scaling, norm_eps;
+    const float *query, *key, *value;   // of the new token: [group * head_size, panel], [head_size, panel] twice
+    // RMS norm of queries and keys before the rotation: null, or the weights; over one head where the inverses are null,
+    // otherwise over all heads, whose 1 / rms [panel] are given and whose weights differ from head to head.
+    const float *query_norm, *key_norm, *query_inverse, *key_inverse;
+    const float *cos, *sin;             // of each lane's position, [head_size, panel]
+    float *keys, *values;               // the cache: column t at t * column_stride, [head_size, panel]
+    const int32_t* first;               // [panel] the first column that a lane sees (and the new one in any case)
+    int32_t lowest_first, highest_first;
+    float* scratch;                     // [head_size + columns, panel]
+    float* out;                         // [group * head_size, panel]
+};
+
+// Panels of a batch: panel p begins at p * stride.
+struct Panels {
+    float* data;
+    int64_t stride;
+};
+
+struct DecoderKernels {
+    int panel;  // sequences side by side
+    int tile;   // rows of a weight handled at a time
+    // out[r] = sum_k weight[r, k] in[k] + bias[r] for rows [begin, end) of weight [rows, size]; bias may be null
+    void (*product)(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in,
+                    int64_t batch, Panels out);
+    // out[r] = silu(gate[r] . in) * (up[r] . in)
+    void (*gated_product)(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in,
+                          int64_t batch, Panels out);
+    // out = x / rms(x) * weight, over [size, panel]
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, int members, float* out);
+    // [panel] 1 / rms(x)
+    void (*inverse_rms)(const float* x, float eps, int64_t size, int members, float* out);
+    // x += y
+    void (*add)(float* x, const float* y, int64_t size, int members);
+    // writes the new column of the cache and attends to all of them
+    void (*attend)(const HeadAttention&);
+};
+
+#if defined(BRFT_X86_DISPATCH)
+extern const DecoderKernels decoder_kernels_avx512;
+extern const DecoderKernels decoder_kernels_avx2;
+#endif
+extern const DecoderKernels decoder_kernels_baseline;
+
+}  // namespace bandit_rft::cpu
