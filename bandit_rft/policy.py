@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bandit_rft import ops
+from bandit_rft.ops import attention
 
 #: What configs call a soft cap on the final logits, a factor on them, and a divisor of them.
 SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -88,17 +89,19 @@ class Packing:
     sequences: int
     longest: int
     index: Tensor | None  # int64 [T], None when every sequence is equally long and the layout is a plain view
+    cu_seqlens: Tensor  # int64 [B + 1], where each sequence begins, and T
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Packing:
         sequences, longest = len(lengths), max(lengths)
+        rows = torch.tensor([0, *lengths], device=device)
+        cu_seqlens = rows.cumsum(0)
         if all(length == longest for length in lengths):
-            return Packing(sequences, longest, None)
-        rows = torch.tensor(lengths, device=device)
-        starts = torch.arange(sequences, device=device) * longest - (rows.cumsum(0) - rows)
+            return Packing(sequences, longest, None, cu_seqlens)
+        starts = torch.arange(sequences, device=device) * longest - cu_seqlens[:-1]
         total = int(sum(lengths))
-        index = torch.arange(total, device=device) + starts.repeat_interleave(rows, output_size=total)
-        return Packing(sequences, longest, index)
+        index = torch.arange(total, device=device) + starts.repeat_interleave(rows[1:], output_size=total)
+        return Packing(sequences, longest, index, cu_seqlens)
 
     def spread(self, x: Tensor) -> Tensor:
         """[1, heads, T, d] -> [B, heads, longest, d]."""
@@ -136,9 +139,13 @@ def _packed_attention(
     for name in ("s_aux", "position_bias", "head_mask"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"packed attention does not know {name}")
-    query, key, value = (_packing.spread(x) for x in (query, key, value))
     length, groups = _packing.longest, query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = softcap is None and (sliding_window is None or sliding_window >= length) and key.shape == value.shape
+    if plain and attention.serves(query):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attention.packed_attention(q, k, v, _packing.cu_seqlens, scale)[None], None
+    query, key, value = (_packing.spread(x) for x in (query, key, value))
     mask = None
     if softcap is not None or (sliding_window is not None and sliding_window < length):
         distance = torch.arange(length, device=query.device)

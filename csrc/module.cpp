@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "capsules.h"
+#include "cpu/attention.h"
 #include "cpu/decoder.h"
 #include "cpu/operations.h"
 #include "cpu/threads.h"
@@ -112,6 +113,60 @@ const float* contiguous(const TensorView& tensor, const char* name, int64_t rows
     return tensor.as<float>();
 }
 
+// q, k, v and out [T, heads * head_size] each.
+cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsule& key, const py::capsule& value,
+                                      const py::capsule& cu_seqlens, int64_t head_size, float scaling) {
+    const TensorView q = memory.view(query, "query", 2), k = memory.view(key, "key", 2), c = memory.view(cu_seqlens, "cu_seqlens", 1);
+    require(head_size > 0 && q.shape[1] % head_size == 0 && k.shape[1] % head_size == 0 && k.shape[1] > 0 &&
+                q.shape[1] % k.shape[1] == 0,
+            "query and key must have whole heads, and query a multiple of key's");
+    require(c.dtype == DType::i64 && c.shape[0] > 0, "cu_seqlens must be int64 and not empty");
+    cpu::PackedAttention a{};
+    a.query = contiguous(q, "query", q.shape[0], q.shape[1]);
+    a.key = contiguous(k, "key", q.shape[0], k.shape[1]);
+    a.value = contiguous(memory.view(value, "value", 2), "value", q.shape[0], k.shape[1]);
+    a.cu_seqlens = c.as<const int64_t>();
+    a.sequences = c.shape[0] - 1;
+    a.heads = q.shape[1] / head_size;
+    a.key_value_heads = k.shape[1] / head_size;
+    a.head_size = head_size;
+    a.scaling = scaling;
+    require(a.cu_seqlens[0] == 0 && a.cu_seqlens[a.sequences] == q.shape[0], "cu_seqlens must begin with 0 and end with T");
+    for (int64_t s = 0; s < a.sequences; ++s)
+        require(a.cu_seqlens[s] <= a.cu_seqlens[s + 1], "cu_seqlens must not decrease");
+    return a;
+}
+
+float* writable(const py::capsule& capsule, const char* name, int64_t rows, int64_t columns) {
+    return const_cast<float*>(contiguous(memory.view(capsule, name, 2), name, rows, columns));
+}
+
+void attention_forward(const py::capsule& query, const py::capsule& key, const py::capsule& value,
+                       const py::capsule& cu_seqlens, int64_t head_size, float scaling, const py::capsule& out,
+                       const py::capsule& lse, int threads) {
+    const cpu::PackedAttention a = packed_attention(query, key, value, cu_seqlens, head_size, scaling);
+    const int64_t tokens = a.cu_seqlens[a.sequences];
+    float *to = writable(out, "out", tokens, a.queries()), *l = writable(lse, "lse", tokens, a.heads);
+    py::gil_scoped_release release;
+    cpu::attention_forward(a, to, l, threads);
+}
+
+void attention_backward(const py::capsule& query, const py::capsule& key, const py::capsule& value,
+                        const py::capsule& cu_seqlens, int64_t head_size, float scaling, const py::capsule& out,
+                        const py::capsule& lse, const py::capsule& grad_out, const py::capsule& grad_query,
+                        const py::capsule& grad_key, const py::capsule& grad_value, int threads) {
+    const cpu::PackedAttention a = packed_attention(query, key, value, cu_seqlens, head_size, scaling);
+    const int64_t tokens = a.cu_seqlens[a.sequences];
+    const cpu::AttentionGradients g{writable(out, "out", tokens, a.queries()),
+                                    writable(lse, "lse", tokens, a.heads),
+                                    writable(grad_out, "grad_out", tokens, a.queries()),
+                                    writable(grad_query, "grad_query", tokens, a.queries()),
+                                    writable(grad_key, "grad_key", tokens, a.key_values()),
+                                    writable(grad_value, "grad_value", tokens, a.key_values())};
+    py::gil_scoped_release release;
+    cpu::attention_backward(a, g, threads);
+}
+
 // The weights of a layer by the names they have in transformers; one that is missing or None is absent.
 class LayerWeights {
    public:
@@ -186,8 +241,7 @@ void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsu
                   int threads) {
     const auto* t = memory.vector(tokens, "tokens", DType::i64, self.batch()).as<const int64_t>();
     const auto* p = memory.vector(positions, "positions", DType::i64, self.batch()).as<const int64_t>();
-    auto* h = const_cast<float*>(
-        contiguous(memory.view(hidden, "hidden", 2), "hidden", self.batch(), self.model().hidden_size));
+    float* h = writable(hidden, "hidden", self.batch(), self.model().hidden_size);
     py::gil_scoped_release release;
     self.step(t, p, h, threads);
 }
@@ -217,6 +271,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("policy_rows", &policy_rows);
     m.def("sample_rows", &sample_rows);
     m.def("head_logits", &head_logits);
+    m.def("attention_forward", &attention_forward);
+    m.def("attention_backward", &attention_backward);
     py::class_<cpu::Decoder>(m, "Decoder")
         .def(py::init(&decoder))
         .def("begin", &decoder_begin)

@@ -356,6 +356,7 @@ const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
     BRFT_ISA::row_state,    BRFT_ISA::row_logit,  BRFT_ISA::row_scaled,  BRFT_ISA::row_gradient,
     BRFT_ISA::row_exponentials, BRFT_ISA::scale_exponentials,
     BRFT_ISA::row_draw,     BRFT_ISA::head_logits, BRFT_ISA::pack_hidden, &BRFT_PASTE(decoder_kernels_, BRFT_ISA),
+    &BRFT_PASTE(attention_kernels_, BRFT_ISA),
 };
 
 }  // namespace bandit_rft::cpu

@@ -7,6 +7,7 @@
 #include "../philox.h"
 #include "../row_math.h"
 #include "../tensor_view.h"
+#include "attention.h"
 #include "decoder_kernels.h"
 
 namespace bandit_rft::cpu {
@@ -63,6 +64,7 @@ struct Kernels {
     void (*pack_hidden)(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size, float* packed);
 
     const DecoderKernels* decoder;
+    const AttentionKernels* attention;
 };
 
 #if defined(BRFT_X86_DISPATCH)

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/decoder.h"
 #include "../../csrc/cpu/operations.h"
 #include "../../csrc/philox.h"
@@ -133,6 +134,63 @@ void head_case(int64_t b, int64_t hidden_size, int64_t v, DType dtype, std::mt19
     check(std::memcmp(alone.data(), out.data() + last * v, size_t(v) * 4) == 0, "a row is the same bits alone", b, v);
 }
 
+// Attention against plain loops in double, forward and backward.
+void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_value_heads, int64_t size, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    std::vector<int64_t> begins{0};
+    for (int64_t length : lengths) begins.push_back(begins.back() + length);
+    const int64_t tokens = begins.back(), heads = group * key_value_heads, queries = heads * size, kv = key_value_heads * size;
+    const auto filled = [&](int64_t n) {
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float& value : x) value = normal(random);
+        return x;
+    };
+    const std::vector<float> q = filled(tokens * queries), k = filled(tokens * kv), v = filled(tokens * kv), g = filled(tokens * queries);
+    std::vector<float> out(q.size()), lse(size_t(tokens * heads)), dq(q.size()), dk(k.size()), dv(k.size());
+    const float scaling = 0.4f;
+    const PackedAttention a{q.data(), k.data(), v.data(), begins.data(), int64_t(lengths.size()), heads, key_value_heads, size, scaling};
+    attention_forward(a, out.data(), lse.data(), 3);
+    attention_backward(a, {out.data(), lse.data(), g.data(), dq.data(), dk.data(), dv.data()}, 3);
+    std::vector<double> exact_dq(q.size()), exact_dk(k.size()), exact_dv(k.size());
+    const auto dot = [&](const float* x, const float* y) {
+        double sum = 0;
+        for (int64_t d = 0; d < size; ++d) sum += double(x[d]) * y[d];
+        return sum;
+    };
+    for (size_t s = 0; s < lengths.size(); ++s)
+        for (int64_t i = begins[s]; i < begins[s + 1]; ++i)
+            for (int64_t h = 0; h < heads; ++h) {
+                const size_t at = size_t(i * queries + h * size);
+                std::vector<double> p, dp;
+                double total = 0, mean = 0;
+                for (int64_t j = begins[s]; j <= i; ++j) {
+                    const size_t key = size_t(j * kv + h / group * size);
+                    p.push_back(std::exp(scaling * dot(&q[at], &k[key])));
+                    dp.push_back(dot(&g[at], &v[key]));
+                    total += p.back();
+                }
+                for (size_t j = 0; j < p.size(); ++j) mean += (p[j] /= total) * dp[j];
+                check(std::fabs(lse[size_t(i * heads + h)] - std::log(total)) < 1e-4, "attention: lse", tokens, size);
+                for (int64_t d = 0; d < size; ++d) {
+                    double o = 0;
+                    for (size_t j = 0; j < p.size(); ++j) {
+                        const size_t key = size_t((begins[s] + int64_t(j)) * kv + h / group * size + d);
+                        const double ds = scaling * p[j] * (dp[j] - mean);
+                        o += p[j] * v[key];
+                        exact_dq[at + size_t(d)] += ds * k[key];
+                        exact_dk[key] += ds * q[at + size_t(d)];
+                        exact_dv[key] += p[j] * g[at + size_t(d)];
+                    }
+                    check(std::fabs(out[at + size_t(d)] - o) < 1e-4, "attention: out", tokens, size);
+                }
+            }
+    for (size_t i = 0; i < q.size(); ++i) check(std::fabs(dq[i] - exact_dq[i]) < 1e-3, "attention: dq", tokens, size);
+    for (size_t i = 0; i < k.size(); ++i) {
+        check(std::fabs(dk[i] - exact_dk[i]) < 1e-3, "attention: dk", tokens, size);
+        check(std::fabs(dv[i] - exact_dv[i]) < 1e-3, "attention: dv", tokens, size);
+    }
+}
+
 // A decoder's step: a sequence has the same bits alone as in a batch, after others have left it, on any number of threads.
 void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool over_all_heads, std::mt19937& random) {
     const int64_t vocabulary = 7, key_value_heads = 3, heads = key_value_heads * group, queries = heads * head_size;
@@ -239,6 +297,8 @@ int main() {
                 for (const int64_t hidden_size : {1, 255, 257})
                     for (const int64_t v : {1, 11, 12, 100}) head_case(b, hidden_size, v, dtype, random);
         }
+        for (const int64_t size : {1, 7, 16, 33, 64})
+            for (const int64_t group : {1, 3}) attention_case({31, 1, 40, 65, 0, 2}, group, 2, size, random);
         for (const int64_t head_size : {2, 6, 16, 20})
             for (const int64_t group : {1, 3}) {
                 decoder_case(head_size, group, true, false, false, random);

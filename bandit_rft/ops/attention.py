@@ -1,0 +1,64 @@
+"""Causal attention of packed sequences on a CPU, in the compiled core: no padding and no mask.
+
+    out_i = sum_{j <= i} softmax_j(scaling q_i . k_j) v_j      i, j in the same sequence
+
+For the many short sequences of a round, which PyTorch's CPU kernel wants padded, and takes several times as long for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+
+from . import backends
+
+
+def serves(query: Tensor) -> bool:
+    """Whether the core attends for tensors of this device and dtype."""
+    return query.dtype == torch.float32 and backends.select(query.device, query.dtype) == "cpu"
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
+    """[T, heads, head_size] from query of that shape, key and value [T, key_value_heads, head_size]; differentiable.
+
+    cu_seqlens: int64 [sequences + 1], where each sequence begins, and T. Gradients are the same bits on any number of
+    threads.
+    """
+    out: Tensor = _PackedAttention.apply(query, key, value, cu_seqlens, scaling)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
+        query, key, value = (x.contiguous() for x in (query, key, value))
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+        inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
+        _native().attention_forward(*inputs, _flat(out), to_dlpack(lse), torch.get_num_threads())
+        ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
+        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], ctx.scaling]
+        _native().attention_backward(
+            *inputs, _flat(out), to_dlpack(lse), _flat(grad_out.contiguous()), *map(_flat, gradients),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return *gradients, None, None
+
+
+def _flat(x: Tensor) -> Any:
+    return to_dlpack(x.detach().flatten(1))
+
+
+def _native() -> Any:
+    return backends.native

@@ -1,0 +1,183 @@
+// Causal attention of one sequence, SIMD lanes over queries. Compiled once for each instruction set; see attention.h.
+//
+//   forward    P = softmax(scaling Q K^T),  O = P V
+//   backward   dV = P^T dO,  dS = P * (dO V^T - rowsum(dO * O)),  dQ = scaling dS K,  dK = scaling dS^T Q
+//
+// Everything is kept transposed, [keys, a panel of queries], so that a softmax runs down the rows and every product is one
+// of rows with a panel. Never in memory: scores of more than one panel of queries of one head, a mask, padding.
+#include "attention.h"
+
+#include "vectors.h"
+
+namespace bandit_rft::cpu {
+namespace BRFT_ISA {
+
+BRFT_INLINE int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
+BRFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// out [rows, kPanel] = weight [rows, size] . panel [size, kPanel], of which `width` lanes count.
+void product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width, float* out) {
+    for (int64_t r = 0; r < rows; r += kTile)
+        rows_product(int(smaller(rows - r, kTile)), weight + r * stride, stride, panel, size, width, out + r * kPanel);
+}
+
+// The same added to out [rows, stride_out], `width` floats a row.
+void add_product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width, float* out,
+                 int64_t stride_out) {
+    alignas(64) float sums[kTile * kPanel];
+    for (int64_t r = 0; r < rows; r += kTile) {
+        const int some = int(smaller(rows - r, kTile));
+        rows_product(some, weight + r * stride, stride, panel, size, width, sums);
+        for (int i = 0; i < some; ++i) {
+            float* to = out + (r + i) * stride_out;
+#pragma omp simd
+            for (int l = 0; l < width; ++l) to[l] += sums[i * kPanel + l];
+        }
+    }
+}
+
+// to [size, kPanel] = the rows' transpose times `factor`; lanes without a row are zero.
+BRFT_INLINE void transpose(const float* rows, int64_t stride, int64_t count, int64_t size, float factor, float* to) {
+    for (int64_t k = 0; k < size; ++k) {
+        int64_t l = 0;
+        for (; l < count; ++l) to[k * kPanel + l] = rows[l * stride + k] * factor;
+        for (; l < kPanel; ++l) to[k * kPanel + l] = 0.0f;
+    }
+}
+
+// A panel of queries of one head.
+struct Block {
+    int64_t first, count, keys;  // queries first, ..., first + count - 1 see keys 0, ..., keys - 1 at most
+    int width;                   // lanes that count
+
+    Block(int64_t begin, int64_t length)
+        : first(begin), count(smaller(kPanel, length - begin)), keys(begin + count), width(int(count)) {}
+    int lanes() const { return width > BRFT_LANES ? kPanel : BRFT_LANES; }
+};
+
+// scores [keys, kPanel] with those a query does not see at -inf.
+BRFT_INLINE void masked_scores(const Block& block, const float* keys, int64_t stride, const float* queries, int64_t size,
+                               float* scores) {
+    product(block.keys, keys, stride, queries, size, block.width, scores);
+    for (int64_t j = block.first; j < block.keys; ++j)
+        for (int64_t l = 0; l < j - block.first; ++l) scores[j * kPanel + l] = -INFINITY;
+}
+
+int64_t scratch_floats(const PackedAttention& a, int64_t longest) {
+    const int64_t size = a.head_size, wide = panels_of(size) * kPanel;
+    return size * longest + 2 * size * kPanel + 2 * kPanel * wide + 2 * longest * kPanel + 2 * longest * wide + size * kPanel;
+}
+
+void forward(const PackedAttention& a, const AttentionUnit& unit, float* out, float* lse, float* scratch) {
+    const int64_t size = a.head_size, length = unit.length, group = a.heads / a.key_value_heads;
+    const float* keys = a.key + unit.begin * a.key_values() + unit.key_value_head * size;
+    const float* values = a.value + unit.begin * a.key_values() + unit.key_value_head * size;
+    float *values_t = scratch, *queries_t = values_t + size * length, *out_t = queries_t + size * kPanel;
+    float* scores = out_t + size * kPanel;
+    for (int64_t j = 0; j < length; ++j)
+        for (int64_t d = 0; d < size; ++d) values_t[d * length + j] = values[j * a.key_values() + d];
+    for (int64_t head = unit.key_value_head * group; head < (unit.key_value_head + 1) * group; ++head) {
+        for (int64_t i = 0; i < length; i += kPanel) {
+            const Block block(i, length);
+            const int64_t first = (unit.begin + i) * a.queries() + head * size;
+            transpose(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
+            masked_scores(block, keys, a.key_values(), queries_t, size, scores);
+            const int lanes = block.lanes();
+            alignas(64) float largest[kPanel], total[kPanel];
+            for (int l = 0; l < lanes; ++l) {
+                largest[l] = scores[l];  // every query sees the first key
+                total[l] = 0.0f;
+            }
+            for (int64_t j = 1; j < block.keys; ++j) {
+#pragma omp simd
+                for (int l = 0; l < lanes; ++l) {
+                    const float s = scores[j * kPanel + l];
+                    largest[l] = s > largest[l] ? s : largest[l];
+                }
+            }
+            for (int64_t j = 0; j < block.keys; ++j) {
+#pragma omp simd
+                for (int l = 0; l < lanes; ++l) {
+                    const float e = exp_fast(scores[j * kPanel + l] - largest[l]);
+                    scores[j * kPanel + l] = e;
+                    total[l] += e;
+                }
+            }
+            product(size, values_t, length, scores, block.keys, block.width, out_t);
+            for (int64_t l = 0; l < block.count; ++l) {
+                lse[(unit.begin + i + l) * a.heads + head] = largest[l] + logf(total[l]);
+                for (int64_t d = 0; d < size; ++d) out[first + l * a.queries() + d] = out_t[d * kPanel + l] / total[l];
+            }
+        }
+    }
+}
+
+void backward(const PackedAttention& a, const AttentionUnit& unit, const AttentionGradients& g, float* scratch) {
+    const int64_t size = a.head_size, length = unit.length, group = a.heads / a.key_value_heads;
+    const int64_t wide = panels_of(size) * kPanel, at = unit.begin * a.key_values() + unit.key_value_head * size;
+    const float *keys = a.key + at, *values = a.value + at;
+    float *keys_t = scratch, *queries_t = keys_t + size * length, *grad_out_t = queries_t + size * kPanel;
+    float *grad_query_t = grad_out_t + size * kPanel, *queries = grad_query_t + size * kPanel;  // [kPanel, wide], in panels
+    float *grad_outs = queries + kPanel * wide, *weights = grad_outs + kPanel * wide, *grad_scores = weights + length * kPanel;
+    float *grad_keys = grad_scores + length * kPanel, *grad_values = grad_keys + length * wide;
+    for (int64_t j = 0; j < length; ++j)
+        for (int64_t d = 0; d < size; ++d) keys_t[d * length + j] = keys[j * a.key_values() + d];
+    for (int64_t i = 0; i < length * wide; ++i) grad_keys[i] = grad_values[i] = 0.0f;
+    for (int64_t head = unit.key_value_head * group; head < (unit.key_value_head + 1) * group; ++head) {
+        for (int64_t i = 0; i < length; i += kPanel) {
+            const Block block(i, length);
+            const int64_t first = (unit.begin + i) * a.queries() + head * size;
+            transpose(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
+            transpose(g.grad_out + first, a.queries(), block.count, size, 1.0f, grad_out_t);
+            alignas(64) float lse[kPanel] = {}, mean[kPanel] = {};
+            for (int64_t l = 0; l < block.count; ++l) {
+                const float *o = g.out + first + l * a.queries(), *d_o = g.grad_out + first + l * a.queries();
+                const float* q = a.query + first + l * a.queries();
+                lse[l] = g.lse[(unit.begin + i + l) * a.heads + head];
+                float sum = 0.0f;
+                for (int64_t d = 0; d < size; ++d) {
+                    sum += o[d] * d_o[d];
+                    const int64_t to = (d / kPanel * kPanel + l) * kPanel + d % kPanel;
+                    queries[to] = q[d] * a.scaling;
+                    grad_outs[to] = d_o[d];
+                }
+                mean[l] = sum;
+            }
+            masked_scores(block, keys, a.key_values(), queries_t, size, weights);
+            product(block.keys, values, a.key_values(), grad_out_t, size, block.width, grad_scores);
+            const int lanes = block.lanes();
+            for (int64_t j = 0; j < block.keys; ++j) {
+#pragma omp simd
+                for (int l = 0; l < lanes; ++l) {
+                    const float p = exp_fast(weights[j * kPanel + l] - lse[l]);
+                    weights[j * kPanel + l] = p;
+                    grad_scores[j * kPanel + l] = p * (grad_scores[j * kPanel + l] - mean[l]);
+                }
+            }
+            product(size, keys_t, length, grad_scores, block.keys, block.width, grad_query_t);
+            for (int64_t l = 0; l < block.count; ++l)
+                for (int64_t d = 0; d < size; ++d)
+                    g.query[first + l * a.queries() + d] = grad_query_t[d * kPanel + l] * a.scaling;
+            for (int64_t d = 0; d < size; d += kPanel) {
+                const int width = int(smaller(size - d, kPanel));
+                add_product(block.keys, weights, kPanel, grad_outs + d * kPanel, block.count, width, grad_values + d, wide);
+                add_product(block.keys, grad_scores, kPanel, queries + d * kPanel, block.count, width, grad_keys + d, wide);
+            }
+        }
+    }
+    for (int64_t j = 0; j < length; ++j)
+        for (int64_t d = 0; d < size; ++d) {
+            g.key[at + j * a.key_values() + d] = grad_keys[j * wide + d];
+            g.value[at + j * a.key_values() + d] = grad_values[j * wide + d];
+        }
+}
+
+}  // namespace BRFT_ISA
+
+const AttentionKernels BRFT_PASTE(attention_kernels_, BRFT_ISA) = {
+    BRFT_ISA::scratch_floats,
+    BRFT_ISA::forward,
+    BRFT_ISA::backward,
+};
+
+}  // namespace bandit_rft::cpu
