@@ -228,12 +228,12 @@ std::unique_ptr<cpu::Decoder> decoder(const py::dict& outside, const std::vector
     return std::make_unique<cpu::Decoder>(m);
 }
 
-void decoder_begin(cpu::Decoder& self, const py::capsule& first, int64_t capacity, const py::capsule& cos,
+void decoder_begin(cpu::Decoder& self, const py::capsule& first, int64_t room, int64_t capacity, const py::capsule& cos,
                    const py::capsule& sin) {
     const TensorView f = memory.view(first, "first", 1), c = memory.view(cos, "cos", 2), s = memory.view(sin, "sin", 2);
     require(f.dtype == DType::i64, "first must be int64");
     const int64_t positions = c.shape[0], size = self.model().head_size;
-    self.begin(f.shape[0], capacity, f.as<const int64_t>(), contiguous(c, "cos", positions, size),
+    self.begin(f.shape[0], room, capacity, f.as<const int64_t>(), contiguous(c, "cos", positions, size),
                contiguous(s, "sin", positions, size), positions);
 }
 

@@ -255,7 +255,7 @@ class RolloutEngine:
         native = self._native if in_window and self._native is not None and self._native.ready() else None
         steps: NativeDecoder | _ModelSteps
         if native is not None:
-            hidden, steps = native.read(prompts, capacity), native
+            hidden, steps = native.read(prompts, len(rows), capacity), native
         else:
             cache = self._cache(capacity)
             hidden = self._prefill(prompts, width, cache)
@@ -400,7 +400,7 @@ class RolloutEngine:
         prompts = [[5, 4, 3], [3, 4, 5, 6, 5, 4]]
         try:
             native = NativeDecoder(self.policy)
-            first = native.read(prompts, 7)
+            first = native.read(prompts, 2, 7)
             second = native.step(torch.ones(2, dtype=torch.int64), torch.tensor([3, 6]))
         except (NotImplementedError, AttributeError, ValueError) as error:
             logger.debug("decoding goes through the model's own forward: %s", error)

@@ -69,8 +69,8 @@ class NativeDecoder:
             return False
         return True
 
-    def read(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
-        """Start a batch of prompts, in a cache of `capacity` columns; the last hidden state of each, [P, H].
+    def read(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
+        """Start a batch of P prompts, with room for so many sequences and columns; the last hidden states, [P, H].
 
         The prompts end in the same column and are read a token a step, so that a sequence's bits do not depend on the
         others here either. For a full batch that is no slower than one pass over all tokens: the products are as large
@@ -80,7 +80,7 @@ class NativeDecoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
         cos, sin = self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
-        self._core.begin(_dl(width - lengths), capacity, _dl(cos[0].contiguous()), _dl(sin[0].contiguous()))
+        self._core.begin(_dl(width - lengths), room, capacity, _dl(cos[0].contiguous()), _dl(sin[0].contiguous()))
         places = torch.arange(width)[:, None] - (width - lengths)
         tokens = torch.zeros_like(places)
         tokens.T[places.T >= 0] = torch.tensor([token for prompt in prompts for token in prompt])
@@ -96,7 +96,7 @@ class NativeDecoder:
         return hidden
 
     def select(self, which: Tensor) -> None:
-        """Go on with the sequences `which` [b] int64 of the batch, in that order; one may be named several times."""
+        """Go on with the sequences `which` [b] int64 of the batch: ascending, some left out or some repeated."""
         self._core.select(_dl(which))
 
     def _refresh(self) -> None:

@@ -47,18 +47,18 @@ size_t Decoder::cache_block() const {
 }
 
 float* Decoder::cache(int64_t layer, int64_t panel, int which) const {
-    return cache_.memory.get() + ((layer * panels_ + panel) * 2 + which) * int64_t(cache_block());
+    return cache_.memory.get() + ((layer * room_ + panel) * 2 + which) * int64_t(cache_block());
 }
 
-void Decoder::begin(int64_t batch, int64_t capacity, const int64_t* first, const float* cos, const float* sin,
-                    int64_t positions) {
-    require(batch > 0 && capacity > 0, "a batch needs a sequence and a column");
+void Decoder::begin(int64_t batch, int64_t room, int64_t capacity, const int64_t* first, const float* cos,
+                    const float* sin, int64_t positions) {
+    require(batch > 0 && room >= batch && capacity > 0, "a batch needs a sequence, room for all and a column");
     const int64_t width = kernels_->panel;
     batch_ = batch;
+    room_ = (room + width - 1) / width;
     capacity_ = capacity;
     columns_ = 0;
-    panels_ = (batch + width - 1) / width;
-    first_.assign(size_t(panels_ * width), 0);
+    first_.assign(size_t(room_ * width), 0);
     for (int64_t b = 0; b < batch; ++b) {
         require(first[b] >= 0 && first[b] <= capacity, "first must lie in the cache");
         first_[size_t(b)] = int32_t(first[b]);
@@ -66,12 +66,8 @@ void Decoder::begin(int64_t batch, int64_t capacity, const int64_t* first, const
     positions_ = positions;
     cos_.assign(cos, cos + positions * model_.head_size);
     sin_.assign(sin, sin + positions * model_.head_size);
-    cache_.of(model_.layers.size() * 2 * cache_block() * size_t(panels_));
-    reserve();
-}
-
-void Decoder::reserve() {
-    const auto panels = [&](int64_t size) { return size_t(panels_ * size * kernels_->panel); };
+    cache_.of(model_.layers.size() * 2 * cache_block() * size_t(room_));
+    const auto panels = [&](int64_t size) { return size_t(room_ * size * width); };
     const int64_t key_values = model_.key_value_heads * model_.head_size, queries = model_.heads * model_.head_size;
     qkv_.of(panels(queries + 2 * key_values));
     attended_.of(panels(queries));
@@ -81,32 +77,31 @@ void Decoder::reserve() {
 }
 
 void Decoder::select(const int64_t* which, int64_t count) {
-    require(count > 0, "which must name a sequence");
-    for (int64_t b = 0; b < count; ++b)
+    require(count > 0 && count <= room_ * kernels_->panel, "which must name a sequence, and no more than there is room for");
+    bool back = true, forth = true;  // every sequence moves to an earlier lane, or every one to a later
+    for (int64_t b = 0; b < count; ++b) {
         require(which[b] >= 0 && which[b] < batch_, "which names a sequence that is not there");
+        back = back && which[b] >= b;
+        forth = forth && which[b] <= b;
+    }
+    require(std::is_sorted(which, which + count) && (back || forth), "which must be ascending, to leave some out or repeat some");
+    // In that order no lane is overwritten that is still to be read.
+    const auto in_order = [&](const auto& move) {
+        for (int64_t i = 0; i < count; ++i) move(back ? i : count - 1 - i);
+    };
     const int64_t panel = kernels_->panel, rows = columns_ * model_.key_value_heads * model_.head_size;
-    const int64_t layers = int64_t(model_.layers.size()), panels = (count + panel - 1) / panel;
-    std::vector<int32_t> first(size_t(panels * panel), 0);
-    for (int64_t b = 0; b < count; ++b) first[size_t(b)] = first_[size_t(which[b])];
-    other_.of(size_t(layers) * 2 * cache_block() * size_t(panels));
-    std::vector<const float*> from(static_cast<size_t>(panel));
-    for (int64_t layer = 0; layer < layers; ++layer)
-        for (int64_t p = 0; p < panels; ++p)
-            for (int kind = 0; kind < 2; ++kind) {
-                const int64_t members = std::min(panel, count - p * panel);
-                for (int64_t l = 0; l < members; ++l) {
-                    const int64_t b = which[p * panel + l];
-                    from[size_t(l)] = cache(layer, b / panel, kind) + b % panel;
-                }
-                float* to = other_.memory.get() + ((layer * panels + p) * 2 + kind) * int64_t(cache_block());
-                for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t l = 0; l < members; ++l) to[r * panel + l] = from[size_t(l)][r * panel];
-            }
-    std::swap(cache_, other_);
-    first_ = std::move(first);
+    in_order([&](int64_t b) { first_[size_t(b)] = first_[size_t(which[b])]; });
+    for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
+        for (int kind = 0; kind < 2; ++kind) {
+            float* const base = cache(layer, 0, kind);
+            const int64_t stride = cache(layer, 1, kind) - base;
+            for (int64_t r = 0; r < rows; ++r)
+                in_order([&](int64_t b) {
+                    base[b / panel * stride + r * panel + b % panel] =
+                        base[which[b] / panel * stride + r * panel + which[b] % panel];
+                });
+        }
     batch_ = count;
-    panels_ = panels;
-    reserve();
 }
 
 void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads) {
@@ -115,7 +110,7 @@ void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidde
         require(tokens[b] >= 0 && tokens[b] < model_.vocabulary, "tokens must lie in the vocabulary");
         require(positions[b] >= 0 && positions[b] < positions_, "positions must lie in the table of rotations");
     }
-    const int64_t hidden_size = model_.hidden_size, panels = panels_;
+    const int64_t hidden_size = model_.hidden_size, panels = panels_in_use();
     const int64_t width = kernels_->panel, queries = model_.heads * model_.head_size;
     const int64_t key_values = model_.key_value_heads * model_.head_size;
     const int64_t weights = int64_t(model_.layers.size()) * hidden_size *
@@ -143,7 +138,7 @@ void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidde
 
 void Decoder::work(Member& member, int index, int size, const int64_t* tokens, float* hidden) {
     const DecoderKernels& kernel = *kernels_;
-    const int64_t width = kernel.panel, panels = panels_, hidden_size = model_.hidden_size;
+    const int64_t width = kernel.panel, panels = panels_in_use(), hidden_size = model_.hidden_size;
     const int64_t queries = model_.heads * model_.head_size, key_values = model_.key_value_heads * model_.head_size;
     const auto in_panels = [&](float* data, int64_t rows) { return Panels{data, rows * width}; };
     const Panels residual = in_panels(member.residual.memory.get(), hidden_size);
@@ -223,7 +218,7 @@ void Decoder::work(Member& member, int index, int size, const int64_t* tokens, f
 }
 
 void Decoder::attend(const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
-    const int64_t width = kernels_->panel, panels = panels_, head_size = model_.head_size;
+    const int64_t width = kernels_->panel, panels = panels_in_use(), head_size = model_.head_size;
     const int64_t heads = model_.key_value_heads, group = model_.heads / heads;
     const int64_t queries = model_.heads * head_size, key_values = heads * head_size;
     float *inverses = member.scratch.memory.get(), *scratch = inverses + 2 * width;

@@ -36,11 +36,13 @@ class Decoder {
    public:
     explicit Decoder(const DecoderModel& model);
 
-    // A new batch: `first` [batch] is the first column that each sequence sees; cos and sin [positions, head_size] are copied.
-    void begin(int64_t batch, int64_t capacity, const int64_t* first, const float* cos, const float* sin, int64_t positions);
+    // A new batch, of up to `room` sequences later, in a cache of `capacity` columns: `first` [batch] is the first column
+    // that each sequence sees; cos and sin [positions, head_size] are copied.
+    void begin(int64_t batch, int64_t room, int64_t capacity, const int64_t* first, const float* cos, const float* sin,
+               int64_t positions);
     // hidden [batch, hidden_size] after one more token each, at the given positions.
     void step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads);
-    // The batch is now the sequences `which` [count] of what it was, in that order; one may be named several times.
+    // The batch is now the sequences `which` [count] of what it was: ascending, some left out or some repeated.
     void select(const int64_t* which, int64_t count);
 
     int64_t batch() const { return batch_; }
@@ -63,17 +65,18 @@ class Decoder {
 
     void work(Member& member, int index, int size, const int64_t* tokens, float* hidden);
     void attend(const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
-    void reserve();
+    int64_t panels_in_use() const { return (batch_ + kernels_->panel - 1) / kernels_->panel; }
     size_t cache_block() const;  // floats of the keys, or values, of one layer and panel
     float* cache(int64_t layer, int64_t panel, int which) const;
 
     DecoderModel model_;
     const DecoderKernels* kernels_;
-    int64_t batch_ = 0, capacity_ = 0, columns_ = 0, panels_ = 0, positions_ = 0;
+    int64_t batch_ = 0, capacity_ = 0, columns_ = 0, positions_ = 0;
+    int64_t room_ = 0;  // panels that the buffers hold
     std::vector<int32_t> first_;
     std::vector<float> cos_, sin_;
     std::vector<Member> members_;
-    Buffer cache_, other_, qkv_, attended_, projected_, activated_, rotation_;
+    Buffer cache_, qkv_, attended_, projected_, activated_, rotation_;
     Barrier barrier_;
 };
 

@@ -248,7 +248,7 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
         Decoder decoder(model);
         std::vector<int64_t> begins(members.size());
         for (size_t i = 0; i < members.size(); ++i) begins[i] = first[size_t(members[i])];
-        decoder.begin(int64_t(members.size()), 4, begins.data(), cos, sin, positions);
+        decoder.begin(int64_t(members.size()), int64_t(members.size()), 4, begins.data(), cos, sin, positions);
         std::vector<float> last(size_t(4 * hidden_size));
         for (int64_t t = 0; t < 4; ++t) {
             std::vector<int64_t> ids, at;
@@ -261,9 +261,14 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
             std::copy(hidden.end() - hidden_size, hidden.end(), last.begin() + t * hidden_size);
             for (float x : hidden) check(std::isfinite(x), "decoder: finite", batch, t);
             if (!leave || members.size() < 3) continue;
-            std::vector<int64_t> which, left;  // every other one leaves, one is there twice, the last stays last
+            std::vector<int64_t> which, left;  // every other one leaves, then the first is there twice; the last stays last
             for (size_t i = members.size() % 2 ? 0 : 1; i < members.size(); i += 2) which.push_back(int64_t(i));
-            which.insert(which.begin(), which[0]);
+            decoder.select(which.data(), int64_t(which.size()));
+            for (int64_t i : which) left.push_back(members[size_t(i)]);
+            members.swap(left);
+            left.clear(), which.clear();
+            for (size_t i = 0; i < members.size(); ++i) which.push_back(int64_t(i));
+            which.insert(which.begin(), 0);
             for (int64_t i : which) left.push_back(members[size_t(i)]);
             decoder.select(which.data(), int64_t(which.size()));
             members = left;
