@@ -1,6 +1,8 @@
 // pybind11 exports, nothing else: DLPack capsules in, checked views out, the GIL released while the kernels run.
 #include <pybind11/pybind11.h>
 
+#include <numeric>
+
 #include "capsules.h"
 #include "cpu/attention.h"
 #include "cpu/decoder.h"
@@ -228,13 +230,18 @@ std::unique_ptr<cpu::Decoder> decoder(const py::dict& outside, const std::vector
     return std::make_unique<cpu::Decoder>(m);
 }
 
-void decoder_begin(cpu::Decoder& self, const py::capsule& first, int64_t room, int64_t capacity, const py::capsule& cos,
-                   const py::capsule& sin) {
-    const TensorView f = memory.view(first, "first", 1), c = memory.view(cos, "cos", 2), s = memory.view(sin, "sin", 2);
-    require(f.dtype == DType::i64, "first must be int64");
-    const int64_t positions = c.shape[0], size = self.model().head_size;
-    self.begin(f.shape[0], room, capacity, f.as<const int64_t>(), contiguous(c, "cos", positions, size),
-               contiguous(s, "sin", positions, size), positions);
+void decoder_read(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& lengths, int64_t room, int64_t capacity,
+                  const py::capsule& cos, const py::capsule& sin, const py::capsule& hidden, int threads) {
+    const TensorView t = memory.view(tokens, "tokens", 1), l = memory.view(lengths, "lengths", 1);
+    const TensorView c = memory.view(cos, "cos", 2), s = memory.view(sin, "sin", 2);
+    require(t.dtype == DType::i64 && l.dtype == DType::i64, "tokens and lengths must be int64");
+    const auto *ids = t.as<const int64_t>(), *counts = l.as<const int64_t>();
+    const int64_t batch = l.shape[0], positions = c.shape[0], size = self.model().head_size;
+    require(std::accumulate(counts, counts + batch, int64_t(0)) == t.shape[0], "lengths must add up to the number of tokens");
+    const float *from_cos = contiguous(c, "cos", positions, size), *from_sin = contiguous(s, "sin", positions, size);
+    float* h = writable(hidden, "hidden", batch, self.model().hidden_size);
+    py::gil_scoped_release release;
+    self.read(ids, counts, batch, room, capacity, from_cos, from_sin, positions, h, threads);
 }
 
 void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& positions, const py::capsule& hidden,
@@ -275,7 +282,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("attention_backward", &attention_backward);
     py::class_<cpu::Decoder>(m, "Decoder")
         .def(py::init(&decoder))
-        .def("begin", &decoder_begin)
+        .def("read", &decoder_read)
         .def("step", &decoder_step)
         .def("select", &decoder_select)
         .def_property_readonly("lanes", &cpu::Decoder::lanes);

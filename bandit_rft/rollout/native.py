@@ -72,21 +72,15 @@ class NativeDecoder:
     def read(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
         """Start a batch of P prompts, with room for so many sequences and columns; the last hidden states, [P, H].
 
-        The prompts end in the same column and are read a token a step, so that a sequence's bits do not depend on the
-        others here either. For a full batch that is no slower than one pass over all tokens: the products are as large
-        as the caches like them. With fewer prompts than a SIMD vector has lanes, a part of it is idle.
+        Tokens lie side by side in the SIMD lanes, so that a prompt's bits do not depend on the others here either.
         """
         self._refresh()
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(lengths.max())
-        cos, sin = self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
-        self._core.begin(_dl(width - lengths), room, capacity, _dl(cos[0].contiguous()), _dl(sin[0].contiguous()))
-        places = torch.arange(width)[:, None] - (width - lengths)
-        tokens = torch.zeros_like(places)
-        tokens.T[places.T >= 0] = torch.tensor([token for prompt in prompts for token in prompt])
-        places.clamp_(min=0)  # what a sequence computes before it has begun is hidden from it later
-        for column in range(width):
-            hidden = self.step(tokens[column], places[column])
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        cos, sin = (x[0].contiguous() for x in self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None]))
+        hidden = torch.empty(len(prompts), self._sizes[1])
+        views = (_dl(x) for x in (cos, sin, hidden))
+        self._core.read(_dl(tokens), _dl(lengths), room, capacity, *views, torch.get_num_threads())
         return hidden
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:

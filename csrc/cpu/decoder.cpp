@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -12,7 +13,8 @@ namespace bandit_rft::cpu {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr int64_t kWorthAThread = 1 << 22;  // multiply-adds of a step; some 100 microseconds
+constexpr int64_t kWorthAThread = 1 << 22;  // multiply-adds of a pass; some 100 microseconds
+constexpr int64_t kReadAtOnce = 256;        // tokens of prompts in one pass
 
 void require(bool condition, const std::string& what) {
     if (!condition) throw std::invalid_argument(what);
@@ -50,30 +52,42 @@ float* Decoder::cache(int64_t layer, int64_t panel, int which) const {
     return cache_.memory.get() + ((layer * room_ + panel) * 2 + which) * int64_t(cache_block());
 }
 
-void Decoder::begin(int64_t batch, int64_t room, int64_t capacity, const int64_t* first, const float* cos,
-                    const float* sin, int64_t positions) {
-    require(batch > 0 && room >= batch && capacity > 0, "a batch needs a sequence, room for all and a column");
-    const int64_t width = kernels_->panel;
+void Decoder::read(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
+                   const float* cos, const float* sin, int64_t positions, float* hidden, int threads) {
+    require(batch > 0 && room >= batch, "a batch needs a sequence, and room for all");
+    for (int64_t b = 0; b < batch; ++b) require(lengths[b] > 0, "a prompt needs a token");
+    const int64_t width = *std::max_element(lengths, lengths + batch);
+    require(width <= capacity, "the cache is full");
+    require(width <= positions, "positions must lie in the table of rotations");
+    require_tokens(tokens, std::accumulate(lengths, lengths + batch, int64_t(0)));
     batch_ = batch;
-    room_ = (room + width - 1) / width;
+    room_ = panels_of(room);
     capacity_ = capacity;
-    columns_ = 0;
-    first_.assign(size_t(room_ * width), 0);
-    for (int64_t b = 0; b < batch; ++b) {
-        require(first[b] >= 0 && first[b] <= capacity, "first must lie in the cache");
-        first_[size_t(b)] = int32_t(first[b]);
-    }
+    columns_ = width;  // all prompts end in the same column
+    first_.assign(size_t(room_ * kernels_->panel), 0);
+    for (int64_t b = 0; b < batch; ++b) first_[size_t(b)] = int32_t(columns_ - lengths[b]);
     positions_ = positions;
     cos_.assign(cos, cos + positions * model_.head_size);
     sin_.assign(sin, sin + positions * model_.head_size);
     cache_.of(model_.layers.size() * 2 * cache_block() * size_t(room_));
-    const auto panels = [&](int64_t size) { return size_t(room_ * size * width); };
-    const int64_t key_values = model_.key_value_heads * model_.head_size, queries = model_.heads * model_.head_size;
-    qkv_.of(panels(queries + 2 * key_values));
-    attended_.of(panels(queries));
-    projected_.of(panels(model_.hidden_size));
-    activated_.of(panels(model_.intermediate_size));
-    rotation_.of(panels(2 * model_.head_size));
+
+    int64_t sequence = 0, begin = 0;
+    std::vector<int64_t> places;
+    while (sequence < batch) {
+        Pass pass{0, tokens, nullptr, {}, hidden};
+        places.clear();
+        while (sequence < batch && pass.rows < kReadAtOnce) {
+            const int64_t count = std::min(lengths[sequence] - begin, kReadAtOnce - pass.rows);
+            pass.runs.push_back({sequence, begin, pass.rows, count});
+            for (int64_t i = 0; i < count; ++i) places.push_back(begin + i);
+            pass.rows += count;
+            begin += count;
+            if (begin == lengths[sequence]) ++sequence, begin = 0;
+        }
+        pass.positions = places.data();
+        tokens += pass.rows;
+        run(pass, threads);
+    }
 }
 
 void Decoder::select(const int64_t* which, int64_t count) {
@@ -106,39 +120,52 @@ void Decoder::select(const int64_t* which, int64_t count) {
 
 void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads) {
     require(columns_ < capacity_, "the cache is full");
-    for (int64_t b = 0; b < batch_; ++b) {
-        require(tokens[b] >= 0 && tokens[b] < model_.vocabulary, "tokens must lie in the vocabulary");
+    require_tokens(tokens, batch_);
+    for (int64_t b = 0; b < batch_; ++b)
         require(positions[b] >= 0 && positions[b] < positions_, "positions must lie in the table of rotations");
-    }
-    const int64_t hidden_size = model_.hidden_size, panels = panels_in_use();
-    const int64_t width = kernels_->panel, queries = model_.heads * model_.head_size;
-    const int64_t key_values = model_.key_value_heads * model_.head_size;
+    ++columns_;
+    run({batch_, tokens, positions, {}, hidden}, threads);
+}
+
+void Decoder::require_tokens(const int64_t* tokens, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+        require(tokens[i] >= 0 && tokens[i] < model_.vocabulary, "tokens must lie in the vocabulary");
+}
+
+void Decoder::run(const Pass& pass, int threads) {
+    const int64_t hidden_size = model_.hidden_size, head_size = model_.head_size, panels = panels_of(pass.rows);
+    const int64_t width = kernels_->panel, queries = model_.heads * head_size, key_values = model_.key_value_heads * head_size;
     const int64_t weights = int64_t(model_.layers.size()) * hidden_size *
                             (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
     const int64_t worthwhile = panels * width * weights / kWorthAThread;
     const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worthwhile)));
+    const auto in_panels = [&](int64_t size) { return size_t(panels * size * width); };
+    qkv_.of(in_panels(queries + 2 * key_values));
+    attended_.of(in_panels(queries));
+    projected_.of(in_panels(hidden_size));
+    activated_.of(in_panels(model_.intermediate_size));
+    rotation_.of(in_panels(2 * head_size));
     if (members_.size() < size_t(team)) members_.resize(size_t(team));
     for (Member& member : members_) {
-        member.residual.of(size_t(panels * hidden_size * width));
-        member.normed.of(size_t(panels * hidden_size * width));
-        member.scratch.of(size_t((model_.head_size + capacity_ + 2) * width));
+        member.residual.of(in_panels(hidden_size));
+        member.normed.of(in_panels(hidden_size));
+        member.scratch.of(size_t((2 + head_size + capacity_) * width + 2 * capacity_ * head_size));
     }
-    for (int64_t b = 0; b < panels * width; ++b) {  // cos and sin of each lane, [2 head_size, panel]
-        float* to = rotation_.memory.get() + b / width * 2 * model_.head_size * width + b % width;
-        const int64_t position = b < batch_ ? positions[b] : 0;
-        for (int64_t d = 0; d < model_.head_size; ++d) {
-            to[d * width] = cos_[size_t(position * model_.head_size + d)];
-            to[(model_.head_size + d) * width] = sin_[size_t(position * model_.head_size + d)];
+    for (int64_t r = 0; r < panels * width; ++r) {  // cos and sin of each lane, [2 head_size, panel]
+        float* to = rotation_.memory.get() + r / width * 2 * head_size * width + r % width;
+        const int64_t position = r < pass.rows ? pass.positions[r] : 0;
+        for (int64_t d = 0; d < head_size; ++d) {
+            to[d * width] = cos_[size_t(position * head_size + d)];
+            to[(head_size + d) * width] = sin_[size_t(position * head_size + d)];
         }
     }
-    ++columns_;
-    auto task = [&](int index, int size) { work(members_[size_t(index)], index, size, tokens, hidden); };
+    auto task = [&](int index, int size) { work(pass, members_[size_t(index)], index, size); };
     run_team(team, task);
 }
 
-void Decoder::work(Member& member, int index, int size, const int64_t* tokens, float* hidden) {
+void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     const DecoderKernels& kernel = *kernels_;
-    const int64_t width = kernel.panel, panels = panels_in_use(), hidden_size = model_.hidden_size;
+    const int64_t width = kernel.panel, panels = panels_of(pass.rows), hidden_size = model_.hidden_size;
     const int64_t queries = model_.heads * model_.head_size, key_values = model_.key_value_heads * model_.head_size;
     const auto in_panels = [&](float* data, int64_t rows) { return Panels{data, rows * width}; };
     const Panels residual = in_panels(member.residual.memory.get(), hidden_size);
@@ -147,7 +174,7 @@ void Decoder::work(Member& member, int index, int size, const int64_t* tokens, f
     const Panels attended = in_panels(attended_.memory.get(), queries);
     const Panels projected = in_panels(projected_.memory.get(), hidden_size);
     const Panels activated = in_panels(activated_.memory.get(), model_.intermediate_size);
-    const auto members_of = [&](int64_t p) { return int(std::min(width, batch_ - p * width)); };
+    const auto members_of = [&](int64_t p) { return int(std::min(width, pass.rows - p * width)); };
 
     const auto norm = [&](const Panels& x, const float* weight) {
         if (!weight) return x;
@@ -170,9 +197,9 @@ void Decoder::work(Member& member, int index, int size, const int64_t* tokens, f
     };
     const auto tiles = [&](int64_t rows) { return (rows + kernel.tile - 1) / kernel.tile; };
 
-    for (int64_t b = 0; b < panels * width; ++b) {
-        const float* from = b < batch_ ? model_.embedding + tokens[b] * hidden_size : nullptr;
-        float* to = residual.data + b / width * residual.stride + b % width;
+    for (int64_t r = 0; r < panels * width; ++r) {
+        const float* from = r < pass.rows ? model_.embedding + pass.tokens[r] * hidden_size : nullptr;
+        float* to = residual.data + r / width * residual.stride + r % width;
         for (int64_t k = 0; k < hidden_size; ++k) to[k * width] = from ? from[k] : 0.0f;
     }
     for (size_t l = 0; l < model_.layers.size(); ++l) {
@@ -188,37 +215,49 @@ void Decoder::work(Member& member, int index, int size, const int64_t* tokens, f
         int64_t before = 0;
         for (const auto& m : products)
             before = rows_of(m.rows, before, all, [&](int64_t begin, int64_t end) {
-                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, batch_, {qkv.data + m.at * width, qkv.stride});
+                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, pass.rows, {qkv.data + m.at * width, qkv.stride});
             });
         barrier_.wait(size);
-        attend(layer, int64_t(l), member, index, size);
+        attend(pass, layer, int64_t(l), member, index, size);
         barrier_.wait(size);
+        if (!pass.runs.empty()) {
+            read_runs(pass, int64_t(l), member, index, size);
+            barrier_.wait(size);
+        }
         rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
-            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, batch_, projected);
+            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, pass.rows, projected);
         });
         barrier_.wait(size);
         add(norm(projected, layer.after_attention));
         in = norm(residual, layer.before_mlp);
         rows_of(model_.intermediate_size, 0, tiles(model_.intermediate_size), [&](int64_t begin, int64_t end) {
-            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, batch_, activated);
+            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, pass.rows, activated);
         });
         barrier_.wait(size);
         rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
-            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, batch_, projected);
+            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, pass.rows, projected);
         });
         barrier_.wait(size);
         add(norm(projected, layer.after_mlp));
     }
     const Panels last = norm(residual, model_.final_norm);
-    const Share mine(batch_, index, size);
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
-        const float* from = last.data + b / width * last.stride + b % width;
-        for (int64_t k = 0; k < hidden_size; ++k) hidden[b * hidden_size + k] = from[k * width];
+    const auto write = [&](int64_t row, float* to) {
+        const float* from = last.data + row / width * last.stride + row % width;
+        for (int64_t k = 0; k < hidden_size; ++k) to[k] = from[k * width];
+    };
+    if (pass.runs.empty()) {
+        const Share mine(pass.rows, index, size);
+        for (int64_t r = mine.begin; r < mine.end; ++r) write(r, pass.hidden + r * hidden_size);
+    } else if (index == 0) {
+        for (const Run& run : pass.runs)
+            if (run.begin + run.count == columns_ - first_[size_t(run.sequence)])
+                write(run.row + run.count - 1, pass.hidden + run.sequence * hidden_size);
     }
 }
 
-void Decoder::attend(const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
-    const int64_t width = kernels_->panel, panels = panels_in_use(), head_size = model_.head_size;
+// A step: attention of one new token each. Reading: what comes before it.
+void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
+    const int64_t width = kernels_->panel, panels = panels_of(pass.rows), head_size = model_.head_size;
     const int64_t heads = model_.key_value_heads, group = model_.heads / heads;
     const int64_t queries = model_.heads * head_size, key_values = heads * head_size;
     float *inverses = member.scratch.memory.get(), *scratch = inverses + 2 * width;
@@ -226,9 +265,9 @@ void Decoder::attend(const DecoderLayer& layer, int64_t which, Member& member, i
     const Share share(panels * heads, index, size);
     for (int64_t unit = share.begin; unit < share.end; ++unit) {
         const int64_t p = unit / heads, head = unit % heads;
-        const float* qkv = qkv_.memory.get() + p * (queries + 2 * key_values) * width;
+        float* qkv = qkv_.memory.get() + p * (queries + 2 * key_values) * width;
         const float* rotation = rotation_.memory.get() + p * 2 * head_size * width;
-        const int members = int(std::min(width, batch_ - p * width));
+        const int members = int(std::min(width, pass.rows - p * width));
         const bool whole = model_.norms_over_all_heads;
         if (whole && p != normed_panel) {
             if (layer.q_norm) kernels_->inverse_rms(qkv, model_.norm_eps, queries, members, inverses);
@@ -240,8 +279,6 @@ void Decoder::attend(const DecoderLayer& layer, int64_t which, Member& member, i
         a.members = members;
         a.head_size = head_size;
         a.group = group;
-        a.columns = columns_;
-        a.column_stride = key_values * width;
         a.scaling = model_.scaling;
         a.norm_eps = model_.norm_eps;
         a.query = qkv + head * group * head_size * width;
@@ -253,14 +290,47 @@ void Decoder::attend(const DecoderLayer& layer, int64_t which, Member& member, i
         a.key_inverse = whole && layer.k_norm ? inverses + width : nullptr;
         a.cos = rotation;
         a.sin = rotation + head_size * width;
+        if (!pass.runs.empty()) {
+            kernels_->rotate(a);
+            continue;
+        }
+        a.columns = columns_;
+        a.column_stride = key_values * width;
         a.keys = cache(which, p, 0) + head * head_size * width;
         a.values = cache(which, p, 1) + head * head_size * width;
         a.first = first_.data() + p * width;
-        a.lowest_first = std::min(*std::min_element(a.first, a.first + members), int32_t(columns_ - 1));
+        a.lowest_first = *std::min_element(a.first, a.first + members);
         a.highest_first = *std::max_element(a.first, a.first + members);
         a.scratch = scratch;
         a.out = attended_.memory.get() + (p * model_.heads + head * group) * head_size * width;
         kernels_->attend(a);
+    }
+}
+
+void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int index, int size) {
+    const int64_t width = kernels_->panel, head_size = model_.head_size, heads = model_.key_value_heads;
+    const int64_t group = model_.heads / heads, queries = model_.heads * head_size, key_values = heads * head_size;
+    const int64_t stride = (queries + 2 * key_values) * width;
+    const Share share(int64_t(pass.runs.size()) * heads, index, size);
+    for (int64_t unit = share.begin; unit < share.end; ++unit) {
+        const Run& run = pass.runs[size_t(unit / heads)];
+        const int64_t head = unit % heads, panel = run.sequence / width;
+        const int64_t at = (first_[size_t(run.sequence)] * heads + head) * head_size * width + run.sequence % width;
+        HeadReading a{};
+        a.head_size = head_size;
+        a.group = group;
+        a.row = run.row;
+        a.count = run.count;
+        a.begin = run.begin;
+        a.column_stride = key_values * width;
+        a.query = {qkv_.memory.get() + head * group * head_size * width, stride};
+        a.key = {qkv_.memory.get() + (queries + head * head_size) * width, stride};
+        a.value = {qkv_.memory.get() + (queries + key_values + head * head_size) * width, stride};
+        a.out = {attended_.memory.get() + head * group * head_size * width, queries * width};
+        a.keys = cache(which, panel, 0) + at;
+        a.values = cache(which, panel, 1) + at;
+        a.scratch = member.scratch.memory.get();
+        kernels_->read(a);
     }
 }
 

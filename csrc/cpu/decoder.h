@@ -4,7 +4,8 @@
 //   x += [norm] down(silu(gate([norm] x)) * up([norm] x))                       each [norm] is there or not
 //
 // A small model's step is some 200 operations of a few microseconds, so what calls them costs more than they do. Here it is
-// one call: the threads meet four times a layer, and each keeps its own copy of the residual stream in between.
+// one call: the threads meet four times a layer, and each keeps its own copy of the residual stream in between. Prompts are
+// read the same way, with tokens side by side in the lanes instead of sequences.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +37,11 @@ class Decoder {
    public:
     explicit Decoder(const DecoderModel& model);
 
-    // A new batch, of up to `room` sequences later, in a cache of `capacity` columns: `first` [batch] is the first column
-    // that each sequence sees; cos and sin [positions, head_size] are copied.
-    void begin(int64_t batch, int64_t room, int64_t capacity, const int64_t* first, const float* cos, const float* sin,
-               int64_t positions);
+    // A new batch: reads prompts of `lengths` [batch], whose tokens follow each other; hidden [batch, hidden_size] after their
+    // last ones. The cache has `capacity` columns, and room for `room` sequences that `select` may make of them later; cos
+    // and sin [positions, head_size] are copied.
+    void read(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity, const float* cos,
+              const float* sin, int64_t positions, float* hidden, int threads);
     // hidden [batch, hidden_size] after one more token each, at the given positions.
     void step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads);
     // The batch is now the sequences `which` [count] of what it was: ascending, some left out or some repeated.
@@ -63,16 +65,29 @@ class Decoder {
         Buffer residual, normed, scratch;
     };
 
-    void work(Member& member, int index, int size, const int64_t* tokens, float* hidden);
-    void attend(const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
-    int64_t panels_in_use() const { return (batch_ + kernels_->panel - 1) / kernels_->panel; }
+    struct Run {  // consecutive tokens of one sequence in consecutive rows, after `begin` others
+        int64_t sequence, begin, row, count;
+    };
+    struct Pass {  // rows of tokens through all layers: one token of each sequence, or runs of a prompt's
+        int64_t rows;
+        const int64_t *tokens, *positions;
+        std::vector<Run> runs;
+        float* hidden;
+    };
+
+    void require_tokens(const int64_t* tokens, int64_t count) const;
+    void run(const Pass& pass, int threads);
+    void work(const Pass& pass, Member& member, int index, int size);
+    void attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
+    void read_runs(const Pass& pass, int64_t which, Member& member, int index, int size);
+    int64_t panels_of(int64_t rows) const { return (rows + kernels_->panel - 1) / kernels_->panel; }
     size_t cache_block() const;  // floats of the keys, or values, of one layer and panel
     float* cache(int64_t layer, int64_t panel, int which) const;
 
     DecoderModel model_;
     const DecoderKernels* kernels_;
     int64_t batch_ = 0, capacity_ = 0, columns_ = 0, positions_ = 0;
-    int64_t room_ = 0;  // panels that the buffers hold
+    int64_t room_ = 0;  // panels that the cache holds
     std::vector<int32_t> first_;
     std::vector<float> cos_, sin_;
     std::vector<Member> members_;

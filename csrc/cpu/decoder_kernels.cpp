@@ -4,7 +4,7 @@
 //   attention    softmax_t(q . k_t) v_t,  q and k rotated by the position: (a, b) -> (a cos - b sin, b cos + a sin)
 //   mlp          down(silu(gate x) * (up x))
 //
-// Never in memory: a mask, gate x and up x, the queries of more than one head.
+// Never in memory: a mask, gate x and up x, scores of more than one head.
 #include "decoder_kernels.h"
 
 #include "vectors.h"
@@ -111,88 +111,118 @@ BRFT_INLINE void rotated(const HeadAttention& a, const float* x, const float* we
     }
 }
 
+// Element d of column t, of keys or values: each lane's own in [columns, head_size, panel], or one for all lanes in
+// [columns, head_size].
+template <bool Shared>
+struct Cached {
+    const float* data;
+    int64_t stride;
+};
+BRFT_INLINE Vector element(const Cached<false>& x, int64_t t, int64_t d, int lane) {
+    return load(x.data + t * x.stride + d * kPanel + lane);
+}
+BRFT_INLINE float element(const Cached<true>& x, int64_t t, int64_t d, int) { return x.data[t * x.stride + d]; }
+
 // scores[t] = q . keys[t] for `Count` columns from t on.
-template <int Count, int Columns>
-BRFT_INLINE void score(const HeadAttention& a, const float* q, int64_t t, float* scores) {
-    Vector sum[Count][Columns] = {};
-    const float* keys = a.keys + t * a.column_stride;
-    for (int64_t d = 0; d < a.head_size; ++d) {
+template <int Count, int Width, bool Shared>
+BRFT_INLINE void score(const Cached<Shared>& keys, const float* q, int64_t head_size, int64_t t, float* scores) {
+    Vector sum[Count][Width] = {};
+    for (int64_t d = 0; d < head_size; ++d) {
         BRFT_UNROLL
-        for (int c = 0; c < Columns; ++c) {
-            const int64_t at = d * kPanel + c * BRFT_LANES;
-            const Vector x = load(q + at);
+        for (int c = 0; c < Width; ++c) {
+            const Vector x = load(q + d * kPanel + c * BRFT_LANES);
             BRFT_UNROLL
-            for (int i = 0; i < Count; ++i) sum[i][c] += x * load(keys + i * a.column_stride + at);
+            for (int i = 0; i < Count; ++i) sum[i][c] += x * element(keys, t + i, d, c * BRFT_LANES);
         }
     }
     BRFT_UNROLL
     for (int i = 0; i < Count; ++i) {
         BRFT_UNROLL
-        for (int c = 0; c < Columns; ++c) store(scores + (t + i) * kPanel + c * BRFT_LANES, sum[i][c]);
+        for (int c = 0; c < Width; ++c) store(scores + (t + i) * kPanel + c * BRFT_LANES, sum[i][c]);
+    }
+}
+template <int Width, bool Shared>
+BRFT_INLINE void score_all(const Cached<Shared>& keys, const float* q, int64_t head_size, int64_t from, int64_t to, float* scores) {
+    int64_t t = from;
+    for (; t + kScores <= to; t += kScores) score<kScores, Width>(keys, q, head_size, t, scores);
+    for (; t < to; ++t) score<1, Width>(keys, q, head_size, t, scores);
+}
+
+// exp(scores - largest) of the columns [from, to), and its sum; a score of -inf is a column that the lane does not see.
+template <int Lanes>
+BRFT_INLINE void exponentiate(float* scores, int64_t from, int64_t to, float* total) {
+    alignas(64) float largest[kPanel];
+    for (int l = 0; l < Lanes; ++l) {
+        largest[l] = -INFINITY;
+        total[l] = 0;
+    }
+    for (int64_t t = from; t < to; ++t) {
+#pragma omp simd
+        for (int l = 0; l < Lanes; ++l) {
+            const float s = scores[t * kPanel + l];
+            largest[l] = s > largest[l] ? s : largest[l];
+        }
+    }
+    for (int64_t t = from; t < to; ++t) {
+#pragma omp simd
+        for (int l = 0; l < Lanes; ++l) {
+            const float e = exp_fast(scores[t * kPanel + l] - largest[l]);
+            scores[t * kPanel + l] = e;
+            total[l] += e;
+        }
     }
 }
 
 // out[d] = sum_t weights[t] values[t, d] / total for `Count` elements from d on.
-template <int Count, int Columns>
-BRFT_INLINE void mix(const HeadAttention& a, const float* weights, const float* total, int64_t d, float* out) {
-    Vector sum[Count][Columns] = {};
-    for (int64_t t = a.lowest_first; t < a.columns; ++t) {
-        const float* values = a.values + t * a.column_stride + d * kPanel;
+template <int Count, int Width, bool Shared>
+BRFT_INLINE void mix(const Cached<Shared>& values, const float* weights, const float* total, int64_t from, int64_t to, int64_t d,
+                     float* out) {
+    Vector sum[Count][Width] = {};
+    for (int64_t t = from; t < to; ++t) {
         BRFT_UNROLL
-        for (int c = 0; c < Columns; ++c) {
+        for (int c = 0; c < Width; ++c) {
             const Vector w = load(weights + t * kPanel + c * BRFT_LANES);
             BRFT_UNROLL
-            for (int i = 0; i < Count; ++i) sum[i][c] += w * load(values + i * kPanel + c * BRFT_LANES);
+            for (int i = 0; i < Count; ++i) sum[i][c] += w * element(values, t, d + i, c * BRFT_LANES);
         }
     }
     BRFT_UNROLL
     for (int i = 0; i < Count; ++i) {
         BRFT_UNROLL
-        for (int c = 0; c < Columns; ++c)
+        for (int c = 0; c < Width; ++c)
             store(out + (d + i) * kPanel + c * BRFT_LANES, sum[i][c] / load(total + c * BRFT_LANES));
     }
 }
+template <int Width, bool Shared>
+BRFT_INLINE void mix_all(const Cached<Shared>& values, const float* weights, const float* total, int64_t head_size, int64_t from,
+                         int64_t to, float* out) {
+    int64_t d = 0;
+    for (; d + kValues <= head_size; d += kValues) mix<kValues, Width>(values, weights, total, from, to, d, out);
+    for (; d < head_size; ++d) mix<1, Width>(values, weights, total, from, to, d, out);
+}
 
-template <int Columns>
+BRFT_INLINE const float* query_weight(const HeadAttention& a, int64_t head) {
+    return a.query_norm ? a.query_norm + (a.query_inverse ? head * a.head_size : 0) : nullptr;
+}
+
+template <int Width>
 BRFT_INLINE void attend_lanes(const HeadAttention& a) {
-    constexpr int kLanes = Columns * BRFT_LANES;
+    constexpr int kLanes = Width * BRFT_LANES;
     const int64_t newest = (a.columns - 1) * a.column_stride;
     rotated<kLanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest);
     memcpy(a.values + newest, a.value, sizeof(float) * size_t(a.head_size * kPanel));
+    const Cached<false> keys{a.keys, a.column_stride}, values{a.values, a.column_stride};
     float *q = a.scratch, *scores = a.scratch + a.head_size * kPanel;
     for (int64_t head = 0; head < a.group; ++head) {
-        const float* weight = a.query_norm ? a.query_norm + (a.query_inverse ? head * a.head_size : 0) : nullptr;
-        rotated<kLanes>(a, a.query + head * a.head_size * kPanel, weight, a.query_inverse, a.scaling, q);
-        int64_t t = a.lowest_first;
-        for (; t + kScores <= a.columns; t += kScores) score<kScores, Columns>(a, q, t, scores);
-        for (; t < a.columns; ++t) score<1, Columns>(a, q, t, scores);
-        for (t = a.lowest_first; t < a.highest_first && t + 1 < a.columns; ++t) {
+        const int64_t at = head * a.head_size * kPanel;
+        rotated<kLanes>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
+        score_all<Width>(keys, q, a.head_size, a.lowest_first, a.columns, scores);
+        for (int64_t t = a.lowest_first; t < a.highest_first; ++t) {
             for (int l = 0; l < kLanes; ++l) scores[t * kPanel + l] = t < a.first[l] ? -INFINITY : scores[t * kPanel + l];
         }
-        alignas(64) float largest[kPanel], total[kPanel];
-        for (int l = 0; l < kLanes; ++l) {
-            largest[l] = scores[(a.columns - 1) * kPanel + l];  // the new token is seen by every lane, even one that has not begun
-            total[l] = 0;
-        }
-        for (t = a.lowest_first; t + 1 < a.columns; ++t) {
-#pragma omp simd
-            for (int l = 0; l < kLanes; ++l) {
-                const float s = scores[t * kPanel + l];
-                largest[l] = s > largest[l] ? s : largest[l];
-            }
-        }
-        for (t = a.lowest_first; t < a.columns; ++t) {
-#pragma omp simd
-            for (int l = 0; l < kLanes; ++l) {
-                const float e = exp_fast(scores[t * kPanel + l] - largest[l]);
-                scores[t * kPanel + l] = e;
-                total[l] += e;
-            }
-        }
-        float* out = a.out + head * a.head_size * kPanel;
-        int64_t d = 0;
-        for (; d + kValues <= a.head_size; d += kValues) mix<kValues, Columns>(a, scores, total, d, out);
-        for (; d < a.head_size; ++d) mix<1, Columns>(a, scores, total, d, out);
+        alignas(64) float total[kPanel];
+        exponentiate<kLanes>(scores, a.lowest_first, a.columns, total);
+        mix_all<Width>(values, scores, total, a.head_size, a.lowest_first, a.columns, a.out + at);
     }
 }
 
@@ -203,11 +233,74 @@ void attend(const HeadAttention& a) {
         attend_lanes<1>(a);
 }
 
+template <int Lanes>
+BRFT_INLINE void rotate_lanes(const HeadAttention& a) {
+    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.key);
+    for (int64_t head = 0; head < a.group; ++head) {
+        float* query = a.query + head * a.head_size * kPanel;
+        rotated<Lanes>(a, query, query_weight(a, head), a.query_inverse, a.scaling, query);
+    }
+}
+
+void rotate(const HeadAttention& a) {
+    if (a.members > BRFT_LANES)
+        rotate_lanes<kPanel>(a);
+    else
+        rotate_lanes<BRFT_LANES>(a);
+}
+
+// Up to a panel of queries, in consecutive columns of which the first has `before` others before it; out may be q.
+template <int Width>
+BRFT_INLINE void attend_to_one(const Cached<true>& keys, const Cached<true>& values, const float* q, int64_t head_size,
+                               int64_t before, int members, float* scores, float* out) {
+    constexpr int kLanes = Width * BRFT_LANES;
+    const int64_t columns = before + members;
+    score_all<Width>(keys, q, head_size, 0, columns, scores);
+    for (int t = 1; t < members; ++t) {
+        for (int l = 0; l < t; ++l) scores[(before + t) * kPanel + l] = -INFINITY;
+    }
+    alignas(64) float total[kPanel];
+    exponentiate<kLanes>(scores, 0, columns, total);
+    mix_all<Width>(values, scores, total, head_size, 0, columns, out);
+}
+
+BRFT_INLINE float* lane(const Panels& panels, int64_t row, int64_t d) {
+    return panels.data + row / kPanel * panels.stride + d * kPanel + row % kPanel;
+}
+
+void read(const HeadReading& a) {
+    const int64_t columns = a.begin + a.count, size = a.head_size;
+    float *q = a.scratch, *scores = q + size * kPanel, *keys = scores + columns * kPanel, *values = keys + columns * size;
+    for (int64_t t = 0; t < columns; ++t)
+        for (int64_t d = 0; d < size; ++d) {
+            const int64_t at = t * a.column_stride + d * kPanel;
+            if (t >= a.begin) {
+                a.keys[at] = *lane(a.key, a.row + t - a.begin, d);
+                a.values[at] = *lane(a.value, a.row + t - a.begin, d);
+            }
+            keys[t * size + d] = a.keys[at];
+            values[t * size + d] = a.values[at];
+        }
+    for (int64_t head = 0; head < a.group; ++head)
+        for (int64_t i = 0; i < a.count; i += kPanel) {
+            const int members = int(a.count - i < kPanel ? a.count - i : kPanel);
+            for (int64_t d = 0; d < size; ++d)
+                for (int l = 0; l < kPanel; ++l)
+                    q[d * kPanel + l] = l < members ? *lane(a.query, a.row + i + l, head * size + d) : 0.0f;
+            if (members > BRFT_LANES)
+                attend_to_one<kColumns>({keys, size}, {values, size}, q, size, a.begin + i, members, scores, q);
+            else
+                attend_to_one<1>({keys, size}, {values, size}, q, size, a.begin + i, members, scores, q);
+            for (int64_t d = 0; d < size; ++d)
+                for (int l = 0; l < members; ++l) *lane(a.out, a.row + i + l, head * size + d) = q[d * kPanel + l];
+        }
+}
+
 }  // namespace BRFT_ISA
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
     BRFT_ISA::kPanel,      BRFT_ISA::kTile, BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm,
-    BRFT_ISA::inverse_rms, BRFT_ISA::add,   BRFT_ISA::attend,
+    BRFT_ISA::inverse_rms, BRFT_ISA::add,   BRFT_ISA::attend,  BRFT_ISA::rotate,        BRFT_ISA::read,
 };
 
 }  // namespace bandit_rft::cpu

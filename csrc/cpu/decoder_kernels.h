@@ -9,28 +9,39 @@
 
 namespace bandit_rft::cpu {
 
-// One head of keys and values of one panel, and the `group` query heads that read it.
+// Panels of a batch: panel p begins at p * stride.
+struct Panels {
+    float* data;
+    int64_t stride;
+};
+
+// One head of keys and values of one panel of new tokens, and the `group` query heads that read it.
 struct HeadAttention {
     int members;
     int64_t head_size, group, columns;  // columns of the cache in use, that of the new token included
     int64_t column_stride;              // floats from one column of the cache to the next
     float scaling, norm_eps;
-    const float *query, *key, *value;   // of the new token: [group * head_size, panel], [head_size, panel] twice
+    float *query, *key, *value;         // of the new tokens: [group * head_size, panel], [head_size, panel] twice
     // RMS norm of queries and keys before the rotation: null, or the weights; over one head where the inverses are null,
     // otherwise over all heads, whose 1 / rms [panel] are given and whose weights differ from head to head.
     const float *query_norm, *key_norm, *query_inverse, *key_inverse;
     const float *cos, *sin;             // of each lane's position, [head_size, panel]
     float *keys, *values;               // the cache: column t at t * column_stride, [head_size, panel]
-    const int32_t* first;               // [panel] the first column that a lane sees (and the new one in any case)
+    const int32_t* first;               // [panel] the first column that a lane sees
     int32_t lowest_first, highest_first;
     float* scratch;                     // [head_size + columns, panel]
     float* out;                         // [group * head_size, panel]
 };
 
-// Panels of a batch: panel p begins at p * stride.
-struct Panels {
-    float* data;
-    int64_t stride;
+// The same head for `count` new tokens of one sequence, in the lanes from `row` on: the token in row r is lane r % panel of
+// panel r / panel.
+struct HeadReading {
+    int64_t head_size, group, row, count;
+    int64_t begin;                      // columns of the sequence before these
+    int64_t column_stride;
+    Panels query, key, value, out;      // of this head, rotated
+    float *keys, *values;               // the cache, from the sequence's first column on, in its lane
+    float* scratch;                     // [head_size + columns, panel], and twice [columns, head_size]
 };
 
 struct DecoderKernels {
@@ -48,8 +59,12 @@ struct DecoderKernels {
     void (*inverse_rms)(const float* x, float eps, int64_t size, int members, float* out);
     // x += y
     void (*add)(float* x, const float* y, int64_t size, int members);
-    // writes the new column of the cache and attends to all of them
+    // a step: writes the new column of the cache and attends to all of them
     void (*attend)(const HeadAttention&);
+    // reading: normalizes and rotates keys and queries where they are, and scales the queries ...
+    void (*rotate)(const HeadAttention&);
+    // ... so that a sequence's new columns can be written, and each attend to those before it
+    void (*read)(const HeadReading&);
 };
 
 #if defined(BRFT_X86_DISPATCH)

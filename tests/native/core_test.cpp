@@ -194,7 +194,7 @@ void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_val
 // A decoder's step: a sequence has the same bits alone as in a batch, after others have left it, on any number of threads.
 void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool over_all_heads, std::mt19937& random) {
     const int64_t vocabulary = 7, key_value_heads = 3, heads = key_value_heads * group, queries = heads * head_size;
-    const int64_t key_values = key_value_heads * head_size, hidden_size = 13, intermediate = 29, positions = 9, batch = 37;
+    const int64_t key_values = key_value_heads * head_size, hidden_size = 13, intermediate = 29, positions = 304, batch = 37;
     std::normal_distribution<float> normal(0, 0.4f);
     std::vector<std::vector<float>> kept;
     kept.reserve(100);
@@ -239,27 +239,39 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
     }
     const float* cos = weights(positions * head_size);
     const float* sin = weights(positions * head_size);
-    std::vector<int64_t> first(static_cast<size_t>(batch)), tokens(static_cast<size_t>(batch * 4));
-    for (int64_t b = 0; b < batch; ++b) first[size_t(b)] = b % 3;
+    std::vector<std::vector<int64_t>> prompts(static_cast<size_t>(batch));
+    for (int64_t b = 0; b < batch; ++b)  // one of them is longer than what is read at once
+        for (int64_t i = b == 5 ? 300 : 1 + b % 3 * (b % 2 ? 1 : 20); i > 0; --i)
+            prompts[size_t(b)].push_back(int64_t(random() % uint64_t(vocabulary)));
+    std::vector<int64_t> tokens(static_cast<size_t>(batch * 4));
     for (int64_t& token : tokens) token = int64_t(random() % uint64_t(vocabulary));
 
-    // The hidden states [4, hidden_size] of one sequence, in the batch of all (of which some leave) or alone.
+    // The hidden states [5, hidden_size] of the last of the members: after its prompt, and after four more tokens.
     const auto decode = [&](std::vector<int64_t> members, int threads, bool leave) {
         Decoder decoder(model);
-        std::vector<int64_t> begins(members.size());
-        for (size_t i = 0; i < members.size(); ++i) begins[i] = first[size_t(members[i])];
-        decoder.begin(int64_t(members.size()), int64_t(members.size()), 4, begins.data(), cos, sin, positions);
-        std::vector<float> last(size_t(4 * hidden_size));
+        std::vector<int64_t> read, lengths;
+        for (const int64_t b : members) {
+            const auto& prompt = prompts[size_t(b)];
+            read.insert(read.end(), prompt.begin(), prompt.end());
+            lengths.push_back(int64_t(prompt.size()));
+        }
+        const int64_t size = int64_t(members.size());
+        std::vector<float> last, hidden(members.size() * size_t(hidden_size));
+        const auto keep = [&] {
+            for (float x : hidden) check(std::isfinite(x), "decoder: finite", batch, head_size);
+            last.insert(last.end(), hidden.end() - hidden_size, hidden.end());
+        };
+        decoder.read(read.data(), lengths.data(), size, size, positions, cos, sin, positions, hidden.data(), threads);
+        keep();
         for (int64_t t = 0; t < 4; ++t) {
             std::vector<int64_t> ids, at;
             for (int64_t b : members) {
                 ids.push_back(tokens[size_t(t * batch + b)]);
-                at.push_back(std::max<int64_t>(t - first[size_t(b)], 0));
+                at.push_back(int64_t(prompts[size_t(b)].size()) + t);
             }
-            std::vector<float> hidden(members.size() * size_t(hidden_size));
+            hidden.resize(members.size() * size_t(hidden_size));
             decoder.step(ids.data(), at.data(), hidden.data(), threads);
-            std::copy(hidden.end() - hidden_size, hidden.end(), last.begin() + t * hidden_size);
-            for (float x : hidden) check(std::isfinite(x), "decoder: finite", batch, t);
+            keep();
             if (!leave || members.size() < 3) continue;
             std::vector<int64_t> which, left;  // every other one leaves, then the first is there twice; the last stays last
             for (size_t i = members.size() % 2 ? 0 : 1; i < members.size(); i += 2) which.push_back(int64_t(i));
@@ -277,10 +289,12 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
     };
     std::vector<int64_t> everyone;
     for (int64_t b = 0; b < batch; ++b) everyone.push_back(b);
-    const std::vector<float> alone = decode({batch - 1}, 1, false);
-    // What was computed before a sequence began depends on nothing but the sequence either.
-    check(alone == decode(everyone, 1, false), "decoder: in a batch", batch, head_size);
-    check(alone == decode(everyone, 3, true), "decoder: others leave", batch, head_size);
+    for (const int64_t b : {batch - 1, int64_t(5)}) {
+        std::swap(everyone[size_t(b)], everyone.back());
+        const std::vector<float> alone = decode({b}, 1, false);
+        check(alone == decode(everyone, 1, false), "decoder: in a batch", b, head_size);
+        check(alone == decode(everyone, 3, true), "decoder: others leave", b, head_size);
+    }
 }
 
 }  // namespace
