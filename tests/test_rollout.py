@@ -248,6 +248,21 @@ def test_native_decoding_follows_the_weights() -> None:
                     parameter.mul_(1.1)
 
 
+def test_native_decoding_forgets_an_earlier_batch() -> None:
+    """NaN, too: a column that a sequence does not see has the weight 0, and 0 * NaN is NaN."""
+    engine = native_engine("llama")
+    native, token = engine._native, torch.ones(5, dtype=torch.int64)
+    lengths = torch.tensor([len(p) for p in PROMPTS])
+    expected = native.read(PROMPTS, 5, 12), native.step(token, lengths)
+    kept = engine.policy.base.embed_tokens.weight.detach().clone()
+    with torch.no_grad():
+        engine.policy.base.embed_tokens.weight.fill_(torch.nan)
+        assert native.read([[1] * 11] * 5, 5, 12).isnan().all()
+        engine.policy.base.embed_tokens.weight.copy_(kept)
+    assert torch.equal(native.read(PROMPTS, 5, 12), expected[0])
+    assert torch.equal(native.step(token, lengths), expected[1])
+
+
 def test_changed_model_is_decoded_by_its_own_forward() -> None:
     """A hook, or another forward than the class's: what the core computes is no longer what the model computes."""
     for change in ("hook", "forward"):

@@ -70,6 +70,12 @@ void Decoder::read(const int64_t* tokens, const int64_t* lengths, int64_t batch,
     cos_.assign(cos, cos + positions * model_.head_size);
     sin_.assign(sin, sin + positions * model_.head_size);
     cache_.of(model_.layers.size() * 2 * cache_block() * size_t(room_));
+    // Columns before a sequence have the weight 0, and 0 times a NaN that an earlier batch left there would be NaN.
+    const int64_t before = columns_ - *std::min_element(lengths, lengths + batch);
+    const size_t floats = size_t(before * model_.key_value_heads * model_.head_size * kernels_->panel);
+    for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
+        for (int64_t panel = 0; panel < panels_of(batch); ++panel)
+            std::memset(cache(layer, panel, 1), 0, floats * sizeof(float));
 
     int64_t sequence = 0, begin = 0;
     std::vector<int64_t> places;
@@ -255,7 +261,7 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     }
 }
 
-// A step: attention of one new token each. Reading: what comes before it.
+// A step: attention of one new token each. Reading: the rotation only, for read_runs.
 void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
     const int64_t width = kernels_->panel, panels = panels_of(pass.rows), head_size = model_.head_size;
     const int64_t heads = model_.key_value_heads, group = model_.heads / heads;
