@@ -663,7 +663,8 @@ def _share(value: float) -> str:
 
 
 def _number(value: float, digits: int = 3) -> str:
-    return "–" if math.isnan(value) else number(value, digits)
+    # differences of fractions that cancel leave 1e-21: an artefact of summing, not a gain
+    return "–" if math.isnan(value) else number(value if abs(value) > 1e-12 else 0.0, digits)
 
 
 def _key(slot: int) -> str:
