@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from bandit_rft.cli import main
-from bandit_rft.study.plan import Plan, StudyError, estimate_cost, load_plan
+from bandit_rft.study.plan import Cost, Plan, StudyError, estimate_cost, load_plan
 
 STUDIES = Path(__file__).parent.parent / "studies"
 MINIMAL: dict[str, Any] = {
@@ -109,25 +111,47 @@ def test_a_folder_keeps_its_study(tmp_path: Path) -> None:
         plan.write(tmp_path / "out")
 
 
-def test_cost_of_a_cell_by_hand(tmp_path: Path) -> None:
-    """10 rounds of 4 x 2 rollouts of 100 tokens after 50, evaluated at rounds 0, 5, 10 on 20 + 10 questions."""
+def priced(folder: Path, rule: str, amount: float, parameters: float = 1e9) -> Cost:
+    """A cell of 4 x 2 rollouts of 100 tokens after 50 a round, evaluated every 5 rounds on 20 + 10 questions."""
     plan = plan_of(
-        tmp_path,
+        folder,
         baseline={"preset": "minimal", "batch_size": 4, "num_generations": 2, "advantage": "rloo", "eval_steps": 5},
-        models={"m": {"model_name_or_path": "a/b", "parameters": 1e9}},
-        budget={"rule": "rounds", "amount": 10},
+        models={"m": {"model_name_or_path": "a/b", "parameters": parameters}},
+        budget={"rule": rule, "amount": amount},
         cost={
             "prompt_tokens": 50, "completion_tokens": 100, "train_questions": 20, "test_questions": 10,
             "flops": 1e12, "bytes_per_second": 1e12, "bytes_per_parameter": 2, "decode_batch": 8,
         },
     )  # fmt: skip
-    cost = estimate_cost(plan, plan.cells[0])
+    return estimate_cost(plan, plan.cells[0])
+
+
+def test_cost_of_a_cell_by_hand(tmp_path: Path) -> None:
+    cost = priced(tmp_path, "rounds", 10)
     assert cost.generated == 10 * 8 * 100
     assert cost.trained == 10 * 8 * 150
-    assert cost.evaluated == 3 * 30 * 100
+    assert cost.evaluated == 3 * 30 * 100  # at rounds 0, 5 and 10
     # Drawing 8 sequences: 2 P x 8 x 150 FLOP = 2.4 s, more than 100 reads of 2 GB = 0.2 s.
     seconds = 10 * 2.4 + 2e9 * 90 * 150 / 1e12 + 6e9 * cost.trained / 1e12
     assert cost.gpu_hours == pytest.approx(seconds / 3600)
+
+
+@pytest.mark.parametrize(
+    ("rule", "amount", "rounds"),
+    [("tokens", 8000, 10), ("tokens", 8001, 11), ("seconds", 90, 10), ("seconds", 95, 10), ("seconds", 97, 11)],
+)
+def test_what_a_budget_buys(tmp_path: Path, rule: str, amount: float, rounds: int) -> None:
+    """A round draws 800 tokens and takes 2.4 + 7.2 s; a run ends after the round that uses its budget up."""
+    assert priced(tmp_path, rule, amount) == priced(tmp_path, "rounds", rounds)
+
+
+def test_seconds_of_a_model_of_unknown_size_buy_nobody_knows_how_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost = priced(tmp_path, "seconds", 60, parameters=0)
+    assert math.isnan(cost.generated) and math.isnan(cost.trained) and math.isnan(cost.evaluated)
+    assert main(["study", "plan", str(tmp_path / "study.yaml")]) == 0
+    assert re.search(r"all +2 +- +- +- +-", capsys.readouterr().out)
 
 
 def test_the_papers_grid() -> None:

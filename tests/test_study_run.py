@@ -281,6 +281,29 @@ def test_cells_of_a_seed_are_paired(tmp_path: Path) -> None:
     assert [row["completion"] for row in one[0]] == first
 
 
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "amount"), [("tokens", 400), ("seconds", 0.3)])
+def test_cells_of_equal_budget_end_with_the_round_that_uses_it_up(tmp_path: Path, rule: str, amount: float) -> None:
+    factors = {"rollouts": {"n=4": {"num_generations": 4, "advantage": "group_norm"}}}
+    study = write_study(tmp_path, seeds=2, factors=factors, budget={"rule": rule, "amount": amount})
+    assert start_runner(study, tmp_path / "out", work="train").wait(timeout=200) == 0
+    cells = sorted((tmp_path / "out" / "cells").iterdir())
+    assert len(cells) == 4
+    for cell in cells:
+        lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()][1:]
+        if rule == "tokens":
+            used = [line["tokens/generated"] for line in lines]
+        else:
+            used = [line["seconds/round"] - line.get("seconds/evaluate", 0.0) for line in lines]
+        slack = 0.0 if rule == "tokens" else 0.1 * amount  # a line's clock is read after the budget's
+        assert sum(used[:-1]) < amount + slack and amount <= sum(used)
+        assert "eval/test/pass@1" in lines[-1], "the last round is evaluated, whatever its number"
+    write_study_report(tmp_path / "out")
+    assert f"budget: {amount} {rule}" in (tmp_path / "out" / "report" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("jobs,gpus", [(0, []), (2, ["0"])])
 def test_impossible_numbers_are_refused(tmp_path: Path, jobs: int, gpus: list[str]) -> None:
     from study_runner import Silent

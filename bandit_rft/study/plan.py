@@ -231,7 +231,8 @@ def estimate_cost(plan: Plan, cell: PlannedCell) -> Cost:
 
     FLOP: 2 P a token drawn, scored or read as a prompt, 6 P a token trained on. Decoding takes the longer of that and
     of reading the weights once a step for every `decode_batch` sequences. Nothing is skipped: an upper estimate where
-    rewards of 0 cost no update. A budget in seconds is taken at its word.
+    rewards of 0 cost no update. A budget in seconds buys rounds at that price; without P nobody knows how many, and
+    the tokens are NaN.
     """
     of_study, of_task = plan.settings.get("cost") or {}, plan.settings["tasks"][cell.task].get("cost") or {}
     assumed = {**COST, **of_study, **of_task}
@@ -241,14 +242,25 @@ def estimate_cost(plan: Plan, cell: PlannedCell) -> Cost:
     c = plan.config(cell, plan.base)
     rollouts = c.batch_size * c.num_generations
     length, prompt = min(assumed["completion_tokens"], c.max_completion_length), assumed["prompt_tokens"]
-    rounds = c.max_rounds
-    if c.max_generated_tokens is not None:
-        rounds = min(rounds, math.ceil(c.max_generated_tokens / (rollouts * length)))
     kept = c.batch_size * (1 if ADVANTAGES[c.advantage].trains_on_first else c.rollout.keep or c.num_generations)
     replayed = kept * c.replay.ratio if c.replay.capacity else 0.0
     passes = (kept + replayed) * c.update.epochs
-    generated, trained = float(rounds * rollouts * length), float(rounds * passes * (prompt + length))
-    scored = rounds * (passes if c.objective.kl_coef else replayed) * (prompt + length)
+    trained = passes * (prompt + length)  # in one round, as `scored` and `seconds`
+    scored = (passes if c.objective.kl_coef else replayed) * (prompt + length)
+
+    def decode(sequences: float) -> float:
+        compute = 2 * parameters * sequences * (prompt + length) / assumed["flops"]
+        reads = math.ceil(sequences / assumed["decode_batch"]) * length * parameters
+        return float(max(compute, reads * assumed["bytes_per_parameter"] / assumed["bytes_per_second"]))
+
+    seconds = decode(rollouts) + (6 * trained + 2 * scored) * parameters / assumed["flops"]
+    rounds = c.max_rounds
+    if c.max_generated_tokens is not None:
+        rounds = min(rounds, math.ceil(c.max_generated_tokens / (rollouts * length)))
+    if c.max_seconds is not None:
+        if not parameters:
+            return Cost(math.nan, math.nan, math.nan)
+        rounds = min(rounds, math.ceil(c.max_seconds / seconds))
     evaluations = 1 + (rounds // c.eval_steps + bool(rounds % c.eval_steps) if c.eval_steps else 1)
     splits = c.evaluation.splits or ["train", "test"]
     questions = sum(
@@ -256,15 +268,9 @@ def estimate_cost(plan: Plan, cell: PlannedCell) -> Cost:
         for split in splits
     )
     answers = evaluations * questions * (c.evaluation.num_samples + c.evaluation.greedy)
-    evaluated = answers * length
-
-    def decode(sequences: float) -> float:
-        compute = 2 * parameters * sequences * (prompt + length) / assumed["flops"]
-        reads = math.ceil(sequences / assumed["decode_batch"]) * length * parameters
-        return float(max(compute, reads * assumed["bytes_per_parameter"] / assumed["bytes_per_second"]))
-
-    seconds = rounds * decode(rollouts) + decode(answers)
-    seconds += (6 * trained + 2 * scored) * parameters / assumed["flops"]
-    if c.max_seconds is not None:
-        seconds = c.max_seconds + decode(answers)
-    return Cost(generated, evaluated, trained, seconds / 3600)
+    return Cost(
+        generated=float(rounds * rollouts * length),
+        evaluated=answers * length,
+        trained=float(rounds * trained),
+        gpu_hours=(rounds * seconds + decode(answers)) / 3600,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -109,8 +110,10 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def _cost_columns(cost: Cost) -> list[str]:
-    return [f"{value / 1e6:,.2f}M" for value in (cost.generated, cost.evaluated, cost.trained)] + [
-        f"{cost.gpu_hours:,.2f}" if cost.gpu_hours else "-"
+    tokens = (cost.generated, cost.evaluated, cost.trained)
+    return [
+        *("-" if math.isnan(count) else f"{count / 1e6:,.2f}M" for count in tokens),
+        f"{cost.gpu_hours:,.2f}" if cost.gpu_hours else "-",
     ]
 
 
