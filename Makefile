@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt $(wildcard cmake/*)
 
-.PHONY: help demo test lint pytest bench sanitize gpu-check wheel wheels clean
+.PHONY: help demo test lint pytest bench sanitize test-torch gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
 	@echo "make test      set up, build, lint, type-check and test"
+	@echo "make test-torch TORCH=2.8.0   the tests with another torch, in an environment of its own (gigabytes)"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
 	@echo "make sanitize  the compiled core under the address and undefined-behaviour sanitizers"
@@ -40,6 +41,14 @@ lint: .venv/.built
 pytest: .venv/.built
 	$(BIN)/python -m pytest
 
+# Another torch brings its own Triton and CUDA packages; the rest stays as pinned.
+TORCH ?= 2.8.0
+test-torch:
+	$(PYTHON) -m venv .venv-$(TORCH)
+	grep -viE '^(torch|triton|nvidia|cuda|numpy)' constraints.txt > .venv-$(TORCH)/constraints.txt
+	.venv-$(TORCH)/bin/pip install --quiet -c .venv-$(TORCH)/constraints.txt torch==$(TORCH) "numpy<2.4" --editable ".[dev]"
+	.venv-$(TORCH)/bin/python -m pytest
+
 bench: .venv/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -64,4 +73,4 @@ wheels: .venv/.dependencies
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py cpu cuda
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

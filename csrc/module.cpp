@@ -110,7 +110,7 @@ void head_logits(const py::capsule& hidden, const py::capsule& weight, const Opt
 
 const float* contiguous(const TensorView& tensor, const char* name, int64_t rows, int64_t columns) {
     require(tensor.dtype == DType::f32 && tensor.shape[0] == rows && tensor.shape[1] == columns &&
-                (rows < 2 || tensor.row_stride == columns),
+                tensor.row_stride == columns,
             std::string(name) + " must be a contiguous float32 [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
     return tensor.as<float>();
 }

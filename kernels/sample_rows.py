@@ -28,7 +28,7 @@ from .row_math import scaled
 def key_of(z):
     """uint32 keys in the order of float32 z (the least for NaN and -inf); both zeros have one key."""
     bits = (z + 0.0).to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(z == z, key, 0)
 
 
@@ -78,7 +78,7 @@ def last_key(
 @triton.jit
 def value_of(key):
     """The float32 whose key this is."""
-    return tl.where((key >> 31) != 0, key ^ 0x80000000, ~key).to(tl.float32, bitcast=True)
+    return tl.where((key >> 31) != 0, key ^ 0x80000000, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -8,16 +8,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 TESTS = Path(__file__).parent
+OUTDATED = (
+    find_spec("triton") is not None
+    and Version(version("triton")) < Version("3.7")
+    and Version(np.__version__) >= Version("2.4")
+)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.skipif(OUTDATED, reason="the interpreter of Triton < 3.7 needs numpy < 2.4")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these tests on the GPU")
 def test_operations_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

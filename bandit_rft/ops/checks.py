@@ -100,7 +100,8 @@ def scaling(
 
 
 def positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # A tuple: torch.compile of torch 2.8 breaks on int | float.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number > 0; got {type(value).__name__}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be > 0 and finite; got {value}")

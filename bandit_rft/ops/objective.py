@@ -62,7 +62,7 @@ class PolicyObjective:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         for name in ("clip_low", "clip_high", "importance_cap", "kl_coef", "entropy_coef"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number; got {value!r}")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(

@@ -83,7 +83,7 @@ def linear_policy_loss(
     tokens = _token_arguments(
         objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, hidden, n
     )
-    if not isinstance(gradient_threshold, int | float) or not 0 <= gradient_threshold < 1:
+    if not isinstance(gradient_threshold, (int, float)) or not 0 <= gradient_threshold < 1:
         raise ValueError(f"gradient_threshold must be a number >= 0 and < 1; got {gradient_threshold!r}")
     arguments = (
         targets, *tokens, *split(temperature), softcap, logit_scale, *_fields(objective), float(gradient_threshold)

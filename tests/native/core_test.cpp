@@ -297,10 +297,20 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
     }
 }
 
+// A single row is contiguous whatever stride its exporter gives: torch 2.8 gives 1.
+void single_row_case() {
+    int64_t shape[] = {1, 7}, strides[] = {1, 1};
+    const dlpack::Tensor row{nullptr, {1, 0}, 2, {2, 32, 1}, shape, strides, 0};
+    check(view_of(row, "row", 2).row_stride == 7, "view: a single row", 1, 7);
+    shape[0] = 3, strides[0] = 9;
+    check(view_of(row, "row", 2).row_stride == 9, "view: three rows", 3, 7);
+}
+
 }  // namespace
 
 int main() {
     std::mt19937 random(5);
+    single_row_case();
     for (const char* isa : {"baseline", "avx2", "avx512"}) {
         try {
             use_instruction_set(isa);
