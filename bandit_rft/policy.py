@@ -207,7 +207,10 @@ class Policy:
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
-        self.base: nn.Module = _without_adapter(model).base_model
+        causal_lm = _without_adapter(model)
+        self.base: nn.Module = causal_lm.base_model
+        if self.base is causal_lm:  # transformers 4 gives Gemma 3 a prefix that is not its own
+            self.base = causal_lm.get_decoder()  # type: ignore[no-untyped-call]
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         _check_head(head, model)
         self.weight: Tensor = head.weight

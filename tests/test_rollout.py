@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_policy import CONFIGS
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from bandit_rft import _C, ops
-from bandit_rft.policy import Policy
+from bandit_rft.policy import Policy, UnsupportedModelError
 from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.update import pack_for_training
@@ -83,6 +85,10 @@ def test_models_that_cannot_be_left_padded_are_batched_by_length() -> None:
     policy = Policy(
         AutoModelForCausalLM.from_config(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4))
     )
+    if Version(transformers.__version__) < Version("5"):
+        with pytest.raises(UnsupportedModelError, match="position_ids"):
+            RolloutEngine(policy, max_completion_length=6)
+        return
     engine = RolloutEngine(policy, max_completion_length=6)
     rollouts = engine.generate(PROMPTS, sequence_ids(0, 1, list(range(5)), 0), seed=5)
     torch.testing.assert_close(trainer_logprobs(policy, rollouts), rollouts.logprobs, atol=1e-4, rtol=0)

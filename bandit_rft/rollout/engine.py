@@ -371,7 +371,12 @@ class RolloutEngine:
         """How prompts of different length share a batch without changing what each gives alone; None: they cannot."""
         generator = torch.Generator().manual_seed(1)
         prompts = [torch.randint(0, self.policy.vocab_size, (k,), generator=generator).tolist() for k in (3, 7, 5)]
-        alone = torch.cat([self._two_steps([prompt]) for prompt in prompts], dim=1)
+        try:
+            alone = torch.cat([self._two_steps([prompt]) for prompt in prompts], dim=1)
+        except TypeError as error:  # state-space models of transformers 4 take no positions
+            raise UnsupportedModelError(
+                f"{type(self.policy.model).__name__}: its forward does not decode step by step ({error})"
+            ) from None
         tolerance = (1e-4 if alone.dtype == torch.float32 else 0.05) * float(alone.abs().max())
         whole = torch.cat([torch.tensor([*prompt, 1]) for prompt in prompts]).to(self.policy.device)
         lengths = [len(prompt) + 1 for prompt in prompts]
