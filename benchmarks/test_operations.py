@@ -121,6 +121,29 @@ def test_sample(versus: Versus, batch: Batch, rows: int) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (50, 1.0), (1000, 0.9)])
+def test_filters(versus: Versus, top_k: int, top_p: float) -> None:
+    """Flat rows, where top-p keeps most tokens. PyTorch selects and sorts, as is usual."""
+    logits, stream = torch.randn(8, 151936), sampling(8)
+
+    def plain() -> Any:
+        z = logits
+        if top_k:
+            z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)
+        if top_p < 1:
+            ordered, ids = z.sort(descending=True)
+            probability = ordered.softmax(-1)
+            drop = probability.cumsum(-1) - probability >= top_p
+            z = z.masked_fill(drop.scatter(-1, ids, drop), -torch.inf)
+        token = torch.multinomial(z.softmax(-1), 1)
+        return token, logits.log_softmax(-1).gather(1, token)
+
+    versus(
+        f"sample_from_logits, top_k {top_k}, top_p {top_p} / topk, sort, cumsum, multinomial",
+        lambda: sample_from_logits(logits, top_k=top_k, top_p=top_p, **stream), plain, bar=0.5, rounds=9,
+    )  # fmt: skip
+
+
 class TestBandwidth:
     """Bytes a second of a row kernel, as a share of what copying the same rows reaches (60% is a ratio of 1.67).
 

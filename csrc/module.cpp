@@ -78,7 +78,7 @@ void policy_rows(const py::capsule& logits, const py::capsule& targets, float te
 
 void sample_rows(const py::capsule& logits, float temperature, const OptionalCapsule& temperatures, float softcap,
                  float logit_scale, uint64_t seed, const py::capsule& sequence_ids, const py::capsule& positions,
-                 int64_t top_k, float top_p, float min_p, const py::capsule& tokens, const py::capsule& logprobs,
+                 int64_t top_k, double top_p, double min_p, const py::capsule& tokens, const py::capsule& logprobs,
                  const py::capsule& sampling_logprobs, const py::capsule& entropy, const py::capsule& kept_mass,
                  int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);

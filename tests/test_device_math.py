@@ -217,7 +217,7 @@ def drawn(device: ctypes.CDLL, z: Tensor, scaling: dict[str, Any], filters: dict
     raise_if(
         device.sample_rows(
             argument(z, scaling), *map(pointer, (seed, sequences, positions)),
-            ctypes.c_int64(int(filters.get("top_k", 0))), ctypes.c_float(filters.get("top_p", 1.0)),
+            ctypes.c_int64(int(filters.get("top_k", 0))), ctypes.c_double(filters.get("top_p", 1.0)),
             ctypes.c_float(filters.get("min_p", 0.0)), *map(pointer, out),
         )
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_lost_rows_say_so(kernels: ctypes.CDLL) -> None:
         raise_if(
             kernels.sample_rows(
                 argument(bad, {}), *map(pointer, (torch.tensor(1), torch.arange(3), torch.arange(3))),
-                ctypes.c_int64(int(filters.get("top_k", 0))), ctypes.c_float(filters.get("top_p", 1.0)),
+                ctypes.c_int64(int(filters.get("top_k", 0))), ctypes.c_double(filters.get("top_p", 1.0)),
                 ctypes.c_float(0.0), *map(pointer, out),
             )
         )  # fmt: skip

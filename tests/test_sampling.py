@@ -189,6 +189,47 @@ def test_edges(filters: dict[str, float], backend: str) -> None:
         assert set(ties.tokens.tolist()) == {0, 1, 2}  # ties are ranked by the lower id
 
 
+def awkward_rows(v: int) -> dict[str, Tensor]:
+    """Rows on which a selection by histogram could go wrong: ties, many magnitudes, masks, a single outlier."""
+    j = torch.arange(v)
+    normal = torch.randn(v)
+    return {
+        "two values": (j % 2).float(),
+        "few values": (j * 7 % 5).float() * 0.25,
+        "geometric": -(2.0 ** (j % 200 - 100).float()),
+        "masked": normal.masked_fill(j % 3 == 0, -1e9),
+        "half of it -inf": normal.masked_fill(j % 2 == 0, -torch.inf),
+        "neighbours in float32": 1 + (j % 300).float() * 2**-23,
+        "one far above": normal.index_fill(0, torch.tensor([v - 1]), 3e38).clamp(min=-3e38),
+        "one far below": normal.index_fill(0, torch.tensor([5]), -3e38),
+    }
+
+
+@pytest.mark.parametrize("filters", [*FILTERS[1:], {"top_p": 0.999}, {"top_k": 1000, "top_p": 0.3}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_filters_on_awkward_rows(backend: str, filters: dict[str, float]) -> None:
+    v = 3001
+    for name, row in awkward_rows(v).items():
+        with use_backend(backend):
+            got = sample_from_logits(row.expand(40, v).contiguous(), **stream(40), **filters)
+        keep = reference.kept_tokens(row[None], **filters)[0]
+        mass = torch.softmax(row.double(), 0)[keep].sum()
+        assert keep[got.tokens].all(), name
+        torch.testing.assert_close(
+            got.kept_mass.double(), mass.expand(40), rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_nan_is_not_filtered_away(filters: dict[str, float], backend: str) -> None:
+    z = torch.randn(4, 700)
+    z[1, 600] = torch.nan
+    with use_backend(backend):
+        got = sample_from_logits(z, **stream(4), **filters)
+    assert got.logprobs.isnan().tolist() == [False, True, False, False]
+
+
 def test_seed_may_be_a_tensor_or_any_64_bit_integer() -> None:
     z = torch.randn(9, 300)
     rest = {k: v for k, v in stream(9).items() if k != "seed"}

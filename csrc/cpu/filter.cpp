@@ -1,47 +1,82 @@
 #include "filter.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <numeric>
-#include <vector>
 
 namespace bandit_rft::cpu {
 
-void filter_row(float* z, int64_t vocabulary, float m, int64_t top_k, float top_p, float min_p) {
-    const auto before = [z](int64_t a, int64_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); };
-    const auto relative = [z, m](int64_t id) { return std::exp(double(z[id] - m)); };
+namespace {
 
-    std::vector<int64_t> ids(static_cast<size_t>(vocabulary));
-    std::iota(ids.begin(), ids.end(), int64_t(0));
-    int64_t kept = vocabulary;
-    if (top_k > 0 && top_k < vocabulary) {
-        std::nth_element(ids.begin(), ids.begin() + (top_k - 1), ids.end(), before);
-        kept = top_k;
+using Tokens = std::vector<RankedToken>;
+
+bool ranks_before(const RankedToken& a, const RankedToken& b) { return a.z > b.z || (a.z == b.z && a.id < b.id); }
+
+// The tokens that do not rank after `last`.
+void collect(const float* z, int64_t vocabulary, const RankedToken& last, Tokens& tokens) {
+    tokens.resize(size_t(vocabulary));
+    size_t count = 0;
+    for (int64_t id = 0; id < vocabulary; ++id) {
+        tokens[count] = {z[id], id};
+        count += size_t(z[id] > last.z || (z[id] == last.z && id <= last.id));
     }
-    if (top_p < 1.0f) {
-        double mass = 0;
-        for (int64_t i = 0; i < kept; ++i) mass += relative(ids[size_t(i)]);
-        // Rank only as many tokens as the prefix turns out to need: 64 first, then eight times as many.
-        double reached = 0;
-        int64_t ranked = 0, prefix = 0;
-        for (int64_t want = 64; prefix == ranked && ranked < kept && !(prefix > 0 && reached >= top_p * mass); want *= 8) {
-            const int64_t end = std::min(kept, want);
-            if (end < kept)
-                std::nth_element(ids.begin() + ranked, ids.begin() + (end - 1), ids.begin() + kept, before);
-            std::sort(ids.begin() + ranked, ids.begin() + end, before);
-            for (ranked = end; prefix < ranked && (prefix == 0 || reached < top_p * mass); ++prefix)
-                reached += relative(ids[size_t(prefix)]);
+    tokens.resize(count);
+}
+
+// The first token, in rank order, where the summed weight reaches `goal`, or else the last token. A histogram over z
+// finds the few that lie around it; only those are sorted.
+template <typename Weight>
+RankedToken reaching(double goal, Tokens& tokens, Weight weight) {
+    constexpr int kBuckets = 2048;
+    constexpr size_t kFew = 256;
+    double before = 0;  // the weight of the tokens that rank before all of `tokens`; below the goal
+    while (tokens.size() > kFew) {
+        float low = tokens[0].z, high = tokens[0].z;
+        for (const RankedToken& token : tokens) {
+            low = std::min(low, token.z);
+            high = std::max(high, token.z);
         }
-        kept = prefix;
+        if (low == high) break;
+        const double scale = (kBuckets - 1) / (double(high) - low);
+        const auto bucket = [high, scale](float z) { return int((double(high) - z) * scale); };
+        std::array<double, kBuckets> mass{};
+        for (const RankedToken& token : tokens) mass[size_t(bucket(token.z))] += weight(token.z);
+        int chosen = 0;
+        for (const int end = bucket(low); chosen < end && before + mass[size_t(chosen)] < goal; ++chosen)
+            before += mass[size_t(chosen)];
+        const auto elsewhere = [&](const RankedToken& token) { return bucket(token.z) != chosen; };
+        tokens.erase(std::remove_if(tokens.begin(), tokens.end(), elsewhere), tokens.end());
     }
-    if (min_p > 0.0f) {
-        const auto first = std::min_element(ids.begin(), ids.begin() + kept, before);
-        std::iter_swap(ids.begin(), first);
-        const auto end = std::partition(ids.begin() + 1, ids.begin() + kept,
-                                        [&](int64_t id) { return relative(id) >= double(min_p); });
-        kept = end - ids.begin();
+    if (!std::is_sorted(tokens.begin(), tokens.end(), ranks_before))  // many ties are: they come in the order of their ids
+        std::sort(tokens.begin(), tokens.end(), ranks_before);
+    for (const RankedToken& token : tokens) {
+        before += weight(token.z);
+        if (before >= goal) return token;
     }
-    for (int64_t i = kept; i < vocabulary; ++i) z[ids[size_t(i)]] = -INFINITY;
+    return tokens.back();
+}
+
+}  // namespace
+
+void filter_row(float* z, int64_t vocabulary, float m, int64_t top_k, double top_p, double min_p, Tokens& scratch) {
+    if (!std::isfinite(m)) return;
+    // std::exp is slow where its result underflows, as it does for every logit that a mask has set to -1e9.
+    const auto relative = [m](float logit) { return logit - m < -700.0f ? 0.0 : std::exp(double(logit - m)); };
+    RankedToken last{-INFINITY, -1};  // the last token that stays: here, every finite one
+    if (top_k > 0 && top_k < vocabulary) {
+        collect(z, vocabulary, last, scratch);
+        last = reaching(double(top_k), scratch, [](float) { return 1.0; });
+    }
+    if (top_p < 1.0) {
+        collect(z, vocabulary, last, scratch);
+        double mass = 0;
+        for (const RankedToken& token : scratch) mass += relative(token.z);
+        last = reaching(top_p * mass, scratch, relative);
+    }
+    for (int64_t id = 0; id < vocabulary; ++id) {
+        const RankedToken token{z[id], id};
+        if (ranks_before(last, token) || (min_p > 0.0 && relative(token.z) < min_p)) z[id] = -INFINITY;
+    }
 }
 
 }  // namespace bandit_rft::cpu

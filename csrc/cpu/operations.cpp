@@ -99,10 +99,11 @@ void policy_rows(const Rows& rows, const int64_t* targets, const PolicyInputs& i
 
 void sample_rows(const Rows& rows, const SampleInputs& in, const SampleOutputs& out, int threads) {
     const Kernels& k = kernels();
-    const bool filtered = in.top_k > 0 || in.top_p < 1.0f || in.min_p > 0.0f;
+    const bool filtered = in.top_k > 0 || in.top_p < 1.0 || in.min_p > 0.0;
     const PhiloxKey key{uint32_t(in.seed), uint32_t(in.seed >> 32)};
     parallel(rows.count, 1, rows.count * rows.vocabulary, threads, [&](int64_t begin, int64_t end) {
         std::vector<float> kept(filtered ? size_t(rows.vocabulary) : 0);
+        std::vector<RankedToken> scratch;
         for (int64_t i = begin; i < end; ++i) {
             const Row row = row_of(rows, i);
             const uint64_t sequence = uint64_t(in.sequence_ids[i]);
@@ -112,7 +113,7 @@ void sample_rows(const Rows& rows, const SampleInputs& in, const SampleOutputs& 
             if (filtered) {
                 state = k.row_state(row);
                 k.row_scaled(row, kept.data());
-                filter_row(kept.data(), rows.vocabulary, state.m, in.top_k, in.top_p, in.min_p);
+                filter_row(kept.data(), rows.vocabulary, state.m, in.top_k, in.top_p, in.min_p, scratch);
                 kept_state = k.row_draw({kept.data(), DType::f32, rows.vocabulary, Scaling{}, 1.0f}, stream, draw);
             } else {
                 state = kept_state = k.row_draw(row, stream, draw);

@@ -40,7 +40,7 @@ struct SampleInputs {
     uint64_t seed;
     const int64_t *sequence_ids, *positions;  // [count]
     int64_t top_k;                            // 0: all
-    float top_p, min_p;
+    double top_p, min_p;
 };
 
 struct SampleOutputs {

@@ -74,7 +74,7 @@ void py_policy_rows(const py::capsule& logits, const py::capsule& targets, float
 
 void py_sample_rows(const py::capsule& logits, float temperature, const OptionalCapsule& temperatures, float softcap,
                     float logit_scale, const py::capsule& seed, const py::capsule& sequence_ids,
-                    const py::capsule& positions, int64_t top_k, float top_p, float min_p, const py::capsule& tokens,
+                    const py::capsule& positions, int64_t top_k, double top_p, float min_p, const py::capsule& tokens,
                     const py::capsule& logprobs, const py::capsule& sampling_logprobs, const py::capsule& entropy,
                     const py::capsule& kept_mass, uintptr_t stream) {
     const auto on = Capsules::beside(logits, "logits");

@@ -51,7 +51,8 @@ struct SampleInputs {
     const int64_t* seed;                      // one number
     const int64_t *sequence_ids, *positions;  // [count]
     int64_t top_k;                            // 0: all
-    float top_p, min_p;
+    double top_p;
+    float min_p;
 };
 
 struct SampleOutputs {

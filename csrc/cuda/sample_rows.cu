@@ -91,7 +91,7 @@ BRFT_DEVICE void draw(Winner& winner, const float* z, int64_t column, const uint
 // The threshold: the highest rank such that ranks from it on weigh `goal` or more, of the ranks from `lowest` on. They weigh
 // 1 each, or with kMass their probability relative to the likeliest token, and the goal is top_p of all of it.
 template <bool kMass, class Share>
-BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64_t lowest, uint64_t goal, float top_p, float m,
+BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64_t lowest, uint64_t goal, double top_p, float m,
                             int mass_bits) {
     const int thread = int(threadIdx.x), threads = int(blockDim.x), lane = thread % 32, warp = thread / 32;
     uint64_t prefix = 0;
@@ -145,7 +145,7 @@ BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64
             total += s->warp_weight[w];
         }
         if (kMass && pass == 0) {
-            const double wanted = ceil(double(top_p) * double(total));
+            const double wanted = ceil(top_p * double(total));
             goal = wanted < 1.0 ? 1 : (uint64_t(wanted) < total ? uint64_t(wanted) : total);
         }
         if (until - own < goal && until >= goal) {
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
         uint64_t threshold = 0;
         if (a.in.top_k > 0 && a.in.top_k < a.rows.vocabulary)
             threshold = select<false>(share, &shared->selection, blocks, 0, uint64_t(a.in.top_k), 0.0f, state.m, 0);
-        if (a.in.top_p < 1.0f)
+        if (a.in.top_p < 1.0)
             threshold = select<true>(share, &shared->selection, blocks, threshold, 0, a.in.top_p, state.m, a.mass_bits);
         share.template each<false>([&](int i, const float* z) {
             float left[kWidth];
@@ -268,7 +268,7 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     a.in = in;
     a.out = out;
     for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;
-    const bool filtered = in.top_k > 0 || in.top_p < 1.0f || in.min_p > 0.0f;
+    const bool filtered = in.top_k > 0 || in.top_p < 1.0 || in.min_p > 0.0f;
     a.plan = plan_rows(logits.vocabulary, logits.dtype == DType::f32 ? 4 : 2,
                        int(filtered ? sizeof(FilterShared) : sizeof(Shared)), filtered ? 2 : 1, false, on.limits());
     auto* kernel = logits.dtype == DType::f32    ? kernel_for<F32>(filtered)

@@ -10,6 +10,7 @@
 
 #include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/decoder.h"
+#include "../../csrc/cpu/filter.h"
 #include "../../csrc/cpu/operations.h"
 #include "../../csrc/philox.h"
 
@@ -76,8 +77,8 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
         check(std::fabs(entropy[i] - (std::log(s) - t / s)) < 1e-4, "entropy", n, v);
     }
     std::vector<float> l(n), h(n), s(n), kept(n);
-    for (const auto& filter : {SampleInputs{7, ids.data(), positions.data(), 0, 1.0f, 0.0f},
-                               SampleInputs{7, ids.data(), positions.data(), 5, 0.9f, 0.01f}}) {
+    for (const auto& filter : {SampleInputs{7, ids.data(), positions.data(), 0, 1.0, 0.0},
+                               SampleInputs{7, ids.data(), positions.data(), 5, 0.9, 0.01}}) {
         sample_rows(rows, filter, {tokens.data(), l.data(), s.data(), h.data(), kept.data()}, 3);
         for (int64_t i = 0; i < n; ++i) {
             check(tokens[i] >= 0 && tokens[i] < v, "token range", n, v);
@@ -110,6 +111,41 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
         const double tolerance = (dtype == DType::f32 ? 1e-4 : 1e-2) * (size + 1e-2);
         if (!transformed) check(std::fabs(sum) <= tolerance, "gradient sums to zero", n, v);
     }
+}
+
+// A row of ties, infinities, NaN and magnitudes far apart, against the full sort that filter_row does without.
+void filter_case(int64_t v, int mix, int64_t top_k, double top_p, double min_p, std::mt19937& random) {
+    const float odd[] = {0.0f, -INFINITY, -1e9f, NAN, 1.5f, -3e38f, 3e38f, INFINITY};
+    std::normal_distribution<float> normal(0, 2);
+    std::vector<float> z(static_cast<size_t>(v));
+    for (float& x : z) x = random() % 2 ? normal(random) : odd[random() % uint32_t(mix)];
+    float m = -INFINITY;
+    for (float x : z) m = std::fmax(m, x);
+    std::vector<int64_t> order;
+    for (int64_t j = 0; j < v; ++j)
+        if (z[size_t(j)] > -INFINITY) order.push_back(j);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return z[size_t(a)] > z[size_t(b)]; });
+    const auto relative = [&](int64_t id) { return std::exp(double(z[size_t(id)] - m)); };
+    if (top_k > 0 && top_k < int64_t(order.size())) order.resize(size_t(top_k));
+    double mass = 0, reached = 0, margin = INFINITY;
+    for (int64_t id : order) mass += relative(id);
+    size_t prefix = 0;
+    for (; prefix < order.size() && (top_p == 1.0 || reached < top_p * mass); ++prefix) {
+        reached += relative(order[prefix]);
+        margin = std::fmin(margin, std::fabs(reached - top_p * mass));
+    }
+    order.resize(prefix);
+    std::vector<float> want(z);
+    if (std::isfinite(m)) {
+        for (float& x : want) x = std::isnan(x) ? x : -INFINITY;
+        for (int64_t id : order)
+            if (relative(id) >= min_p) want[size_t(id)] = z[size_t(id)];
+    }
+    std::vector<RankedToken> scratch;
+    filter_row(z.data(), v, m, top_k, top_p, min_p, scratch);
+    bool same = top_p < 1.0 && margin < 1e-12 * mass;  // within rounding of top_p one token more or less is right
+    if (!same) same = std::memcmp(z.data(), want.data(), z.size() * sizeof(float)) == 0;
+    check(same, "filters", 1, v);
 }
 
 void head_case(int64_t b, int64_t hidden_size, int64_t v, DType dtype, std::mt19937& random) {
@@ -311,6 +347,11 @@ void single_row_case() {
 int main() {
     std::mt19937 random(5);
     single_row_case();
+    for (int64_t v : {1, 2, 255, 257, 2999})
+        for (int mix = 1; mix <= 8; ++mix)
+            for (int64_t top_k : {0, 1, 40, 400})
+                for (double top_p : {1.0, 0.9, 0.3})
+                    for (double min_p : {0.0, 0.05}) filter_case(v, mix, top_k, top_p, min_p, random);
     for (const char* isa : {"baseline", "avx2", "avx512"}) {
         try {
             use_instruction_set(isa);

@@ -71,7 +71,7 @@ const char* policy_rows(LogitsArgument logits, const int64_t* targets, int kind,
 }
 
 const char* sample_rows(LogitsArgument logits, const int64_t* seed, const int64_t* sequences, const int64_t* positions,
-                        int64_t top_k, float top_p, float min_p, int64_t* tokens, float* logprobs,
+                        int64_t top_k, double top_p, float min_p, int64_t* tokens, float* logprobs,
                         float* sampling_logprobs, float* entropy, float* kept_mass) {
     return guarded([&] {
         cuda::sample_rows(logits_of(logits), {seed, sequences, positions, top_k, top_p, min_p},
