@@ -121,10 +121,18 @@ def test_sample(versus: Versus, batch: Batch, rows: int) -> None:
     )  # fmt: skip
 
 
+ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "level": lambda z: z * 0.01,
+    "normal": lambda z: z,
+    "peaked": lambda z: z * 6,
+    "half at -1e9": lambda z: z.masked_fill(torch.rand_like(z) < 0.5, -1e9),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (50, 1.0), (1000, 0.9)])
-def test_filters(versus: Versus, top_k: int, top_p: float) -> None:
-    """Flat rows, where top-p keeps most tokens. PyTorch selects and sorts, as is usual."""
-    logits, stream = torch.randn(8, 151936), sampling(8)
+def test_filters(versus: Versus, top_k: int, top_p: float, kind: str) -> None:
+    logits, stream = ROWS[kind](torch.randn(8, 151936)), sampling(8)
 
     def plain() -> Any:
         z = logits
@@ -139,7 +147,7 @@ def test_filters(versus: Versus, top_k: int, top_p: float) -> None:
         return token, logits.log_softmax(-1).gather(1, token)
 
     versus(
-        f"sample_from_logits, top_k {top_k}, top_p {top_p} / topk, sort, cumsum, multinomial",
+        f"sample_from_logits, top_k {top_k}, top_p {top_p}, {kind} / topk, sort, multinomial",
         lambda: sample_from_logits(logits, top_k=top_k, top_p=top_p, **stream), plain, bar=0.5, rounds=9,
     )  # fmt: skip
 
