@@ -349,8 +349,8 @@ int main() {
     single_row_case();
     for (int64_t v : {1, 2, 255, 257, 2999})
         for (int mix = 1; mix <= 8; ++mix)
-            for (int64_t top_k : {0, 1, 40, 400})
-                for (double top_p : {1.0, 0.9, 0.3})
+            for (int64_t top_k : {0, 1, 40, 400, 2900})  // 2900 of 2999: more than are finite
+                for (double top_p : {1.0, std::nextafter(1.0, 0.0), 0.9, 0.3})
                     for (double min_p : {0.0, 0.05}) filter_case(v, mix, top_k, top_p, min_p, random);
     for (const char* isa : {"baseline", "avx2", "avx512"}) {
         try {
