@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt $(wildcard cmake/*)
 
-.PHONY: help demo test lint pytest bench sanitize test-torch gpu-check wheel wheels clean
+.PHONY: help demo test lint pytest bench sanitize test-torch test-lowest gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
 	@echo "make test      set up, build, lint, type-check and test"
 	@echo "make test-torch TORCH=2.8.0   the tests with another torch, in an environment of its own (gigabytes)"
+	@echo "make test-lowest   the tests with the lowest versions that pyproject.toml names, likewise"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
 	@echo "make sanitize  the compiled core under the address and undefined-behaviour sanitizers"
@@ -41,13 +42,21 @@ lint: .venv/.built
 pytest: .venv/.built
 	$(BIN)/python -m pytest
 
-# Another torch brings its own Triton and CUDA packages; the rest stays as pinned.
+# Another torch brings its own Triton and CUDA packages, and an older Triton's interpreter needs an older numpy.
 TORCH ?= 2.8.0
 test-torch:
 	$(PYTHON) -m venv .venv-$(TORCH)
 	grep -viE '^(torch|triton|nvidia|cuda|numpy)' constraints.txt > .venv-$(TORCH)/constraints.txt
 	.venv-$(TORCH)/bin/pip install --quiet -c .venv-$(TORCH)/constraints.txt torch==$(TORCH) "numpy<2.4" --editable ".[dev]"
 	.venv-$(TORCH)/bin/python -m pytest
+
+# Every "name>=1.2" of pyproject.toml as name==1.2.*; without peers and trackers, which ask for newer ones themselves.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z0-9_]+\])?>=[0-9.]+"' pyproject.toml | sed -E 's/"//g; s/\[.*\]//; s/>=(.*)/==\1.*/' > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --quiet -c .venv-lowest/constraints.txt --editable ".[train,lora,study,bench]" \
+	    hypothesis psutil pytest-timeout
+	.venv-lowest/bin/python -m pytest
 
 bench: .venv/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy")
+scipy = pytest.importorskip("scipy")
 pq = pytest.importorskip("pyarrow.parquet")
 import pyarrow as pa  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from scipy import stats  # noqa: E402
 from simulated_study import make_study  # noqa: E402
 
@@ -32,6 +33,7 @@ from bandit_rft.study.statistics import (  # noqa: E402
 )
 
 STUDIES = 1000
+SEED = "rng" if Version(scipy.__version__) >= Version("1.15") else "random_state"  # of stats.bootstrap
 Blocks = list[tuple[float, Array]]
 
 
@@ -113,7 +115,7 @@ def test_a_bootstrap_over_five_seeds_alone_does_not_cover() -> None:
     """Why the interval is not scipy's BCa over seeds: a fact about bootstraps, kept so that nobody goes back to it."""
     blocks, truth = scenario("0/1 rewards", np.random.default_rng(1))
     by_seed = blocks[0][1].mean(-1)
-    options: dict[str, Any] = dict(axis=-1, method="BCa", n_resamples=499, vectorized=True, rng=1)
+    options: dict[str, Any] = dict(axis=-1, method="BCa", n_resamples=499, vectorized=True, **{SEED: 1})
     interval = stats.bootstrap((by_seed,), np.mean, **options).confidence_interval
     assert ((interval.low <= truth) & (truth <= interval.high)).mean() < 0.9
     low, high = bca(blocks)
@@ -216,7 +218,8 @@ def test_bca_is_scipys_where_only_seeds_vary() -> None:
     seeds = np.random.default_rng(2).exponential(size=30)
     block = np.repeat(seeds[:, None], 3, axis=1)[None]
     low, high = bca([(1.0, block)])
-    known = stats.bootstrap((seeds,), np.mean, method="BCa", n_resamples=20_000, rng=0).confidence_interval
+    options: dict[str, Any] = {"method": "BCa", "n_resamples": 20_000, SEED: 0}
+    known = stats.bootstrap((seeds,), np.mean, **options).confidence_interval
     width = known.high - known.low
     assert low[0] == pytest.approx(known.low, abs=0.06 * width)
     assert high[0] == pytest.approx(known.high, abs=0.06 * width)
@@ -267,10 +270,8 @@ def test_rows_by_hand(study: Path, analysis: Analysis) -> None:
     ]
     at_best = analysis.row(("rollouts", "n=8"), "best", "test", model, task)
     assert at_best is not None and at_best["gain"] == pytest.approx(np.mean(best[:5]) - np.mean(best[5:]))
-    areas = [
-        [np.trapezoid([rewards(study, n, "train", r).mean() for r in (0, 10, 20)], dx=0.5) for n in side]
-        for side in names
-    ]
+    heights = [np.array([[rewards(study, n, "train", r).mean() for r in (0, 10, 20)] for n in side]) for side in names]
+    areas = [(h[:, 0] + 2 * h[:, 1] + h[:, 2]) / 4 for h in heights]  # trapezoids over the share of the rounds
     area = analysis.row(("rollouts", "n=8"), "auc", "train", model, task)
     assert area is not None and area["gain"] == pytest.approx(np.mean(areas[0]) - np.mean(areas[1]), abs=1e-6)
 
