@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.policy import Policy
 
 logger = logging.getLogger(__name__)
 

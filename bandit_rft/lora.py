@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bandit_rft.policy import Policy, UnsupportedModelError
+from bandit_rft.model import Policy, UnsupportedModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -34,9 +34,9 @@ from bandit_rft.draws import Draw, constant_groups, join, join_rollouts, most_va
 from bandit_rft.evaluate import answer_text, evaluate
 from bandit_rft.history import ValueTracker
 from bandit_rft.metrics import Metrics, MetricsLog, Stopwatch, open_trackers, read_metrics, write_parquet
+from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.policy import Policy
 from bandit_rft.replay import LastAnswers, TrajectoryReplay, staleness_metrics
 from bandit_rft.rewards import RewardRunner
 from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bandit_rft import ops
+from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.policy import Policy
 from bandit_rft.rollout import Rollouts
 
 

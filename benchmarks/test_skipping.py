@@ -12,7 +12,7 @@ from conftest import RESULTS
 
 from bandit_rft.config import build_config
 from bandit_rft.metrics import read_metrics
-from bandit_rft.ops import policy as operations
+from bandit_rft.ops import policy_loss as operations
 from bandit_rft.tasks import load_task
 from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bandit_rft.model import Policy
 from bandit_rft.ops.attention import packed_attention
-from bandit_rft.policy import Policy
 from bandit_rft.rollout import RolloutEngine, sequence_ids
 
 Versus = Callable[..., float]

@@ -14,7 +14,7 @@ namespace bandit_rft {
 using OptionalCapsule = std::optional<pybind11::capsule>;
 
 class Capsules {
-   public:
+  public:
     static Capsules in_cpu_memory() { return {1, 0, "must be in CPU memory"}; }
     // Of the same device as `first`, which must be a CUDA one.
     static Capsules beside(const pybind11::capsule& first, const char* name) {
@@ -29,15 +29,17 @@ class Capsules {
     TensorView view(const pybind11::capsule& capsule, const char* name, int ndim) const {
         require(std::string(capsule.name()) == "dltensor", std::string(name) + " must be an unconsumed DLPack capsule");
         const TensorView tensor = view_of(capsule.get_pointer<dlpack::ManagedTensor>()->tensor, name, ndim);
-        require(tensor.device_type == type_ && (device_ < 0 || tensor.device_id == device_), std::string(name) + " " + need_);
+        require(tensor.device_type == type_ && (device_ < 0 || tensor.device_id == device_),
+                std::string(name) + " " + need_);
         return tensor;
     }
 
     TensorView vector(const pybind11::capsule& capsule, const char* name, DType dtype, int64_t length) const {
         const TensorView tensor = view(capsule, name, 1);
-        require(tensor.dtype == dtype, std::string(name) + (dtype == DType::f32 ? " must be float32" : " must be int64"));
-        require(tensor.shape[0] == length, std::string(name) + " must have length " + std::to_string(length) + "; got " +
-                                               std::to_string(tensor.shape[0]));
+        require(tensor.dtype == dtype,
+                std::string(name) + (dtype == DType::f32 ? " must be float32" : " must be int64"));
+        require(tensor.shape[0] == length, std::string(name) + " must have length " + std::to_string(length) +
+                                               "; got " + std::to_string(tensor.shape[0]));
         return tensor;
     }
 
@@ -51,7 +53,7 @@ class Capsules {
         return vector(capsule, name, DType::i64, length).as<int64_t>();
     }
 
-   private:
+  private:
     Capsules(int type, int device, const char* need) : type_(type), device_(device), need_(need) {}
     int type_, device_;
     const char* need_;

@@ -25,8 +25,10 @@ cpu::Rows rows_of(const py::capsule& logits, float temperature, const OptionalCa
     const TensorView z = memory.view(logits, "logits", 2);
     require(z.dtype == DType::f32 || z.dtype == DType::bf16, "logits must be float32 or bfloat16");
     require_columns(z);
-    return {z.data, z.dtype, z.shape[0], z.shape[1], z.row_stride, Scaling{logit_scale, softcap}, temperature,
-            memory.floats(temperatures, "temperature", z.shape[0])};
+    return {z.data,       z.dtype,
+            z.shape[0],   z.shape[1],
+            z.row_stride, Scaling{logit_scale, softcap},
+            temperature,  memory.floats(temperatures, "temperature", z.shape[0])};
 }
 
 void logprob_rows(const py::capsule& logits, const py::capsule& targets, float temperature,
@@ -59,7 +61,8 @@ void policy_rows(const py::capsule& logits, const py::capsule& targets, float te
                  const OptionalCapsule& temperatures, float softcap, float logit_scale, int kind, float ratio_low,
                  float ratio_high, float dual_clip, int kl, float kl_coef, float entropy_coef,
                  const py::capsule& advantages, const py::capsule& weights, const OptionalCapsule& behavior,
-                 const OptionalCapsule& reference, const py::capsule& logprobs, const py::capsule& entropy, int threads) {
+                 const OptionalCapsule& reference, const py::capsule& logprobs, const py::capsule& entropy,
+                 int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
     const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
@@ -83,8 +86,12 @@ void sample_rows(const py::capsule& logits, float temperature, const OptionalCap
                  int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
     const int64_t n = rows.count;
-    const cpu::SampleInputs in{seed, memory.vector(sequence_ids, "sequence_ids", DType::i64, n).as<const int64_t>(),
-                               memory.vector(positions, "positions", DType::i64, n).as<const int64_t>(), top_k, top_p, min_p};
+    const cpu::SampleInputs in{seed,
+                               memory.vector(sequence_ids, "sequence_ids", DType::i64, n).as<const int64_t>(),
+                               memory.vector(positions, "positions", DType::i64, n).as<const int64_t>(),
+                               top_k,
+                               top_p,
+                               min_p};
     const cpu::SampleOutputs out{memory.vector(tokens, "tokens", DType::i64, n).as<int64_t>(),
                                  memory.vector(logprobs, "logprobs", DType::f32, n).as<float>(),
                                  memory.vector(sampling_logprobs, "sampling_logprobs", DType::f32, n).as<float>(),
@@ -96,14 +103,15 @@ void sample_rows(const py::capsule& logits, float temperature, const OptionalCap
 
 void head_logits(const py::capsule& hidden, const py::capsule& weight, const OptionalCapsule& bias,
                  const py::capsule& out, int threads) {
-    const TensorView h = memory.view(hidden, "hidden", 2), w = memory.view(weight, "weight", 2), z = memory.view(out, "out", 2);
+    const TensorView h = memory.view(hidden, "hidden", 2), w = memory.view(weight, "weight", 2),
+                     z = memory.view(out, "out", 2);
     require(h.dtype == DType::f32 || h.dtype == DType::bf16, "hidden must be float32 or bfloat16");
     require(w.dtype == DType::f32 || w.dtype == DType::bf16, "weight must be float32 or bfloat16");
     require(h.shape[1] == w.shape[1], "hidden and weight must have the same number of columns");
     require(z.dtype == DType::f32 && z.shape[0] == h.shape[0] && z.shape[1] == w.shape[0] && z.row_stride == z.shape[1],
             "out must be a contiguous float32 [B, V]");
-    const cpu::Head head{h.data,     w.data,       h.dtype,      w.dtype, h.shape[0], h.shape[1],
-                         w.shape[0], h.row_stride, w.row_stride, memory.floats(bias, "bias", w.shape[0])};
+    const cpu::Head head{h.data,     w.data,     h.dtype,      w.dtype,      h.shape[0],
+                         h.shape[1], w.shape[0], h.row_stride, w.row_stride, memory.floats(bias, "bias", w.shape[0])};
     py::gil_scoped_release release;
     cpu::head_logits(head, z.as<float>(), threads);
 }
@@ -111,14 +119,16 @@ void head_logits(const py::capsule& hidden, const py::capsule& weight, const Opt
 const float* contiguous(const TensorView& tensor, const char* name, int64_t rows, int64_t columns) {
     require(tensor.dtype == DType::f32 && tensor.shape[0] == rows && tensor.shape[1] == columns &&
                 tensor.row_stride == columns,
-            std::string(name) + " must be a contiguous float32 [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+            std::string(name) + " must be a contiguous float32 [" + std::to_string(rows) + ", " +
+                std::to_string(columns) + "]");
     return tensor.as<float>();
 }
 
 // q, k, v and out [T, heads * head_size] each.
 cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsule& key, const py::capsule& value,
                                       const py::capsule& cu_seqlens, int64_t head_size, float scaling) {
-    const TensorView q = memory.view(query, "query", 2), k = memory.view(key, "key", 2), c = memory.view(cu_seqlens, "cu_seqlens", 1);
+    const TensorView q = memory.view(query, "query", 2), k = memory.view(key, "key", 2),
+                     c = memory.view(cu_seqlens, "cu_seqlens", 1);
     require(head_size > 0 && q.shape[1] % head_size == 0 && k.shape[1] % head_size == 0 && k.shape[1] > 0 &&
                 q.shape[1] % k.shape[1] == 0,
             "query and key must have whole heads, and query a multiple of key's");
@@ -133,7 +143,8 @@ cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsul
     a.key_value_heads = k.shape[1] / head_size;
     a.head_size = head_size;
     a.scaling = scaling;
-    require(a.cu_seqlens[0] == 0 && a.cu_seqlens[a.sequences] == q.shape[0], "cu_seqlens must begin with 0 and end with T");
+    require(a.cu_seqlens[0] == 0 && a.cu_seqlens[a.sequences] == q.shape[0],
+            "cu_seqlens must begin with 0 and end with T");
     for (int64_t s = 0; s < a.sequences; ++s)
         require(a.cu_seqlens[s] <= a.cu_seqlens[s + 1], "cu_seqlens must not decrease");
     return a;
@@ -171,7 +182,7 @@ void attention_backward(const py::capsule& query, const py::capsule& key, const 
 
 // The weights of a layer by the names they have in transformers; one that is missing or None is absent.
 class LayerWeights {
-   public:
+  public:
     explicit LayerWeights(py::dict weights) : weights_(std::move(weights)) {}
     const float* matrix(const char* name, int64_t rows, int64_t columns) const {
         const py::object value = find(name);
@@ -183,14 +194,17 @@ class LayerWeights {
         return value.is_none() ? nullptr : memory.floats(value.cast<py::capsule>(), name, length);
     }
 
-   private:
-    py::object find(const char* name) const { return weights_.contains(name) ? py::object(weights_[name]) : py::none(); }
+  private:
+    py::object find(const char* name) const {
+        return weights_.contains(name) ? py::object(weights_[name]) : py::none();
+    }
     py::dict weights_;
 };
 
 std::unique_ptr<cpu::Decoder> decoder(const py::dict& outside, const std::vector<py::dict>& layers, int64_t vocabulary,
-                                      int64_t hidden_size, int64_t intermediate_size, int64_t heads, int64_t key_value_heads,
-                                      int64_t head_size, float norm_eps, float scaling, bool norms_over_all_heads) {
+                                      int64_t hidden_size, int64_t intermediate_size, int64_t heads,
+                                      int64_t key_value_heads, int64_t head_size, float norm_eps, float scaling,
+                                      bool norms_over_all_heads) {
     const int64_t queries = heads * head_size, key_values = key_value_heads * head_size;
     const LayerWeights model(outside);
     cpu::DecoderModel m{};
@@ -230,22 +244,24 @@ std::unique_ptr<cpu::Decoder> decoder(const py::dict& outside, const std::vector
     return std::make_unique<cpu::Decoder>(m);
 }
 
-void decoder_read(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& lengths, int64_t room, int64_t capacity,
-                  const py::capsule& cos, const py::capsule& sin, const py::capsule& hidden, int threads) {
+void decoder_read(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& lengths, int64_t room,
+                  int64_t capacity, const py::capsule& cos, const py::capsule& sin, const py::capsule& hidden,
+                  int threads) {
     const TensorView t = memory.view(tokens, "tokens", 1), l = memory.view(lengths, "lengths", 1);
     const TensorView c = memory.view(cos, "cos", 2), s = memory.view(sin, "sin", 2);
     require(t.dtype == DType::i64 && l.dtype == DType::i64, "tokens and lengths must be int64");
     const auto *ids = t.as<const int64_t>(), *counts = l.as<const int64_t>();
     const int64_t batch = l.shape[0], positions = c.shape[0], size = self.model().head_size;
-    require(std::accumulate(counts, counts + batch, int64_t(0)) == t.shape[0], "lengths must add up to the number of tokens");
+    require(std::accumulate(counts, counts + batch, int64_t(0)) == t.shape[0],
+            "lengths must add up to the number of tokens");
     const float *from_cos = contiguous(c, "cos", positions, size), *from_sin = contiguous(s, "sin", positions, size);
     float* h = writable(hidden, "hidden", batch, self.model().hidden_size);
     py::gil_scoped_release release;
     self.read(ids, counts, batch, room, capacity, from_cos, from_sin, positions, h, threads);
 }
 
-void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& positions, const py::capsule& hidden,
-                  int threads) {
+void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& positions,
+                  const py::capsule& hidden, int threads) {
     const auto* t = memory.vector(tokens, "tokens", DType::i64, self.batch()).as<const int64_t>();
     const auto* p = memory.vector(positions, "positions", DType::i64, self.batch()).as<const int64_t>();
     float* h = writable(hidden, "hidden", self.batch(), self.model().hidden_size);

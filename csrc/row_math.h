@@ -60,22 +60,29 @@ struct Objective {
     float kl_coef = 0, entropy_coef = 0;
 };
 
-// c = dL/dlogp of one token. `ratio` is exp(logp - behavior), or 1 on policy; `reference` is read if there is a KL term.
+// c = dL/dlogp of one token. `ratio` is exp(logp - behavior), or 1 on policy; `reference` is read if there is a KL
+// term.
 BRFT_INLINE float token_coefficient(const Objective& o, float logp, float ratio, float advantage, float weight,
                                     float reference) {
     float c = 0.0f;
     if (advantage != 0.0f) {
         float factor = 1.0f;
         switch (o.kind) {
-            case ObjectiveKind::importance: factor = fminf(ratio, o.ratio_high); break;
-            case ObjectiveKind::cispo: factor = fminf(fmaxf(ratio, o.ratio_low), o.ratio_high); break;
+            case ObjectiveKind::importance:
+                factor = fminf(ratio, o.ratio_high);
+                break;
+            case ObjectiveKind::cispo:
+                factor = fminf(fmaxf(ratio, o.ratio_low), o.ratio_high);
+                break;
             case ObjectiveKind::ppo: {
-                const bool clipped = (advantage < 0 && ratio < o.ratio_low) || (advantage > 0 && ratio > o.ratio_high) ||
+                const bool clipped = (advantage < 0 && ratio < o.ratio_low) ||
+                                     (advantage > 0 && ratio > o.ratio_high) ||
                                      (advantage < 0 && o.dual_clip > 0 && ratio > o.dual_clip);
                 factor = clipped ? 0.0f : ratio;
                 break;
             }
-            default: break;
+            default:
+                break;
         }
         if (ratio != ratio) factor = ratio;  // fminf and fmaxf would hide a NaN
         c = factor == 0.0f ? 0.0f : -advantage * weight * factor;

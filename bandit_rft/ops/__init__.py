@@ -3,7 +3,7 @@
 from .backends import checked, describe, use_backend
 from .logprobs import linear_logprobs, logprobs_from_logits
 from .objective import PolicyObjective
-from .policy import PolicyLoss, linear_policy_loss, policy_loss_from_logits
+from .policy_loss import PolicyLoss, linear_policy_loss, policy_loss_from_logits
 from .reference import Sample
 from .sampling import linear_sample, sample_from_logits
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from bandit_rft.rewards.functions import RewardError, RewardFunction
+from bandit_rft.rewards.spec import RewardError, RewardFunction
 
 OUT_OF_MEMORY = 77  # the exit status that tells the parent so
 

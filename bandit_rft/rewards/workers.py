@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bandit_rft.rewards.functions import Entry, RewardError, RewardFunction
+from bandit_rft.rewards.spec import Entry, RewardError, RewardFunction
 from bandit_rft.rewards.worker_main import OUT_OF_MEMORY
 
 log = logging.getLogger(__name__)

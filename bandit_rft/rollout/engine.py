@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bandit_rft import ops
-from bandit_rft.policy import Policy, UnsupportedModelError
+from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.rollout.native import NativeDecoder
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
+from bandit_rft.model import Policy
 from bandit_rft.ops import backends
-from bandit_rft.policy import Policy
 
 #: Models whose layers are what the core computes (config.model_type).
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")

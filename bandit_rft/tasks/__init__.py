@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from bandit_rft.rewards.functions import RewardFunction, unknown_name
+from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, collate
 
 __all__ = ["TASKS", "Example", "Task", "collate", "load_task"]

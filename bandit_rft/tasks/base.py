@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bandit_rft.rewards.functions import RewardFunction, unknown_name
+from bandit_rft.rewards.spec import RewardFunction, unknown_name
 
 
 @dataclass(frozen=True)

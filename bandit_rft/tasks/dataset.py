@@ -15,7 +15,7 @@ Options:
 from pathlib import Path
 from typing import Any
 
-from bandit_rft.rewards.functions import unknown_name
+from bandit_rft.rewards.spec import unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import SUFFIXES, Row, read_hub, read_splits
 

@@ -8,7 +8,7 @@ Options:
 from typing import Any
 
 from bandit_rft.rewards.builtin import last_boxed
-from bandit_rft.rewards.functions import builtin, unknown_name
+from bandit_rft.rewards.spec import builtin, unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import Row, read_hub, read_splits
 

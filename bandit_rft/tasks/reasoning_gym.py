@@ -9,7 +9,7 @@ Options:
 import functools
 from typing import Any
 
-from bandit_rft.rewards.functions import RewardFunction, unknown_name
+from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 
 SUFFIX = "Give the final answer between <answer> and </answer>."

@@ -11,7 +11,7 @@ Options:
 from dataclasses import replace
 from typing import Any
 
-from bandit_rft.rewards.functions import builtin
+from bandit_rft.rewards.spec import builtin
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import Row, read_hub, read_splits
 

@@ -19,7 +19,8 @@ void for_units(const PackedAttention& a, int threads, int passes, const Work& wo
         longest = std::max(longest, length);
         pairs += length * length / 2;
     }
-    const int64_t units = a.sequences * a.key_value_heads, effort = passes * pairs * a.heads / kPairsPerLogit * a.head_size / 16;
+    const int64_t units = a.sequences * a.key_value_heads,
+                  effort = passes * pairs * a.heads / kPairsPerLogit * a.head_size / 16;
     const int64_t floats = kernels().attention->scratch_floats(a, longest);
     parallel(units, 1, effort, threads, [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(static_cast<size_t>(floats));

@@ -3,8 +3,8 @@
 //   forward    P = softmax(scaling Q K^T),  O = P V
 //   backward   dV = P^T dO,  dS = P * (dO V^T - rowsum(dO * O)),  dQ = scaling dS K,  dK = scaling dS^T Q
 //
-// Everything is kept transposed, [keys, a panel of queries], so that a softmax runs down the rows and every product is one
-// of rows with a panel. Never in memory: scores of more than one panel of queries of one head, a mask, padding.
+// Everything is kept transposed, [keys, a panel of queries], so that a softmax runs down the rows and every product is
+// one of rows with a panel. Never in memory: scores of more than one panel of queries of one head, a mask, padding.
 #include "attention.h"
 
 #include "vectors.h"
@@ -16,14 +16,15 @@ BRFT_INLINE int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPane
 BRFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out [rows, kPanel] = weight [rows, size] . panel [size, kPanel], of which `width` lanes count.
-void product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width, float* out) {
+void product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width,
+             float* out) {
     for (int64_t r = 0; r < rows; r += kTile)
         rows_product(int(smaller(rows - r, kTile)), weight + r * stride, stride, panel, size, width, out + r * kPanel);
 }
 
 // The same added to out [rows, stride_out], `width` floats a row.
-void add_product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width, float* out,
-                 int64_t stride_out) {
+void add_product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width,
+                 float* out, int64_t stride_out) {
     alignas(64) float sums[kTile * kPanel];
     for (int64_t r = 0; r < rows; r += kTile) {
         const int some = int(smaller(rows - r, kTile));
@@ -56,8 +57,8 @@ struct Block {
 };
 
 // scores [keys, kPanel] with those a query does not see at -inf.
-BRFT_INLINE void masked_scores(const Block& block, const float* keys, int64_t stride, const float* queries, int64_t size,
-                               float* scores) {
+BRFT_INLINE void masked_scores(const Block& block, const float* keys, int64_t stride, const float* queries,
+                               int64_t size, float* scores) {
     product(block.keys, keys, stride, queries, size, block.width, scores);
     for (int64_t j = block.first; j < block.keys; ++j)
         for (int64_t l = 0; l < j - block.first; ++l) scores[j * kPanel + l] = -INFINITY;
@@ -65,7 +66,8 @@ BRFT_INLINE void masked_scores(const Block& block, const float* keys, int64_t st
 
 int64_t scratch_floats(const PackedAttention& a, int64_t longest) {
     const int64_t size = a.head_size, wide = panels_of(size) * kPanel;
-    return size * longest + 2 * size * kPanel + 2 * kPanel * wide + 2 * longest * kPanel + 2 * longest * wide + size * kPanel;
+    return size * longest + 2 * size * kPanel + 2 * kPanel * wide + 2 * longest * kPanel + 2 * longest * wide +
+           size * kPanel;
 }
 
 void forward(const PackedAttention& a, const AttentionUnit& unit, float* out, float* lse, float* scratch) {
@@ -117,8 +119,10 @@ void backward(const PackedAttention& a, const AttentionUnit& unit, const Attenti
     const int64_t wide = panels_of(size) * kPanel, at = unit.begin * a.key_values() + unit.key_value_head * size;
     const float *keys = a.key + at, *values = a.value + at;
     float *keys_t = scratch, *queries_t = keys_t + size * length, *grad_out_t = queries_t + size * kPanel;
-    float *grad_query_t = grad_out_t + size * kPanel, *queries = grad_query_t + size * kPanel;  // [kPanel, wide], in panels
-    float *grad_outs = queries + kPanel * wide, *weights = grad_outs + kPanel * wide, *grad_scores = weights + length * kPanel;
+    float *grad_query_t = grad_out_t + size * kPanel,
+          *queries = grad_query_t + size * kPanel;  // [kPanel, wide], in panels
+    float *grad_outs = queries + kPanel * wide, *weights = grad_outs + kPanel * wide,
+          *grad_scores = weights + length * kPanel;
     float *grad_keys = grad_scores + length * kPanel, *grad_values = grad_keys + length * wide;
     for (int64_t j = 0; j < length; ++j)
         for (int64_t d = 0; d < size; ++d) keys_t[d * length + j] = keys[j * a.key_values() + d];
@@ -160,8 +164,10 @@ void backward(const PackedAttention& a, const AttentionUnit& unit, const Attenti
                     g.query[first + l * a.queries() + d] = grad_query_t[d * kPanel + l] * a.scaling;
             for (int64_t d = 0; d < size; d += kPanel) {
                 const int width = int(smaller(size - d, kPanel));
-                add_product(block.keys, weights, kPanel, grad_outs + d * kPanel, block.count, width, grad_values + d, wide);
-                add_product(block.keys, grad_scores, kPanel, queries + d * kPanel, block.count, width, grad_keys + d, wide);
+                add_product(block.keys, weights, kPanel, grad_outs + d * kPanel, block.count, width, grad_values + d,
+                            wide);
+                add_product(block.keys, grad_scores, kPanel, queries + d * kPanel, block.count, width, grad_keys + d,
+                            wide);
             }
         }
     }

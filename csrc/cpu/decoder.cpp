@@ -97,14 +97,16 @@ void Decoder::read(const int64_t* tokens, const int64_t* lengths, int64_t batch,
 }
 
 void Decoder::select(const int64_t* which, int64_t count) {
-    require(count > 0 && count <= room_ * kernels_->panel, "which must name a sequence, and no more than there is room for");
+    require(count > 0 && count <= room_ * kernels_->panel,
+            "which must name a sequence, and no more than there is room for");
     bool back = true, forth = true;  // every sequence moves to an earlier lane, or every one to a later
     for (int64_t b = 0; b < count; ++b) {
         require(which[b] >= 0 && which[b] < batch_, "which names a sequence that is not there");
         back = back && which[b] >= b;
         forth = forth && which[b] <= b;
     }
-    require(std::is_sorted(which, which + count) && (back || forth), "which must be ascending, to leave some out or repeat some");
+    require(std::is_sorted(which, which + count) && (back || forth),
+            "which must be ascending, to leave some out or repeat some");
     // In that order no lane is overwritten that is still to be read.
     const auto in_order = [&](const auto& move) {
         for (int64_t i = 0; i < count; ++i) move(back ? i : count - 1 - i);
@@ -140,9 +142,10 @@ void Decoder::require_tokens(const int64_t* tokens, int64_t count) const {
 
 void Decoder::run(const Pass& pass, int threads) {
     const int64_t hidden_size = model_.hidden_size, head_size = model_.head_size, panels = panels_of(pass.rows);
-    const int64_t width = kernels_->panel, queries = model_.heads * head_size, key_values = model_.key_value_heads * head_size;
-    const int64_t weights = int64_t(model_.layers.size()) * hidden_size *
-                            (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
+    const int64_t width = kernels_->panel, queries = model_.heads * head_size,
+                  key_values = model_.key_value_heads * head_size;
+    const int64_t weights =
+        int64_t(model_.layers.size()) * hidden_size * (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
     const int64_t worthwhile = panels * width * weights / kWorthAThread;
     const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worthwhile)));
     const auto in_panels = [&](int64_t size) { return size_t(panels * size * width); };
@@ -193,7 +196,8 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         for (int64_t p = 0; p < panels; ++p)
             kernel.add(residual.data + p * residual.stride, y.data + p * y.stride, hidden_size, members_of(p));
     };
-    // Calls work(begin, end) with this member's rows of a matrix that comes after `before` others' tiles, of `all` in total.
+    // Calls work(begin, end) with this member's rows of a matrix that comes after `before` others' tiles, of `all` in
+    // total.
     const auto rows_of = [&](int64_t rows, int64_t before, int64_t all, const auto& do_rows) {
         const Share share(all, index, size);
         const int64_t tiles = (rows + kernel.tile - 1) / kernel.tile;
@@ -221,7 +225,8 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         int64_t before = 0;
         for (const auto& m : products)
             before = rows_of(m.rows, before, all, [&](int64_t begin, int64_t end) {
-                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, pass.rows, {qkv.data + m.at * width, qkv.stride});
+                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, pass.rows,
+                               {qkv.data + m.at * width, qkv.stride});
             });
         barrier_.wait(size);
         attend(pass, layer, int64_t(l), member, index, size);

@@ -3,9 +3,9 @@
 //   x += [norm] o(attention(rope([norm] q([norm] x)), rope([norm] k([norm] x)), v([norm] x)))
 //   x += [norm] down(silu(gate([norm] x)) * up([norm] x))                       each [norm] is there or not
 //
-// A small model's step is some 200 operations of a few microseconds, so what calls them costs more than they do. Here it is
-// one call: the threads meet five times a layer, and each keeps its own copy of the residual stream in between. Prompts are
-// read the same way, with tokens side by side in the lanes instead of sequences.
+// A small model's step is some 200 operations of a few microseconds, so what calls them costs more than they do. Here
+// it is one call: the threads meet five times a layer, and each keeps its own copy of the residual stream in between.
+// Prompts are read the same way, with tokens side by side in the lanes instead of sequences.
 #pragma once
 
 #include <cstdint>
@@ -34,14 +34,14 @@ struct DecoderModel {
 };
 
 class Decoder {
-   public:
+  public:
     explicit Decoder(const DecoderModel& model);
 
-    // A new batch: reads prompts of `lengths` [batch], whose tokens follow each other; hidden [batch, hidden_size] after their
-    // last ones. The cache has `capacity` columns, and room for `room` sequences that `select` may make of them later; cos
-    // and sin [positions, head_size] are copied.
-    void read(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity, const float* cos,
-              const float* sin, int64_t positions, float* hidden, int threads);
+    // A new batch: reads prompts of `lengths` [batch], whose tokens follow each other; hidden [batch, hidden_size]
+    // after their last ones. The cache has `capacity` columns, and room for `room` sequences that `select` may make of
+    // them later; cos and sin [positions, head_size] are copied.
+    void read(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
+              const float* cos, const float* sin, int64_t positions, float* hidden, int threads);
     // hidden [batch, hidden_size] after one more token each, at the given positions.
     void step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads);
     // The batch is now the sequences `which` [count] of what it was: ascending, some left out or some repeated.
@@ -52,7 +52,7 @@ class Decoder {
     // Sequences in one SIMD vector: batches are worth shrinking by whole ones.
     int lanes() const { return kernels_->panel / 2; }
 
-   private:
+  private:
     struct Freed {
         void operator()(float* memory) const;
     };

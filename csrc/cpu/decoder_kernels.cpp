@@ -36,8 +36,8 @@ void product(const float* weight, const float* bias, int64_t size, int64_t begin
     }
 }
 
-void gated_product(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in, int64_t batch,
-                   Panels out) {
+void gated_product(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in,
+                   int64_t batch, Panels out) {
     alignas(64) float gates[kTile * kPanel], ups[kTile * kPanel];
     for (int64_t r = begin; r < end; r += kTile) {
         const int rows = int(end - r < kTile ? end - r : kTile);
@@ -89,8 +89,8 @@ void add(float* x, const float* y, int64_t size, int members) {
 
 // One head of the new token, normalized if there are weights, rotated, times `factor`.
 template <int Lanes>
-BRFT_INLINE void rotated(const HeadAttention& a, const float* x, const float* weight, const float* given_inverse, float factor,
-                         float* out) {
+BRFT_INLINE void rotated(const HeadAttention& a, const float* x, const float* weight, const float* given_inverse,
+                         float factor, float* out) {
     alignas(64) float inverse[kPanel];
     if (weight && !given_inverse) inverse_rms(x, a.norm_eps, a.head_size, a.members, inverse);
     const float* scale = given_inverse ? given_inverse : inverse;
@@ -142,7 +142,8 @@ BRFT_INLINE void score(const Cached<Shared>& keys, const float* q, int64_t head_
     }
 }
 template <int Width, bool Shared>
-BRFT_INLINE void score_all(const Cached<Shared>& keys, const float* q, int64_t head_size, int64_t from, int64_t to, float* scores) {
+BRFT_INLINE void score_all(const Cached<Shared>& keys, const float* q, int64_t head_size, int64_t from, int64_t to,
+                           float* scores) {
     int64_t t = from;
     for (; t + kScores <= to; t += kScores) score<kScores, Width>(keys, q, head_size, t, scores);
     for (; t < to; ++t) score<1, Width>(keys, q, head_size, t, scores);
@@ -175,8 +176,8 @@ BRFT_INLINE void exponentiate(float* scores, int64_t from, int64_t to, float* to
 
 // out[d] = sum_t weights[t] values[t, d] / total for `Count` elements from d on.
 template <int Count, int Width, bool Shared>
-BRFT_INLINE void mix(const Cached<Shared>& values, const float* weights, const float* total, int64_t from, int64_t to, int64_t d,
-                     float* out) {
+BRFT_INLINE void mix(const Cached<Shared>& values, const float* weights, const float* total, int64_t from, int64_t to,
+                     int64_t d, float* out) {
     Vector sum[Count][Width] = {};
     for (int64_t t = from; t < to; ++t) {
         BRFT_UNROLL
@@ -194,8 +195,8 @@ BRFT_INLINE void mix(const Cached<Shared>& values, const float* weights, const f
     }
 }
 template <int Width, bool Shared>
-BRFT_INLINE void mix_all(const Cached<Shared>& values, const float* weights, const float* total, int64_t head_size, int64_t from,
-                         int64_t to, float* out) {
+BRFT_INLINE void mix_all(const Cached<Shared>& values, const float* weights, const float* total, int64_t head_size,
+                         int64_t from, int64_t to, float* out) {
     int64_t d = 0;
     for (; d + kValues <= head_size; d += kValues) mix<kValues, Width>(values, weights, total, from, to, d, out);
     for (; d < head_size; ++d) mix<1, Width>(values, weights, total, from, to, d, out);
@@ -218,7 +219,8 @@ BRFT_INLINE void attend_lanes(const HeadAttention& a) {
         rotated<kLanes>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
         score_all<Width>(keys, q, a.head_size, a.lowest_first, a.columns, scores);
         for (int64_t t = a.lowest_first; t < a.highest_first; ++t) {
-            for (int l = 0; l < kLanes; ++l) scores[t * kPanel + l] = t < a.first[l] ? -INFINITY : scores[t * kPanel + l];
+            for (int l = 0; l < kLanes; ++l)
+                scores[t * kPanel + l] = t < a.first[l] ? -INFINITY : scores[t * kPanel + l];
         }
         alignas(64) float total[kPanel];
         exponentiate<kLanes>(scores, a.lowest_first, a.columns, total);
@@ -270,7 +272,8 @@ BRFT_INLINE float* lane(const Panels& panels, int64_t row, int64_t d) {
 
 void read(const HeadReading& a) {
     const int64_t columns = a.begin + a.count, size = a.head_size;
-    float *q = a.scratch, *scores = q + size * kPanel, *keys = scores + columns * kPanel, *values = keys + columns * size;
+    float *q = a.scratch, *scores = q + size * kPanel, *keys = scores + columns * kPanel,
+          *values = keys + columns * size;
     for (int64_t t = 0; t < columns; ++t)
         for (int64_t d = 0; d < size; ++d) {
             const int64_t at = t * a.column_stride + d * kPanel;

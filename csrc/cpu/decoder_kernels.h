@@ -1,8 +1,8 @@
 // What a decoding step of a transformer needs from one instruction set; decoder_kernels.cpp, compiled once for each.
 //
-// Everything lies in panels of `panel` sequences, [size, panel] floats: SIMD lanes run over the batch, so every sequence is
-// computed alone in its lane, in an order that does not depend on the others. Only the first `members` lanes of a panel
-// count (more are computed, up to a whole SIMD vector).
+// Everything lies in panels of `panel` sequences, [size, panel] floats: SIMD lanes run over the batch, so every
+// sequence is computed alone in its lane, in an order that does not depend on the others. Only the first `members`
+// lanes of a panel count (more are computed, up to a whole SIMD vector).
 #pragma once
 
 #include <cstdint>
@@ -21,27 +21,27 @@ struct HeadAttention {
     int64_t head_size, group, columns;  // columns of the cache in use, that of the new token included
     int64_t column_stride;              // floats from one column of the cache to the next
     float scaling, norm_eps;
-    float *query, *key, *value;         // of the new tokens: [group * head_size, panel], [head_size, panel] twice
-    // RMS norm of queries and keys before the rotation: null, or the weights; over one head where the inverses are null,
-    // otherwise over all heads, whose 1 / rms [panel] are given and whose weights differ from head to head.
+    float *query, *key, *value;  // of the new tokens: [group * head_size, panel], [head_size, panel] twice
+    // RMS norm of queries and keys before the rotation: null, or the weights; over one head where the inverses are
+    // null, otherwise over all heads, whose 1 / rms [panel] are given and whose weights differ from head to head.
     const float *query_norm, *key_norm, *query_inverse, *key_inverse;
-    const float *cos, *sin;             // of each lane's position, [head_size, panel]
-    float *keys, *values;               // the cache: column t at t * column_stride, [head_size, panel]
-    const int32_t* first;               // [panel] the first column that a lane sees
+    const float *cos, *sin;  // of each lane's position, [head_size, panel]
+    float *keys, *values;    // the cache: column t at t * column_stride, [head_size, panel]
+    const int32_t* first;    // [panel] the first column that a lane sees
     int32_t lowest_first, highest_first;
-    float* scratch;                     // [head_size + columns, panel]
-    float* out;                         // [group * head_size, panel]
+    float* scratch;  // [head_size + columns, panel]
+    float* out;      // [group * head_size, panel]
 };
 
-// The same head for `count` new tokens of one sequence, in the lanes from `row` on: the token in row r is lane r % panel of
-// panel r / panel.
+// The same head for `count` new tokens of one sequence, in the lanes from `row` on: the token in row r is lane r %
+// panel of panel r / panel.
 struct HeadReading {
     int64_t head_size, group, row, count;
-    int64_t begin;                      // columns of the sequence before these
+    int64_t begin;  // columns of the sequence before these
     int64_t column_stride;
-    Panels query, key, value, out;      // of this head, rotated
-    float *keys, *values;               // the cache, from the sequence's first column on, in its lane
-    float* scratch;                     // [head_size + columns, panel], and twice [columns, head_size]
+    Panels query, key, value, out;  // of this head, rotated
+    float *keys, *values;           // the cache, from the sequence's first column on, in its lane
+    float* scratch;                 // [head_size + columns, panel], and twice [columns, head_size]
 };
 
 struct DecoderKernels {

@@ -47,7 +47,8 @@ RankedToken reaching(double goal, Tokens& tokens, Weight weight) {
         const auto elsewhere = [&](const RankedToken& token) { return bucket(token.z) != chosen; };
         tokens.erase(std::remove_if(tokens.begin(), tokens.end(), elsewhere), tokens.end());
     }
-    if (!std::is_sorted(tokens.begin(), tokens.end(), ranks_before))  // many ties are: they come in the order of their ids
+    if (!std::is_sorted(tokens.begin(), tokens.end(),
+                        ranks_before))  // many ties are: they come in the order of their ids
         std::sort(tokens.begin(), tokens.end(), ranks_before);
     for (const RankedToken& token : tokens) {
         before += weight(token.z);

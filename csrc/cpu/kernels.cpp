@@ -1,11 +1,13 @@
-// Rows of logits and the LM head on a CPU. Compiled once for each instruction set (BRFT_ISA, BRFT_LANES); see kernels.h.
+// Rows of logits and the LM head on a CPU. Compiled once for each instruction set (BRFT_ISA, BRFT_LANES); see
+// kernels.h.
 //
 //   pass 1   (m, s, t) of each block of 768 logits, merged in order          -> lse, logp, entropy
 //   pass 2   dz_j = p_j (-c + e (log p_j + entropy)) + c [j = target]        -> over the logits
 //            (with e = 0 and float32, pass 1 leaves exp(z - m) in place and pass 2 is one multiplication)
 //   draw     argmax_j z_j + g_j, where g_j is only computed if it can win
 //
-// Never in memory: probabilities, noise, or anything else of the row's length but the row itself (read from L2 in pass 2).
+// Never in memory: probabilities, noise, or anything else of the row's length but the row itself (read from L2 in pass
+// 2).
 #include "kernels.h"
 
 #include "vectors.h"
@@ -174,8 +176,8 @@ void scale_exponentials(float* exponentials, int64_t vocabulary, const float* bl
     exponentials[target] = -c * expm1f(logp_target);
 }
 
-// Philox with each 32-bit word in a 64-bit lane: the product needs no widening, and since it reads only the lower half of
-// a lane, what the rounds leave in the upper half never has to be cleared. Compilers find this form only when told.
+// Philox with each 32-bit word in a 64-bit lane: the product needs no widening, and since it reads only the lower half
+// of a lane, what the rounds leave in the upper half never has to be cleared. Compilers find this form only when told.
 typedef uint64_t Wide __attribute__((vector_size(BRFT_LANES * 4)));
 constexpr int kWideLanes = BRFT_LANES / 2;
 
@@ -206,7 +208,8 @@ BRFT_INLINE bool any(Wide mask) {
 }
 
 typedef uint32_t Words __attribute__((vector_size(BRFT_LANES * 4)));
-constexpr int kGroup = 4 * BRFT_LANES;  // tokens whose random words are compared at once: two chains of rounds side by side
+constexpr int kGroup =
+    4 * BRFT_LANES;  // tokens whose random words are compared at once: two chains of rounds side by side
 
 // What all counters of one draw share, spread over the lanes once: the ten round keys and three counter words.
 struct WideStream {
@@ -248,9 +251,9 @@ BRFT_INLINE void group_words(const WideStream& stream, uint64_t first_quad, uint
 }
 
 // Offers every token of a block, whose maximum is m, to the draw. Since -log1p(-u) >= u, a token beats `best` only if
-// u < exp(z - best). So a group of tokens is passed over when its smallest random word exceeds that bound for z = m (one
-// compare a word, no logarithm), and a block needs no random numbers at all when even the largest noise (22.9) on its
-// most likely token could not win.
+// u < exp(z - best). So a group of tokens is passed over when its smallest random word exceeds that bound for z = m
+// (one compare a word, no logarithm), and a block needs no random numbers at all when even the largest noise (22.9) on
+// its most likely token could not win.
 BRFT_INLINE void draw_block(const float* z, float m, int n, int64_t begin, const WideStream& stream, Draw& draw) {
     // exp(m - best) with room for the rounding of z + g and of the exponentials, in units of a random word
     const auto bound_for = [m](float best) {
@@ -352,10 +355,20 @@ void pack_hidden(const void* hidden, DType dtype, int64_t stride, int64_t batch,
 }  // namespace BRFT_ISA
 
 const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
-    BRFT_STRING(BRFT_ISA),  BRFT_LANES,           BRFT_ISA::kTile,       BRFT_ISA::kPanel,
-    BRFT_ISA::row_state,    BRFT_ISA::row_logit,  BRFT_ISA::row_scaled,  BRFT_ISA::row_gradient,
-    BRFT_ISA::row_exponentials, BRFT_ISA::scale_exponentials,
-    BRFT_ISA::row_draw,     BRFT_ISA::head_logits, BRFT_ISA::pack_hidden, &BRFT_PASTE(decoder_kernels_, BRFT_ISA),
+    BRFT_STRING(BRFT_ISA),
+    BRFT_LANES,
+    BRFT_ISA::kTile,
+    BRFT_ISA::kPanel,
+    BRFT_ISA::row_state,
+    BRFT_ISA::row_logit,
+    BRFT_ISA::row_scaled,
+    BRFT_ISA::row_gradient,
+    BRFT_ISA::row_exponentials,
+    BRFT_ISA::scale_exponentials,
+    BRFT_ISA::row_draw,
+    BRFT_ISA::head_logits,
+    BRFT_ISA::pack_hidden,
+    &BRFT_PASTE(decoder_kernels_, BRFT_ISA),
     &BRFT_PASTE(attention_kernels_, BRFT_ISA),
 };
 

@@ -1,5 +1,6 @@
 // What the CPU kernels of one instruction set offer. kernels.cpp is compiled once for each instruction set into such a
-// table; operations.cpp chooses among them at run time. Everything here works on raw rows, owns nothing, starts no thread.
+// table; operations.cpp chooses among them at run time. Everything here works on raw rows, owns nothing, starts no
+// thread.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +49,8 @@ struct Kernels {
     void (*row_scaled)(const Row&, float* z);
     // dz written over the row's own logits (same dtype); c and e as in row_math.h
     void (*row_gradient)(const Row&, void* out, int64_t target, const SoftmaxState<double>&, float c, float e);
-    // The same gradient for e = 0, float32 and no softcap, with one exponential a logit instead of two: the first leaves
-    // exp(z - block maximum) over the row and the maxima in `block_max`, the second only scales them.
+    // The same gradient for e = 0, float32 and no softcap, with one exponential a logit instead of two: the first
+    // leaves exp(z - block maximum) over the row and the maxima in `block_max`, the second only scales them.
     SoftmaxState<double> (*row_exponentials)(const Row&, float* exponentials, float* block_max);
     void (*scale_exponentials)(float* exponentials, int64_t vocabulary, const float* block_max, int64_t target,
                                float logp_target, const SoftmaxState<double>&, float c);
@@ -61,7 +62,8 @@ struct Kernels {
                         int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out,
                         int64_t out_stride, float* scratch);
     // [panels, H, head_panel] float32, zero-padded
-    void (*pack_hidden)(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size, float* packed);
+    void (*pack_hidden)(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size,
+                        float* packed);
 
     const DecoderKernels* decoder;
     const AttentionKernels* attention;

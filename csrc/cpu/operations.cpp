@@ -89,7 +89,8 @@ void policy_rows(const Rows& rows, const int64_t* targets, const PolicyInputs& i
             }
             if (in_place) {
                 const float chain = row.scaling.logit_scale / row.temperature;
-                k.scale_exponentials(exponentials, rows.vocabulary, block_max.data(), targets[i], logp, state, c * chain);
+                k.scale_exponentials(exponentials, rows.vocabulary, block_max.data(), targets[i], logp, state,
+                                     c * chain);
             } else {
                 k.row_gradient(row, rows.row(i), targets[i], state, c, e);
             }
@@ -124,7 +125,8 @@ void sample_rows(const Rows& rows, const SampleInputs& in, const SampleOutputs& 
             out.logprobs[i] = row_logprob(state, z);
             out.sampling_logprobs[i] = row_logprob(kept_state, z);
             out.entropy[i] = row_entropy(state);
-            out.kept_mass[i] = filtered ? float(std::exp(double(kept_state.m) - state.m) * kept_state.s / state.s) : 1.0f;
+            out.kept_mass[i] =
+                filtered ? float(std::exp(double(kept_state.m) - state.m) * kept_state.s / state.s) : 1.0f;
         }
     });
 }

@@ -9,8 +9,8 @@
 
 namespace bandit_rft::cpu {
 
-std::string instruction_set();                  // the one in use
-void use_instruction_set(const std::string&);   // for tests and measurements; throws std::invalid_argument
+std::string instruction_set();                 // the one in use
+void use_instruction_set(const std::string&);  // for tests and measurements; throws std::invalid_argument
 
 struct Rows {
     void* logits;
@@ -34,7 +34,8 @@ struct PolicyInputs {
 };
 
 // As logprob_rows, and dL/dlogits is written over the logits.
-void policy_rows(const Rows&, const int64_t* targets, const PolicyInputs&, float* logprobs, float* entropy, int threads);
+void policy_rows(const Rows&, const int64_t* targets, const PolicyInputs&, float* logprobs, float* entropy,
+                 int threads);
 
 struct SampleInputs {
     uint64_t seed;

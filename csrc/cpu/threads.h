@@ -1,7 +1,8 @@
 // Work shared out over the threads that the process has already.
 //
 // torch's OpenMP threads spin for a while after their last task, so threads of our own would compete with them for the
-// cores; they are asked to do the work instead. Linking to a runtime would bring a second one, with its own spinning threads.
+// cores; they are asked to do the work instead. Linking to a runtime would bring a second one, with its own spinning
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -27,10 +28,10 @@ void run_team(int count, Member& member) {
 
 // Where the members of a team wait for each other; they are expected within microseconds.
 class Barrier {
-   public:
+  public:
     void wait(int size);
 
-   private:
+  private:
     std::atomic<int> waiting_{0}, phase_{0};
 };
 

@@ -1,8 +1,8 @@
 // What the kernels of one instruction set are written with: exponentials, and products of a few rows of weights with a
 // panel of vectors. Included by the files that are compiled once for each instruction set (BRFT_ISA, BRFT_LANES).
 //
-// Loops are written for the compiler's vectorizer; nothing here may instantiate a template of the standard library, since
-// the linker keeps one copy of those for all instruction sets.
+// Loops are written for the compiler's vectorizer; nothing here may instantiate a template of the standard library,
+// since the linker keeps one copy of those for all instruction sets.
 #pragma once
 
 #include <cmath>
@@ -77,11 +77,11 @@ BRFT_INLINE float tanh_fast(float x) {
     return magnitude < 0.625f ? near : (x < 0 ? -far : far);
 }
 
-// A panel is kPanel vectors side by side, [size, kPanel]: lanes run over the batch. So weights are read once, as they lie,
-// and every output is one chain of fused multiply-adds over k (in stretches of 256, summed in order) whatever else is
-// computed beside it: a vector's product has the same bits in any batch.
+// A panel is kPanel vectors side by side, [size, kPanel]: lanes run over the batch. So weights are read once, as they
+// lie, and every output is one chain of fused multiply-adds over k (in stretches of 256, summed in order) whatever else
+// is computed beside it: a vector's product has the same bits in any batch.
 typedef float Vector __attribute__((vector_size(BRFT_LANES * 4), aligned(4)));
-constexpr int kColumns = 2;                       // SIMD vectors in a row of a panel
+constexpr int kColumns = 2;  // SIMD vectors in a row of a panel
 constexpr int kPanel = kColumns * BRFT_LANES;
 constexpr int kTile = BRFT_LANES == 16 ? 12 : 6;  // weight rows whose sums stay in registers
 constexpr int kPart = kTile / 3;                  // and those of the remainder
@@ -96,7 +96,8 @@ BRFT_INLINE void store(float* to, Vector x) { memcpy(to, &x, sizeof(Vector)); }
 
 // sums[r, l] = sum_k weight[r, k] panel[k, l] for the first `Columns` SIMD vectors of the panel.
 template <int Rows, int Columns>
-BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size, float* sums) {
+BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
+                              float* sums) {
     for (int64_t start = 0; start == 0 || start < size; start += kStretch) {
         const int64_t stop = start + kStretch < size ? start + kStretch : size;
         Vector sum[Rows][Columns] = {};
@@ -124,7 +125,8 @@ BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const 
 
 // The same for up to kTile rows and the first `width` lanes of the panel (all that are computed at least).
 template <int Columns>
-BRFT_INLINE void some_rows(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size, float* sums) {
+BRFT_INLINE void some_rows(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
+                           float* sums) {
     if (rows == kTile) return tile_product<kTile, Columns>(weight, weight_stride, panel, size, sums);
     int r = 0;
     for (; r + kPart <= rows; r += kPart)

@@ -24,8 +24,8 @@ BRFT_DEVICE char* shared_memory() {
 
 BRFT_DEVICE void block_barrier() { __syncthreads(); }
 
-// Blocks of a cluster exist from sm_90 on; elsewhere a block is alone. What was written to another block's shared memory
-// before cluster_arrive is seen there after cluster_wait.
+// Blocks of a cluster exist from sm_90 on; elsewhere a block is alone. What was written to another block's shared
+// memory before cluster_arrive is seen there after cluster_wait.
 BRFT_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     cooperative_groups::this_cluster().barrier_arrive();

@@ -15,8 +15,10 @@ Logits logits_of(const Capsules& on, const py::capsule& logits, float temperatur
     require(z.dtype == DType::f32 || z.dtype == DType::bf16 || z.dtype == DType::f16,
             "logits must be float32, bfloat16 or float16");
     require_columns(z);
-    return {z.data, z.dtype, z.shape[0], z.shape[1], z.row_stride, Scaling{logit_scale, softcap}, temperature,
-            on.floats(temperatures, "temperature", z.shape[0])};
+    return {z.data,       z.dtype,
+            z.shape[0],   z.shape[1],
+            z.row_stride, Scaling{logit_scale, softcap},
+            temperature,  on.floats(temperatures, "temperature", z.shape[0])};
 }
 
 Gradient gradient_of(const Capsules& on, const OptionalCapsule& out, const Logits& rows) {
@@ -39,8 +41,9 @@ void py_logprob_rows(const py::capsule& logits, const py::capsule& targets, floa
 
 void py_gradient_rows(const py::capsule& logits, const py::capsule& targets, float temperature,
                       const OptionalCapsule& temperatures, float softcap, float logit_scale,
-                      const py::capsule& grad_logprobs, const OptionalCapsule& grad_entropy, const py::capsule& logprobs,
-                      const py::capsule& entropy, const OptionalCapsule& out, uintptr_t stream) {
+                      const py::capsule& grad_logprobs, const OptionalCapsule& grad_entropy,
+                      const py::capsule& logprobs, const py::capsule& entropy, const OptionalCapsule& out,
+                      uintptr_t stream) {
     const auto on = Capsules::beside(logits, "logits");
     const Logits rows = logits_of(on, logits, temperature, temperatures, softcap, logit_scale);
     PolicyInputs in{};
@@ -80,8 +83,12 @@ void py_sample_rows(const py::capsule& logits, float temperature, const Optional
     const auto on = Capsules::beside(logits, "logits");
     const Logits rows = logits_of(on, logits, temperature, temperatures, softcap, logit_scale);
     const int64_t n = rows.count;
-    const SampleInputs in{on.integers(seed, "seed", 1), on.integers(sequence_ids, "sequence_ids", n),
-                          on.integers(positions, "positions", n), top_k, top_p, min_p};
+    const SampleInputs in{on.integers(seed, "seed", 1),
+                          on.integers(sequence_ids, "sequence_ids", n),
+                          on.integers(positions, "positions", n),
+                          top_k,
+                          top_p,
+                          min_p};
     sample_rows(rows, in,
                 {on.integers(tokens, "tokens", n), on.floats(logprobs, "logprobs", n),
                  on.floats(sampling_logprobs, "sampling_logprobs", n), on.floats(entropy, "entropy", n),

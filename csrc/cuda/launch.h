@@ -11,20 +11,21 @@
 namespace bandit_rft::cuda {
 
 struct Limits {
-    int major;              // compute capability
-    int shared_per_block;   // bytes, with opt-in
+    int major;             // compute capability
+    int shared_per_block;  // bytes, with opt-in
     int shared_per_sm;
-    int max_threads;        // kMaxThreads, less in tests
+    int max_threads;  // kMaxThreads, less in tests
 };
 
-// A row of `vocabulary` logits of `width` bytes. With `passes` > 1 its shares are kept in shared memory, beside `header`
-// bytes: on sm_90 and later by the smallest cluster that leaves room for two blocks on a multiprocessor. Where even eight
-// blocks cannot hold the row (or before sm_90 one), the rest is read again, latest first, from L2 as far as it is there.
-// `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
+// A row of `vocabulary` logits of `width` bytes. With `passes` > 1 its shares are kept in shared memory, beside
+// `header` bytes: on sm_90 and later by the smallest cluster that leaves room for two blocks on a multiprocessor. Where
+// even eight blocks cannot hold the row (or before sm_90 one), the rest is read again, latest first, from L2 as far as
+// it is there. `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
 inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, const Limits& limits) {
     const int per_vector = 16 / width;
     const int64_t vectors = (vocabulary + per_vector - 1) / per_vector + 1;  // one more where the row starts inside one
-    const int64_t half = (limits.shared_per_sm / 2 - 1024 - header) / 16, full = (limits.shared_per_block - header) / 16;
+    const int64_t half = (limits.shared_per_sm / 2 - 1024 - header) / 16,
+                  full = (limits.shared_per_block - header) / 16;
     int64_t blocks = 1;
     if (passes > 1 && limits.major >= 9) {
         while (blocks < kMaxCluster && (vectors + blocks - 1) / blocks > half) blocks *= 2;
@@ -51,7 +52,7 @@ inline void check(cudaError_t status, const char* what) {
 
 // The device that the tensors are on, current for as long as this lives.
 class OnDevice {
-   public:
+  public:
     explicit OnDevice(int device) {
         check(cudaGetDevice(&before_), "cudaGetDevice");
         if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
@@ -66,13 +67,15 @@ class OnDevice {
     Limits limits() const {
         Limits limits{};
         check(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device_), "device");
-        check(cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "device");
-        check(cudaDeviceGetAttribute(&limits.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_), "device");
+        check(cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
+              "device");
+        check(cudaDeviceGetAttribute(&limits.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_),
+              "device");
         limits.max_threads = kMaxThreads;
         return limits;
     }
 
-   private:
+  private:
     int before_ = 0, device_ = 0;
 };
 

@@ -36,8 +36,8 @@ struct PolicyInputs {
     const float *given_logprob, *given_entropy;                // ObjectiveKind::given: dL/dlogp, dL/dentropy [count]
 };
 
-// Where dL/dlogits goes: over the logits themselves (data null), to other memory, or over the second half of each float32
-// row in 16 bits: the gradient then is [count, vocabulary] with the stride of the logits' rows.
+// Where dL/dlogits goes: over the logits themselves (data null), to other memory, or over the second half of each
+// float32 row in 16 bits: the gradient then is [count, vocabulary] with the stride of the logits' rows.
 struct Gradient {
     void* data;
     DType dtype;

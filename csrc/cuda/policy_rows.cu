@@ -4,10 +4,10 @@
 //   pass 2   dz_j = p_j (-c + e (log p_j + entropy)) + c [j = target]                          -> over the logits
 //
 // Never in memory: probabilities, or anything of the row's length but the row. On sm_90 and later a row is read from
-// global memory once and written once: in between a cluster of up to eight blocks holds it in shared memory (V = 151,936 in
-// float32 is 74 KiB a block, two blocks a multiprocessor; up to 464,000 logits fit with one). Before sm_90 a block holds
-// the first 160 KiB (sm_80) of the row; the rest is read a second time, latest first: from L2 where it is still there.
-// float32 a thread, double across threads; p_target - 1 is formed as expm1(logp), without cancellation.
+// global memory once and written once: in between a cluster of up to eight blocks holds it in shared memory (V =
+// 151,936 in float32 is 74 KiB a block, two blocks a multiprocessor; up to 464,000 logits fit with one). Before sm_90 a
+// block holds the first 160 KiB (sm_80) of the row; the rest is read a second time, latest first: from L2 where it is
+// still there. float32 a thread, double across threads; p_target - 1 is formed as expm1(logp), without cancellation.
 #include "launch.h"
 #include "operations.h"
 
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {
     PolicyArguments a{};
-    a.rows = {logits.data, logits.count, logits.vocabulary, logits.stride, logits.scaling, logits.temperature,
-              logits.temperatures};
+    a.rows = {logits.data,    logits.count,       logits.vocabulary,  logits.stride,
+              logits.scaling, logits.temperature, logits.temperatures};
     a.targets = targets;
     a.logprobs = logprobs;
     a.entropy = entropy;
@@ -148,7 +148,8 @@ std::string refusal(int device) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
     const auto number = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
-    const std::string built = "these kernels are built with CUDA " + number(CUDART_VERSION) + " for sm_" BRFT_CUDA_NAMES;
+    const std::string built =
+        "these kernels are built with CUDA " + number(CUDART_VERSION) + " for sm_" BRFT_CUDA_NAMES;
     if (driver < CUDART_VERSION / 1000 * 1000)
         return built + ", which need a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
                ".0 or later; this machine " + (driver ? "has one for " + number(driver) : "has no NVIDIA driver");

@@ -54,10 +54,10 @@ struct RowScaling {
 
 // What the launch decides about rows of one shape.
 struct RowPlan {
-    int blocks;      // of a cluster, on one row
-    int threads;     // of a block
-    int cached;      // vectors of a block's share that its shared memory holds
-    int share;       // vectors of a block's share
+    int blocks;   // of a cluster, on one row
+    int threads;  // of a block
+    int cached;   // vectors of a block's share that its shared memory holds
+    int share;    // vectors of a block's share
     int shared_bytes;
 };
 
@@ -197,8 +197,8 @@ struct SharedStates {
     double s[kMaxCluster * kMaxWarps], t[kMaxCluster * kMaxWarps];
 };
 
-// The state of the whole row, in every thread of the cluster. Expects an open cluster_arrive (a block's shared memory may
-// be written only once that block runs), and is itself a barrier for all that was read or written before it.
+// The state of the whole row, in every thread of the cluster. Expects an open cluster_arrive (a block's shared memory
+// may be written only once that block runs), and is itself a barrier for all that was read or written before it.
 BRFT_DEVICE SoftmaxState<double> merged_over_cluster(const SoftmaxState<float>& own, SharedStates* shared, int blocks,
                                                      int rank) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;

@@ -4,10 +4,10 @@
 //   kept     rank(j) >= threshold, rank = (z as an ordered integer, ~j): all ranks differ, so ties fall to the lower id
 //   select   the threshold 11 bits at a time, from the histogram of the ranks that share the bits found so far
 //
-// Never in memory: noise, probabilities, a sorted row. Without filters the row is read once, by one block. With filters a
-// cluster keeps it in shared memory (see policy_rows.cu) and visits it there 3 times for each of top-k and top-p, up to 6
-// where the boundary runs through equal logits. Masses are summed as integers (exact to 2^-44 of the likeliest token at V =
-// 151,936), so neither the order of the atomics nor the cluster's size can change a result.
+// Never in memory: noise, probabilities, a sorted row. Without filters the row is read once, by one block. With filters
+// a cluster keeps it in shared memory (see policy_rows.cu) and visits it there 3 times for each of top-k and top-p, up
+// to 6 where the boundary runs through equal logits. Masses are summed as integers (exact to 2^-44 of the likeliest
+// token at V = 151,936), so neither the order of the atomics nor the cluster's size can change a result.
 #include <type_traits>
 
 #include "../philox.h"
@@ -80,7 +80,8 @@ BRFT_DEVICE void draw(Winner& winner, const float* z, int64_t column, const uint
         if (l == 0 || id % 4 == 0)
             words = philox4x32_10(uint32_t(uint64_t(id) / 4), counter[0], counter[1], counter[2], key);
         const int j = int(uint64_t(id) % 4);
-        const uint32_t word = j < 2 ? (j == 0 ? words.word[0] : words.word[1]) : (j == 2 ? words.word[2] : words.word[3]);
+        const uint32_t word =
+            j < 2 ? (j == 0 ? words.word[0] : words.word[1]) : (j == 2 ? words.word[2] : words.word[3]);
         // -log1p(-u) >= u, so g <= -log u: the noise itself is needed only where that bound reaches the best so far.
         const float bound = z[l] - log_approximate(uniform_from_word(word));
         if (bound + (1e-4f + 4e-7f * fabsf(bound)) >= winner.best && z[l] > -INFINITY)
@@ -88,11 +89,11 @@ BRFT_DEVICE void draw(Winner& winner, const float* z, int64_t column, const uint
     }
 }
 
-// The threshold: the highest rank such that ranks from it on weigh `goal` or more, of the ranks from `lowest` on. They weigh
-// 1 each, or with kMass their probability relative to the likeliest token, and the goal is top_p of all of it.
+// The threshold: the highest rank such that ranks from it on weigh `goal` or more, of the ranks from `lowest` on. They
+// weigh 1 each, or with kMass their probability relative to the likeliest token, and the goal is top_p of all of it.
 template <bool kMass, class Share>
-BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64_t lowest, uint64_t goal, double top_p, float m,
-                            int mass_bits) {
+BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64_t lowest, uint64_t goal, double top_p,
+                            float m, int mass_bits) {
     const int thread = int(threadIdx.x), threads = int(blockDim.x), lane = thread % 32, warp = thread / 32;
     uint64_t prefix = 0;
     for (int shift = 53, bits = kDigitBits, pass = 0;; ++pass) {
@@ -263,8 +264,8 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     require_grid(logits.count);
     const OnDevice on(where.device);
     SampleArguments a{};
-    a.rows = {logits.data, logits.count, logits.vocabulary, logits.stride, logits.scaling, logits.temperature,
-              logits.temperatures};
+    a.rows = {logits.data,    logits.count,       logits.vocabulary,  logits.stride,
+              logits.scaling, logits.temperature, logits.temperatures};
     a.in = in;
     a.out = out;
     for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;

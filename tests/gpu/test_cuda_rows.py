@@ -5,19 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ops_cases import CASES, OBJECTIVES, Case, assert_close_to_truth, plain_in
+from paths import ROOT
 from torch import Tensor
 
 from bandit_rft import linear_logprobs, linear_policy_loss, sample_from_logits
 from bandit_rft.ops import backends, reference, rows, use_backend
 from bandit_rft.ops.rows import Scaling
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _refusal() -> str | None:

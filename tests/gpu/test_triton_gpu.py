@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: triton_operations.py, as tests/test_triton_interpreter.py runs it in the interpreter."""
+"""The Triton kernels on a GPU: triton_operations.py, as tests/kernels/test_triton_interpreter.py runs it in the interpreter."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 
-TESTS = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -21,8 +20,8 @@ pytestmark = [
 
 def test_operations_on_the_gpu() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "triton_operations.py")]
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(SUPPORT / "triton_operations.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
 

@@ -51,7 +51,8 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
         if (dtype == DType::bf16) z[i] = wide(z16[i] = narrow(z[i]));
     }
     const std::vector<float> raw = z;
-    std::vector<float> temperatures(size_t(n), 0.7f), logp(n), entropy(n), advantages(n), weights(n, 0.5f), behavior(n), ref(n);
+    std::vector<float> temperatures(size_t(n), 0.7f), logp(n), entropy(n), advantages(n), weights(n, 0.5f), behavior(n),
+        ref(n);
     std::vector<int64_t> targets(n), ids(n), positions(n), tokens(n);
     for (int64_t i = 0; i < n; ++i) {
         targets[i] = int64_t(random() % uint64_t(v));
@@ -60,8 +61,14 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
         positions[i] = i;
         behavior[i] = ref[i] = -std::log(float(v)) + normal(random) * 0.1f;
     }
-    Rows rows{dtype == DType::f32 ? static_cast<void*>(z.data()) : z16.data(), dtype, n, v, v,
-              transformed ? Scaling{1.5f, 4.0f} : Scaling{}, 1.0f, transformed ? temperatures.data() : nullptr};
+    Rows rows{dtype == DType::f32 ? static_cast<void*>(z.data()) : z16.data(),
+              dtype,
+              n,
+              v,
+              v,
+              transformed ? Scaling{1.5f, 4.0f} : Scaling{},
+              1.0f,
+              transformed ? temperatures.data() : nullptr};
     const auto scaled = [&](int64_t i, int64_t j) {
         const double x = raw[size_t(i * v + j)];
         return transformed ? 4.0 * std::tanh(1.5 * x / 4.0) / 0.7 : x;
@@ -71,7 +78,8 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
     for (int64_t i = 0; i < n; ++i) {
         double m = -INFINITY, s = 0, t = 0;
         for (int64_t j = 0; j < v; ++j) m = std::fmax(m, scaled(i, j));
-        for (int64_t j = 0; j < v; ++j) s += std::exp(scaled(i, j) - m), t += std::exp(scaled(i, j) - m) * (scaled(i, j) - m);
+        for (int64_t j = 0; j < v; ++j)
+            s += std::exp(scaled(i, j) - m), t += std::exp(scaled(i, j) - m) * (scaled(i, j) - m);
         lse[i] = m + std::log(s);
         check(std::fabs(logp[i] - (scaled(i, targets[i]) - lse[i])) < 1e-4, "log-probability", n, v);
         check(std::fabs(entropy[i] - (std::log(s) - t / s)) < 1e-4, "entropy", n, v);
@@ -91,15 +99,18 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
                 const auto words = philox4x32_10(uint32_t(j / 4), uint32_t(positions[i]), uint32_t(ids[i]),
                                                  uint32_t(uint64_t(ids[i]) >> 32), {7, 0});
                 const double x = scaled(i, j) + gumbel_from_word(words.word[j % 4]);
-                if (x > best) second = best, best = x, winner = j;
-                else if (x > second) second = x;
+                if (x > best)
+                    second = best, best = x, winner = j;
+                else if (x > second)
+                    second = x;
             }
             check(best - second < 1e-3 || tokens[i] == winner, "the draw is the argmax", n, v);
         }
     }
     PolicyInputs in{};
     in.objective = {ObjectiveKind::ppo, 0.8f, 1.2f, 3.0f, KlKind::k3, 0.1f, 0.01f};
-    in.advantages = advantages.data(), in.weights = weights.data(), in.behavior = behavior.data(), in.reference = ref.data();
+    in.advantages = advantages.data(), in.weights = weights.data(), in.behavior = behavior.data(),
+    in.reference = ref.data();
     policy_rows(rows, targets.data(), in, logp.data(), entropy.data(), 3);
     for (int64_t i = 0; i < n; ++i) {  // a softmax's gradient sums to zero where nothing follows the softmax
         double sum = 0, size = 0;
@@ -150,41 +161,51 @@ void filter_case(int64_t v, int mix, int64_t top_k, double top_p, double min_p, 
 
 void head_case(int64_t b, int64_t hidden_size, int64_t v, DType dtype, std::mt19937& random) {
     std::normal_distribution<float> normal;
-    std::vector<float> h(size_t(b * hidden_size)), w(size_t(v * hidden_size)), bias(static_cast<size_t>(v)), out(size_t(b * v)), alone(static_cast<size_t>(v));
+    std::vector<float> h(size_t(b * hidden_size)), w(size_t(v * hidden_size)), bias(static_cast<size_t>(v)),
+        out(size_t(b * v)), alone(static_cast<size_t>(v));
     std::vector<uint16_t> h16(h.size()), w16(w.size());
     for (size_t i = 0; i < h.size(); ++i) h[i] = wide(h16[i] = narrow(normal(random)));
     for (size_t i = 0; i < w.size(); ++i) w[i] = wide(w16[i] = narrow(normal(random)));
     for (auto& x : bias) x = normal(random);
     const bool f32 = dtype == DType::f32;
-    const void *hidden = f32 ? static_cast<void*>(h.data()) : h16.data(), *weight = f32 ? static_cast<void*>(w.data()) : w16.data();
-    head_logits({hidden, weight, dtype, dtype, b, hidden_size, v, hidden_size, hidden_size, bias.data()}, out.data(), 3);
+    const void *hidden = f32 ? static_cast<void*>(h.data()) : h16.data(),
+               *weight = f32 ? static_cast<void*>(w.data()) : w16.data();
+    head_logits({hidden, weight, dtype, dtype, b, hidden_size, v, hidden_size, hidden_size, bias.data()}, out.data(),
+                3);
     for (int64_t i = 0; i < b; ++i)
         for (int64_t j = 0; j < v; ++j) {
             double sum = bias[size_t(j)];
-            for (int64_t k = 0; k < hidden_size; ++k) sum += double(h[size_t(i * hidden_size + k)]) * w[size_t(j * hidden_size + k)];
-            check(std::fabs(out[size_t(i * v + j)] - sum) < 1e-4 * (1 + std::sqrt(double(hidden_size))), "head logits", b, v);
+            for (int64_t k = 0; k < hidden_size; ++k)
+                sum += double(h[size_t(i * hidden_size + k)]) * w[size_t(j * hidden_size + k)];
+            check(std::fabs(out[size_t(i * v + j)] - sum) < 1e-4 * (1 + std::sqrt(double(hidden_size))), "head logits",
+                  b, v);
         }
     const int64_t last = b - 1, bytes = f32 ? 4 : 2;
     head_logits({static_cast<const char*>(hidden) + last * hidden_size * bytes, weight, dtype, dtype, 1, hidden_size, v,
-                 hidden_size, hidden_size, bias.data()}, alone.data(), 1);
+                 hidden_size, hidden_size, bias.data()},
+                alone.data(), 1);
     check(std::memcmp(alone.data(), out.data() + last * v, size_t(v) * 4) == 0, "a row is the same bits alone", b, v);
 }
 
 // Attention against plain loops in double, forward and backward.
-void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_value_heads, int64_t size, std::mt19937& random) {
+void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_value_heads, int64_t size,
+                    std::mt19937& random) {
     std::normal_distribution<float> normal;
     std::vector<int64_t> begins{0};
     for (int64_t length : lengths) begins.push_back(begins.back() + length);
-    const int64_t tokens = begins.back(), heads = group * key_value_heads, queries = heads * size, kv = key_value_heads * size;
+    const int64_t tokens = begins.back(), heads = group * key_value_heads, queries = heads * size,
+                  kv = key_value_heads * size;
     const auto filled = [&](int64_t n) {
         std::vector<float> x(static_cast<size_t>(n));
         for (float& value : x) value = normal(random);
         return x;
     };
-    const std::vector<float> q = filled(tokens * queries), k = filled(tokens * kv), v = filled(tokens * kv), g = filled(tokens * queries);
+    const std::vector<float> q = filled(tokens * queries), k = filled(tokens * kv), v = filled(tokens * kv),
+                             g = filled(tokens * queries);
     std::vector<float> out(q.size()), lse(size_t(tokens * heads)), dq(q.size()), dk(k.size()), dv(k.size());
     const float scaling = 0.4f;
-    const PackedAttention a{q.data(), k.data(), v.data(), begins.data(), int64_t(lengths.size()), heads, key_value_heads, size, scaling};
+    const PackedAttention a{q.data(), k.data(),        v.data(), begins.data(), int64_t(lengths.size()),
+                            heads,    key_value_heads, size,     scaling};
     attention_forward(a, out.data(), lse.data(), 3);
     attention_backward(a, {out.data(), lse.data(), g.data(), dq.data(), dk.data(), dv.data()}, 3);
     std::vector<double> exact_dq(q.size()), exact_dk(k.size()), exact_dv(k.size());
@@ -227,10 +248,12 @@ void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_val
     }
 }
 
-// A decoder's step: a sequence has the same bits alone as in a batch, after others have left it, on any number of threads.
+// A decoder's step: a sequence has the same bits alone as in a batch, after others have left it, on any number of
+// threads.
 void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool over_all_heads, std::mt19937& random) {
     const int64_t vocabulary = 7, key_value_heads = 3, heads = key_value_heads * group, queries = heads * head_size;
-    const int64_t key_values = key_value_heads * head_size, hidden_size = 13, intermediate = 29, positions = 304, batch = 37;
+    const int64_t key_values = key_value_heads * head_size, hidden_size = 13, intermediate = 29, positions = 304,
+                  batch = 37;
     std::normal_distribution<float> normal(0, 0.4f);
     std::vector<std::vector<float>> kept;
     kept.reserve(100);
@@ -309,7 +332,8 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
             decoder.step(ids.data(), at.data(), hidden.data(), threads);
             keep();
             if (!leave || members.size() < 3) continue;
-            std::vector<int64_t> which, left;  // every other one leaves, then the first is there twice; the last stays last
+            std::vector<int64_t> which,
+                left;  // every other one leaves, then the first is there twice; the last stays last
             for (size_t i = members.size() % 2 ? 0 : 1; i < members.size(); i += 2) which.push_back(int64_t(i));
             decoder.select(which.data(), int64_t(which.size()));
             for (int64_t i : which) left.push_back(members[size_t(i)]);

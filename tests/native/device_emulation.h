@@ -1,5 +1,6 @@
-// csrc/cuda/device.h's names on a CPU. The threads of a cluster are fibers of one thread: each runs until it waits, then the
-// next one does, in an order that the test chooses, so that a barrier that is missing shows as a wrong result in some order.
+// csrc/cuda/device.h's names on a CPU. The threads of a cluster are fibers of one thread: each runs until it waits,
+// then the next one does, in an order that the test chooses, so that a barrier that is missing shows as a wrong result
+// in some order.
 #pragma once
 
 #include <ucontext.h>
@@ -50,10 +51,10 @@ struct Fiber {
 
 struct Cluster {
     std::vector<Fiber> fibers;
-    std::vector<std::vector<char>> memory;      // of each block; refilled with nonsense before it is used
+    std::vector<std::vector<char>> memory;  // of each block; refilled with nonsense before it is used
     std::vector<Barrier> block_barriers, warp_barriers;
     Barrier cluster_barrier;
-    std::vector<uint64_t> exchanged;            // [fiber][2]: the values of two consecutive shuffles
+    std::vector<uint64_t> exchanged;  // [fiber][2]: the values of two consecutive shuffles
     ucontext_t scheduler;
     Fiber* current = nullptr;
     unsigned first_block = 0, threads = 0;
@@ -71,7 +72,9 @@ inline void enter() {
     cluster.current->finished = true;
     yield();
 }
-inline unsigned warp_of(const Fiber& f) { return (f.block - cluster.first_block) * (cluster.threads / 32) + f.thread / 32; }
+inline unsigned warp_of(const Fiber& f) {
+    return (f.block - cluster.first_block) * (cluster.threads / 32) + f.thread / 32;
+}
 
 inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t bytes, std::function<void()> kernel) {
     Cluster& c = cluster;
@@ -119,7 +122,8 @@ T shuffle(T value, int from_lane) {
     memcpy(&cluster.exchanged[self * 2 + parity], &value, sizeof(T));
     Barrier& barrier = cluster.warp_barriers[warp_of(f)];
     wait(barrier, barrier.arrive());
-    if (from_lane >= 0) memcpy(&value, &cluster.exchanged[(self - self % 32 + size_t(from_lane)) * 2 + parity], sizeof(T));
+    if (from_lane >= 0)
+        memcpy(&value, &cluster.exchanged[(self - self % 32 + size_t(from_lane)) * 2 + parity], sizeof(T));
     return value;
 }
 
@@ -130,7 +134,8 @@ inline char* shared_memory() {
     return memory + (16 - reinterpret_cast<uintptr_t>(memory) % 16) % 16;
 }
 inline void block_barrier() {
-    auto& barrier = emulation::cluster.block_barriers[emulation::cluster.current->block - emulation::cluster.first_block];
+    auto& barrier =
+        emulation::cluster.block_barriers[emulation::cluster.current->block - emulation::cluster.first_block];
     emulation::wait(barrier, barrier.arrive());
 }
 inline void cluster_arrive() {

@@ -1,4 +1,4 @@
-// The CUDA kernels' own source, compiled for the CPU, behind C functions for tests/test_device_math.py.
+// The CUDA kernels' own source, compiled for the CPU, behind C functions for tests/csrc/test_device_math.py.
 #include "../../csrc/cuda/policy_rows.cu"
 #include "../../csrc/cuda/sample_rows.cu"
 
@@ -30,7 +30,8 @@ struct LogitsArgument {
 };
 
 static cuda::Logits logits_of(const LogitsArgument& a) {
-    return {a.data, DType(a.dtype), a.count, a.vocabulary, a.stride, {a.logit_scale, a.softcap}, a.temperature, a.temperatures};
+    return {a.data,        DType(a.dtype), a.count, a.vocabulary, a.stride, {a.logit_scale, a.softcap},
+            a.temperature, a.temperatures};
 }
 
 void use_device(int major, int shared_per_block, int shared_per_sm, int max_threads, bool backwards) {
@@ -49,8 +50,8 @@ const char* logprob_rows(LogitsArgument logits, const int64_t* targets, float* l
 }
 
 // kind 0: advantages and weights are dL/dlogp and dL/dentropy (or null).
-const char* policy_rows(LogitsArgument logits, const int64_t* targets, int kind, float low, float high, float dual_clip, int kl,
-                        float kl_coef, float entropy_coef, const float* advantages, const float* weights,
+const char* policy_rows(LogitsArgument logits, const int64_t* targets, int kind, float low, float high, float dual_clip,
+                        int kl, float kl_coef, float entropy_coef, const float* advantages, const float* weights,
                         const float* behavior, const float* reference, void* gradient, int gradient_dtype,
                         int64_t gradient_stride, float* logprobs, float* entropy) {
     return guarded([&] {

@@ -1,4 +1,5 @@
-// csrc/cuda/launch.h's device and launch on a CPU; see device_emulation.h. Included there, inside the namespace's reach.
+// csrc/cuda/launch.h's device and launch on a CPU; see device_emulation.h. Included there, inside the namespace's
+// reach.
 #pragma once
 
 namespace bandit_rft::cuda {

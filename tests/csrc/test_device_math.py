@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from ops_cases import OBJECTIVES, assert_close_to_truth
+from paths import ROOT
 from torch import Tensor
 
 from bandit_rft.ops import PolicyObjective, reference

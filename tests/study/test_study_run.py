@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from paths import SUPPORT
 from tiny_models import save_tiny_llama
 
 from bandit_rft.study.claims import Claims
@@ -54,7 +55,7 @@ def start_runner(
 ) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
-        str(Path(__file__).parent / "study_runner.py"),
+        str(SUPPORT / "study_runner.py"),
         str(study),
         str(out),
         str(jobs),

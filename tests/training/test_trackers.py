@@ -15,7 +15,7 @@ from tiny_models import character_tokenizer, sums, tiny_llama
 
 from bandit_rft.config import Config
 from bandit_rft.metrics import MetricsLog, open_trackers, read_metrics
-from bandit_rft.policy import Policy
+from bandit_rft.model import Policy
 from bandit_rft.trainer import Trainer
 
 LINES: list[dict[str, Any]] = [

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import transformers
+from architectures import CONFIGS
 from packaging.version import Version
-from test_policy import CONFIGS
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from bandit_rft import _C, ops
-from bandit_rft.policy import Policy, UnsupportedModelError
+from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.update import pack_for_training

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 
 from bandit_rft.ops import backends
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import SUPPORT
 from tiny_models import save_tiny_llama
 
 from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints
@@ -39,7 +40,7 @@ class Trainers:
         self.errors = errors
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "trainer_process.py")], text=True, env=environment,
+            [sys.executable, str(SUPPORT / "trainer_process.py")], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors.open("w"), start_new_session=True,
         )  # fmt: skip
 

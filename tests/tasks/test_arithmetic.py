@@ -11,11 +11,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from paths import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bandit_rft.tasks import arithmetic, collate, countdown, load_task
 
-ROOT = Path(__file__).parent.parent
 STUDY_MODELS = ROOT / "studies" / "models"
 BASE = ROOT / "bandit_rft" / "assets" / "arithmetic-base"
 SMALL = {"train_size": 60, "test_size": 30, "longer_size": 20}

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from bandit_rft.advantages import compute_advantages
+from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective, linear_policy_loss
-from bandit_rft.policy import Policy
 
 TEMPERATURE = 0.7
 PROMPTS = [[5, 9, 14], [6], [21, 7, 30, 8, 12], [11, 4], [3, 3, 3], [40]]

@@ -11,8 +11,8 @@ from tiny_models import tiny_llama
 from torch import Tensor
 
 from bandit_rft import _C
+from bandit_rft.model import Policy
 from bandit_rft.ops import attention
-from bandit_rft.policy import Policy
 
 SHAPES = [  # lengths, query heads, key and value heads, head size
     ([47] * 8, 8, 4, 16),

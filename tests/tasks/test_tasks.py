@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from bandit_rft.rewards import RewardRunner
 from bandit_rft.rewards.builtin import last_boxed
@@ -387,7 +388,7 @@ def test_loading_a_task_imports_no_torch():
         load_task("arithmetic", options={"train_size": 2, "test_size": 2, "longer_size": 2})
         print([name for name in ("torch", "datasets", "pyarrow", "math_verify", "rouge_score") if name in sys.modules])
     """)
-    package = str(Path(__file__).parent.parent / "bandit_rft")
+    package = str(ROOT / "bandit_rft")
     done = subprocess.run(
         [sys.executable, "-c", code, package], capture_output=True, text=True, env=os.environ, timeout=60
     )

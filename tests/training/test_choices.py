@@ -17,9 +17,9 @@ from tiny_rewards import everything, starts_with_vowel
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.metrics import read_metrics
+from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.policy import Policy
 from bandit_rft.rollout import Rollouts
 from bandit_rft.tasks import Task
 from bandit_rft.trainer import Trainer

@@ -22,9 +22,9 @@ from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.data import PromptSet, completion_texts, prompt_tokens, query_order
 from bandit_rft.evaluate import best_of_k
 from bandit_rft.metrics import MetricsLog, read_metrics
+from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.policy import Policy
 from bandit_rft.rollout import Rollouts
 from bandit_rft.tasks import Example, Task
 from bandit_rft.trainer import Trainer

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from paths import ROOT
 
 from bandit_rft.cli import main
 from bandit_rft.study.plan import Cost, Plan, StudyError, estimate_cost, load_plan
 
-STUDIES = Path(__file__).parent.parent / "studies"
+STUDIES = ROOT / "studies"
 MINIMAL: dict[str, Any] = {
     "baseline": {"preset": "minimal", "evaluation": {"splits": ["train", "test"]}},
     "models": {"base": {"model_name_or_path": "arithmetic-base"}},

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from bandit_rft.lora import add_adapter, base_policy
-from bandit_rft.policy import Policy
+from bandit_rft.model import Policy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GSM8K_CARD = """---
@@ -174,7 +174,7 @@ def test_training_by_hub_names_and_continuing_without_a_hub(hub: Hub, tmp_path: 
 ADAPTER = """
 import json, sys, torch
 from bandit_rft.lora import base_policy
-from bandit_rft.policy import Policy
+from bandit_rft.model import Policy
 policy = Policy.load("someone/adapter")
 ids = torch.arange(3, 40)
 with torch.no_grad():
@@ -213,7 +213,7 @@ def test_an_adapter_by_hub_name_comes_with_its_base_model(hub: Hub, tmp_path: Pa
 UNKNOWN = """
 import json, sys
 import bandit_rft.cli
-from bandit_rft.policy import Policy
+from bandit_rft.model import Policy
 from bandit_rft.tasks import load_task
 out, options = {}, {"config": "main", "test_size": 0}
 task = load_task("dataset", data_path="openai/gsm8k", seed=0, options=options, reward=["gsm8k"])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import bandit_rft.rewards as rewards_module
 from bandit_rft.rewards import BUILTINS, RewardError, RewardFunction, RewardRunner, builtin
@@ -319,7 +320,7 @@ def test_functions_of_a_module_and_of_a_script(rewards, tmp_path):
                 print(runner.score(["q"], ["c"], {}).total)
         """)
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=60)
     assert done.stdout == "[4.0]\n", done.stderr
 

@@ -10,14 +10,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from packaging.version import Version
+from paths import ROOT, SUPPORT
 
-TESTS = Path(__file__).parent
 OUTDATED = (
     find_spec("triton") is not None
     and Version(version("triton")) < Version("3.7")
@@ -30,7 +29,7 @@ OUTDATED = (
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these tests on the GPU")
 def test_operations_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / "triton_operations.py")]
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(SUPPORT / "triton_operations.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CONFIGS, own_logprobs
 from safetensors.torch import load_file
 from test_choices import some_batch
-from test_policy import CONFIGS, own_logprobs
 from tiny_models import character_tokenizer, save_tiny_llama, sums, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -22,9 +22,9 @@ from bandit_rft import ops
 from bandit_rft.checkpoint import list_checkpoints
 from bandit_rft.config import Config
 from bandit_rft.lora import add_adapter, base_policy, find_adapter
+from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.ops import logprobs as head_ops
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.policy import Policy, UnsupportedModelError
 from bandit_rft.rollout import RolloutEngine, Rollouts
 from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from packaging.version import Version
+from paths import SUPPORT
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 #: Bytes a multiprocessor has for one block.
@@ -22,7 +22,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_kernel_compiles_without_spills(architecture: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("triton_compile.py")), str(architecture)]
+    command = [sys.executable, str(SUPPORT / "triton_compile.py"), str(architecture)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = json.loads(done.stdout)

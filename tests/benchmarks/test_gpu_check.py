@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 

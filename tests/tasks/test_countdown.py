@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandit_rft.rewards.functions import RewardFunction
+from bandit_rft.rewards.spec import RewardFunction
 from bandit_rft.tasks import countdown, load_task
 from bandit_rft.tasks.countdown import combine, is_solution
 
