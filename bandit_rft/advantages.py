@@ -15,12 +15,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bandit_rft.history import Arrays, RewardHistory, ValueTracker
+from bandit_rft.history import Memory, RewardHistory, ValueTracker
 
 Floats = NDArray[np.float64]
 Queries = NDArray[np.int64]
@@ -28,16 +28,6 @@ Queries = NDArray[np.int64]
 AdvantageFunction = Callable[..., Floats]
 
 EPSILON = 1e-6  # added to a standard deviation, as in the GRPO implementations of verl and of the paper
-
-
-class Memory(Protocol):
-    """What an advantage remembers across rounds; saved in checkpoints."""
-
-    def arrays(self) -> Arrays:
-        """Everything remembered."""
-
-    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take up what `arrays` gave."""
 
 
 @dataclass(frozen=True)

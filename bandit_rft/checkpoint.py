@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ from bandit_rft.optimizer import PolicyOptimizer
 logger = logging.getLogger(__name__)
 
 
+#: What replay.safetensors holds: 1, flat arrays of trajectories; 2, the columns of a RolloutBatch.
+LAYOUT = 2
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: missing, torn, or of another model."""
+
+
+class LayoutError(CheckpointError):
+    """A checkpoint of another version of bandit_rft, intact: not to be passed over for an older one."""
 
 
 def save_checkpoint(
@@ -60,7 +69,8 @@ def save_checkpoint(
         if arrays:
             safetensors.numpy.save_file(arrays, partial / "replay.safetensors")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        state = {**state, "round": round_index, "sha256": {str(p.relative_to(partial)): _sha256(p) for p in files}}
+        sums = {str(path.relative_to(partial)): _sha256(path) for path in files}
+        state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": time.time_ns(), "sha256": sums}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in [*files, partial / "state.json", partial]:
             _sync(path)
@@ -80,9 +90,20 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders in `folder`, by round, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [path for _, path in sorted(found)]
+    """The checkpoint folders in `folder`, by the time they were written, oldest first.
+
+    Not by round: a run that was continued from an older checkpoint writes lower numbers later.
+    """
+    found = [(_written(p), int(m[1]), p) for p in folder.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for *_, path in sorted(found)]
+
+
+def _written(path: Path) -> int:
+    """When a checkpoint was written, in nanoseconds; copying it does not change that."""
+    try:
+        return int(json.loads((path / "state.json").read_text())["written_ns"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.stat().st_mtime_ns
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -90,6 +111,8 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, read_state(path)
+        except LayoutError:
+            raise
         except CheckpointError as error:
             logger.warning("%s; falling back to the checkpoint before it", error)
     return None
@@ -109,6 +132,14 @@ def read_state(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} lacks {name}")
         if _sha256(file) != expected:
             raise CheckpointError(f"{file} does not have the checksum it was saved with")
+    layout = state.get("layout", 1)
+    if layout > LAYOUT:
+        raise LayoutError(f"{path} has layout {layout}, of a later bandit_rft; this one reads up to {LAYOUT}")
+    if layout == 1 and any(name.endswith("|prompt_lengths") for name in load_arrays(path)):
+        raise LayoutError(
+            f"{path} keeps rollouts in layout 1, of an earlier bandit_rft; this one reads layout {LAYOUT}. Continue "
+            "with that version, or start anew from its weights: --model_name_or_path with this folder and a new output_dir"
+        )
     return state
 
 

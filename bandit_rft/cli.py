@@ -92,14 +92,16 @@ def train(arguments: list[str]) -> int:
         for what, value in design_audit(config):
             print(f"# {what + ':':<17}{value}")
         return 0
+    from bandit_rft.listener import Listeners
     from bandit_rft.progress import ConsoleListener, show_result
+    from bandit_rft.report import ReportWriter
 
     _quiet_libraries()
-    listener = ConsoleListener(config)
+    listener, report = ConsoleListener(config), ReportWriter()
     with listener.loading():
         from bandit_rft.trainer import Trainer
 
-        trainer = Trainer(config, listener)
+        trainer = Trainer(config, Listeners(listener, report))
 
     def stop(number: int, frame: object) -> None:
         if trainer.stop_requested:
@@ -114,7 +116,7 @@ def train(arguments: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    show_result(trainer.folder, lines, trainer.report)
+    show_result(trainer.folder, lines, report.path)
     if not trainer.finished:
         listener.say(
             f"stopped after round {trainer.round} of {config.max_rounds}; saved. Continue with\n"

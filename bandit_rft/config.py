@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from bandit_rft.advantages import ADVANTAGES
-from bandit_rft.replay import SELECTIONS
+from bandit_rft.selection import SELECTIONS
 
 
 class ConfigError(ValueError):

@@ -17,7 +17,8 @@ import numpy as np
 from bandit_rft.data import PromptSet, completion_texts, prompt_text, score
 from bandit_rft.metrics import Metrics
 from bandit_rft.rewards import RewardRunner
-from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
+from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout_batch import RolloutBatch
 
 EVALUATION_STREAM = 1  # training rollouts are drawn from stream 0
 
@@ -52,7 +53,7 @@ def evaluate(
         "answer": ("string", []), "reward": ("float64", []), "truncated": ("bool", []),
     }  # fmt: skip
 
-    def draw(sampling: Sampling, count: int, first_sample: int) -> tuple[Rollouts, list[list[float]]]:
+    def draw(sampling: Sampling, count: int, first_sample: int) -> tuple[RolloutBatch, list[list[float]]]:
         split = zlib.crc32(prompts.name.encode())
         queries = np.repeat(np.asarray(prompts.indices), count)
         samples = np.tile(np.arange(count), questions)
@@ -64,7 +65,7 @@ def evaluate(
         rows: dict[str, Sequence[Any]] = {
             "query": queries.tolist(), "sample": (samples + first_sample).tolist(), "completion": texts,
             "prompt": [prompt_text(example.prompt) for example in examples], "reward": rewards,
-            "answer": [answer_text(example) for example in examples], "truncated": rollouts.truncated,
+            "answer": [answer_text(example) for example in examples], "truncated": rollouts.truncated.tolist(),
         }  # fmt: skip
         for name, values in rows.items():
             columns[name][1].extend(values)
@@ -78,9 +79,9 @@ def evaluate(
         metrics["pass@1"] = float(np.mean([of_question[0] for of_question in rewards]))
         for k in [k for k in (2**i for i in range(1, 31)) if k < num_samples] + [num_samples] * (num_samples > 1):
             metrics[f"pass@{k}"] = float(np.mean([best_of_k(of_question, k) for of_question in rewards]))
-        metrics["mean_length"] = float(np.mean(rollouts.lengths))
+        metrics["mean_length"] = float(rollouts.lengths.numpy().mean())
         metrics["entropy"] = float(rollouts.entropy.mean())
-        metrics["truncated_fraction"] = float(np.mean(rollouts.truncated))
+        metrics["truncated_fraction"] = float(rollouts.truncated.numpy().mean())
     if greedy and questions:
         _, rewards = draw(Sampling.greedy(), 1, -1)  # sample -1 in the table
         metrics["greedy"] = float(np.mean(rewards))

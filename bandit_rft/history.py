@@ -1,22 +1,49 @@
 """What is remembered of each query across rounds and epochs: its last rewards, or an estimate of its value.
 
-An advantage that compares with the past owns one of these (advantages.py). Both are part of a checkpoint, as plain
-arrays. Numpy only.
+An advantage that compares with the past owns one of these (advantages.py). All are part of a checkpoint, as plain
+arrays. Nothing here imports torch before a batch is given, so that a configuration is checked without it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bandit_rft.rollout_batch import RolloutBatch
+
 Arrays = dict[str, NDArray[Any]]
 
 
-class RewardHistory:
+class Memory:
+    """What an advantage remembers across rounds. The trainer calls `observe`, the advantage, then `remember`."""
+
+    def observe(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> None:
+        """Look at the rollouts about to be compared, before their advantages are known.
+
+        Args:
+            batch: the round's rollouts that are compared.
+            score: gives a batch's log-probabilities [N] under today's policy; costs a forward pass over it.
+        """
+
+    def remember(self, batch: RolloutBatch) -> None:
+        """Keep what is needed of the rollouts that were compared, advantages included."""
+
+    def arrays(self) -> Arrays:
+        """Everything remembered, for a checkpoint."""
+        return {}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take up what `arrays` gave."""
+
+
+class RewardHistory(Memory):
     """The last `window` rewards of every query, first in, first out (the paper's reward replay, arXiv 2601.22532)."""
 
     def __init__(self, window: int = 8):
@@ -51,13 +78,13 @@ class RewardHistory:
         }
 
 
-class ValueTracker:
+class ValueTracker(Memory):
     """A Beta(a, b) of every query's chance of success, forgetting as the policy moves (SPO, arXiv 2509.13232).
 
     value = a / (a + b). A reward r in [0, 1] makes a <- rho a + r and b <- rho b + 1 - r, where
     rho = 2 ** (-movement / half_life), kept within [decay_min, decay_max]; `movement` is the KL (nats a token) between
-    the policy that last answered the query and today's. A new query starts at value 1/2, with the weight that the
-    fastest forgetting settles at: 1 / (1 - decay_min).
+    the policy that last answered the query and today's, the k3 estimate on that answer. A new query starts at value
+    1/2, with the weight that the fastest forgetting settles at: 1 / (1 - decay_min).
     """
 
     def __init__(self, half_life: float = 0.06, decay_min: float = 0.875, decay_max: float = 0.96):
@@ -67,8 +94,33 @@ class ValueTracker:
                 f"half_life={half_life}, decay_min={decay_min}, decay_max={decay_max}"
             )
         self.half_life, self.decay_min, self.decay_max = half_life, decay_min, decay_max
-        self.movement: dict[int, float] = {}  # of the queries of the round about to be appended; set by the trainer
+        self.movement: dict[int, float] = {}  # of the queries of the round about to be appended
         self._beta: dict[int, tuple[float, float]] = {}
+        self._answers: RolloutBatch | None = None  # the latest first attempt at every query
+
+    def observe(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> None:
+        """Measure how far the policy moved since it last answered each query."""
+        if self._answers is None:
+            return
+        place = {query: row for row, query in enumerate(self._answers.query.tolist())}
+        asked = [query for query in dict.fromkeys(batch.query.tolist()) if query in place]
+        if not asked:
+            return
+        from bandit_rft.ops.objective import kl_estimate
+
+        last = self._answers.select([place[query] for query in asked])
+        kl = kl_estimate("k3", last.logprobs, score(last))
+        self.movement |= {q: float(part.mean()) for q, part in zip(asked, last.split(kl), strict=True)}
+
+    def remember(self, batch: RolloutBatch) -> None:
+        """Keep each query's first attempt, in place of an earlier one."""
+        from bandit_rft.rollout_batch import RolloutBatch
+
+        first = batch.select(batch.attempt == 0)
+        parts = [first] if self._answers is None else [self._answers, first]
+        every = RolloutBatch.cat(parts)
+        latest = {query: row for row, query in enumerate(every.query.tolist())}
+        self._answers = every.select(list(latest.values()))
 
     def value(self, query: int) -> float:
         """The estimate for one query before today's reward."""
@@ -91,12 +143,18 @@ class ValueTracker:
 
     def arrays(self) -> Arrays:
         """Everything remembered, for a checkpoint."""
+        answers = {} if self._answers is None else self._answers.arrays()
         return {
             "queries": np.array(list(self._beta), dtype=np.int64),
             "beta": np.array(list(self._beta.values()), dtype=np.float64).reshape(-1, 2),
+            **{f"answers|{name}": column for name, column in answers.items()},
         }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take up what `arrays` gave."""
+        from bandit_rft.rollout_batch import RolloutBatch
+
         pairs = zip(arrays["queries"].tolist(), arrays["beta"].tolist(), strict=True)
         self._beta = {query: (a, b) for query, (a, b) in pairs}
+        answers = {name.removeprefix("answers|"): x for name, x in arrays.items() if name.startswith("answers|")}
+        self._answers = RolloutBatch.from_arrays(answers) if answers else None

@@ -11,7 +11,16 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from bandit_rft.selection import constant_groups
+
+if TYPE_CHECKING:
+    from bandit_rft.rewards import RewardResult
+    from bandit_rft.rollout_batch import RolloutBatch
+    from bandit_rft.update import Update
 
 Metrics = dict[str, float | int | None]
 
@@ -30,7 +39,10 @@ class MetricsLog:
     """metrics.jsonl of a run folder: one flat JSON object a round, each line written whole and flushed."""
 
     def __init__(self, folder: Path, *, from_round: int | None = None, trackers: Sequence[Tracker] = ()):
-        """Open the log; with `from_round`, drop the lines of later rounds (they will be run again) and torn ones."""
+        """Open the log, with the lines of rounds up to `from_round` (None: none); the run will write the others again.
+
+        What is left out must have been set aside before (run_folder.py).
+        """
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if from_round is not None and line["round"] <= from_round]
         temporary = self.path.with_suffix(".partial")
@@ -62,16 +74,25 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order; a last line that was torn by a kill is left out."""
+    """The lines of a run's metrics.jsonl, in order; lines torn by a kill or a bad disk are left out."""
+    return parse_metrics(folder)[0]
+
+
+def parse_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's metrics.jsonl that are whole, in order, and how many are not."""
     path = folder / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines
+    torn = 0
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("round"), int):
+            lines.append(line)
+        else:
+            torn += 1
+    return lines, torn
 
 
 class Stopwatch:
@@ -170,3 +191,54 @@ _OPEN: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
     "wandb": partial(_Run, "wandb"),
     "trackio": partial(_Run, "trackio"),
 }
+
+
+# --- the tables of a round's line ------------------------------------------------------------------------------------
+
+
+def reward_metrics(batch: RolloutBatch, rewards: RewardResult) -> Metrics:
+    """What a round's rollouts earned; where queries have several, also the share of constant groups."""
+    reward, queries = batch.reward.numpy(), batch.query.numpy()
+    scored = ~np.isnan(reward)
+    totals = reward[scored]
+    metrics: Metrics = {
+        "reward": float(totals.mean()) if len(totals) else None,
+        "reward_std": float(totals.std()) if len(totals) else None,
+        "rewards/failures": sum(rewards.failures.values()),
+    }
+    for name, values in rewards.per_function.items():
+        known = [value for value in values if value is not None]
+        metrics[f"rewards/{name}"] = float(np.mean(known)) if known else None
+    if scored.sum() > len(np.unique(queries[scored])):
+        metrics["frac_reward_zero_std"] = len(constant_groups(reward, queries)) / len(np.unique(queries))
+    return metrics
+
+
+def rollout_metrics(batch: RolloutBatch) -> Metrics:
+    """How a round's rollouts look."""
+    return {
+        "entropy": float(batch.entropy.mean()),
+        "completions/mean_length": float(batch.lengths.numpy().mean()),
+        "completions/truncated_fraction": float(batch.truncated.numpy().mean()),
+        "tokens/generated": len(batch.tokens),
+    }
+
+
+def update_metrics(update: Update) -> Metrics:
+    """What a round's update did."""
+    d, metrics = update.logprob_differences, Metrics()
+    metrics |= {
+        "loss": update.loss,
+        "kl": update.kl,
+        "grad_norm": update.grad_norm,
+        "sampler_trainer_logprob_diff/mean": float(d.mean()) if len(d) else None,
+        "sampler_trainer_logprob_diff/max": float(d.max()) if len(d) else None,
+        "tokens/trained": update.tokens_trained,
+        "tokens/skipped": update.tokens_skipped,
+    }
+    if update.off_policy:
+        names = {"ratio/mean": "ratio_mean"} | {
+            f"clip_ratio/{k}": f"clip_fraction_{k}" for k in ("low", "high", "dual")
+        }
+        metrics |= {name: update.statistics.get(key) for name, key in names.items()}
+    return metrics

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bandit_rft.listener import Listener
+
 if TYPE_CHECKING:
     from bandit_rft.config import Config
     from bandit_rft.trainer import Trainer
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 SMOOTHING = 0.9  # of the shown reward and length, a round
 
 
-class ConsoleListener:
+class ConsoleListener(Listener):
     """Shows a run: a live line in a terminal, plain lines (about one every two seconds, all evaluations) elsewhere."""
 
     def __init__(self, config: Config, console: Console | None = None):

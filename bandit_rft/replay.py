@@ -1,172 +1,125 @@
-"""Trajectory replay: old rollouts kept to be trained on again, with what their sampler thought of them.
+"""Trajectory replay: rollouts kept to be trained on again, with what their sampler thought of them.
 
-(The paper's replay replays rewards, not rollouts: that is `history_norm`, see history.py.) Each kept rollout has the
-log-probabilities it was sampled with, so an importance weight against today's policy can be formed. Numpy only.
+(The paper's replay replays rewards, not rollouts: that is `history_norm`, see history.py.) A kept rollout has the
+log-probabilities of the policy that drew it, so an importance weight against today's policy can be formed.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from bandit_rft.history import Arrays
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.selection import SELECTIONS
 
 #: Upper ends of the staleness histogram's classes, in rounds; the last class is open.
 STALENESS_CLASSES = (1, 3, 7, 15)
 
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One rollout as it was drawn and judged."""
-
-    round: int  # in which it was drawn
-    query: int
-    rollout: int
-    prompt: NDArray[np.int32]  # token ids
-    tokens: NDArray[np.int32]  # [L], the completion's, stop token included
-    logprobs: NDArray[np.float32]  # [L], of the policy that drew it
-    reward: float
-    advantage: float  # as computed in its round
-    truncated: bool
-
-
-def _recent(kept: Sequence[Trajectory], count: int, rng: np.random.Generator) -> list[int]:
-    return list(range(len(kept) - count, len(kept)))
-
-
-def _uniform(kept: Sequence[Trajectory], count: int, rng: np.random.Generator) -> list[int]:
-    return [int(i) for i in rng.permutation(len(kept))[:count]]
-
-
-def _positive(kept: Sequence[Trajectory], count: int, rng: np.random.Generator) -> list[int]:
-    positive = np.array([i for i, t in enumerate(kept) if t.advantage > 0], dtype=np.int64)
-    return [int(i) for i in rng.permutation(positive)[:count]]
-
-
-def _prioritized(kept: Sequence[Trajectory], count: int, rng: np.random.Generator) -> list[int]:
-    # The `count` largest of log(u) / w are a draw without replacement with chances proportional to w (Efraimidis and
-    # Spirakis 2006); advantage 0 is never drawn.
-    weights = np.abs([t.advantage for t in kept])
-    with np.errstate(divide="ignore"):
-        keys = np.log(rng.random(len(kept))) / weights
-    keys[weights == 0] = -np.inf
-    return [int(i) for i in np.argsort(-keys, kind="stable")[: min(count, int((weights > 0).sum()))]]
-
-
-#: How replayed rollouts are chosen among those kept (oldest first): (kept, count, generator) -> positions.
-SELECTIONS: dict[str, Callable[[Sequence[Trajectory], int, np.random.Generator], list[int]]] = {
-    "uniform": _uniform,
-    "recent": _recent,
-    "positive": _positive,
-    "prioritized": _prioritized,
-}
+Metrics = dict[str, float | int | None]
 
 
 class TrajectoryReplay:
-    """The newest `capacity` trajectories, first in, first out."""
+    """The newest `capacity` rollouts, first in, first out, in host memory."""
 
     def __init__(self, capacity: int):
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 rollout; got {capacity}")
-        self._kept: deque[Trajectory] = deque(maxlen=capacity)
+        self.capacity = capacity
+        self.kept: RolloutBatch | None = None  # oldest first
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return 0 if self.kept is None else len(self.kept)
 
-    def add(self, trajectories: Iterable[Trajectory]) -> None:
-        """Keep trajectories of the current round, in order; the oldest ones make room."""
-        self._kept.extend(trajectories)
+    def add(self, batch: RolloutBatch) -> None:
+        """Keep the rollouts of the current round, in order; the oldest ones make room."""
+        every = batch if self.kept is None else RolloutBatch.cat([self.kept, batch])
+        self.kept = every.select(range(max(len(every) - self.capacity, 0), len(every)))
 
     def draw(
         self, count: int, *, sampling: str, now: int, max_staleness: int | None, seed: int
-    ) -> tuple[list[Trajectory], float]:
-        """Up to `count` trajectories, without repeats, and the share of those kept that was young enough to be drawn.
+    ) -> tuple[RolloutBatch | None, float]:
+        """Up to `count` rollouts, without repeats, and the share of those kept that was young enough to be drawn.
 
-        Depends on the seed and the round `now` alone. Trajectories drawn more than max_staleness rounds ago stay out.
+        Depends on the seed and the round `now` alone. Rollouts drawn more than max_staleness rounds ago stay out.
+
+        Returns:
+            (None, share) when there is nothing to draw.
         """
-        young = [t for t in self._kept if max_staleness is None or now - t.round <= max_staleness]
+        if self.kept is None or not len(self.kept):
+            return None, 1.0
+        young = np.arange(len(self.kept))
+        if max_staleness is not None:
+            young = young[now - self.kept.round.numpy() <= max_staleness]
         rng = np.random.Generator(np.random.PCG64([seed, now, 0x5E91A7]))
-        chosen = SELECTIONS[sampling](young, min(count, len(young)), rng)
-        return [young[i] for i in chosen], len(young) / len(self._kept) if self._kept else 1.0
+        advantages = self.kept.advantage.double().numpy()[young]
+        chosen = young[SELECTIONS[sampling](advantages, min(count, len(young)), rng)]
+        return self.kept.select(chosen) if len(chosen) else None, len(young) / len(self.kept)
 
     def arrays(self) -> Arrays:
-        """Everything kept, for a checkpoint."""
-        return pack_trajectories(self._kept)
+        """The columns of everything kept, for a checkpoint."""
+        return {} if self.kept is None else self.kept.arrays()
 
-    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def restore(self, arrays: Arrays) -> None:
         """Take up what `arrays` gave."""
-        self._kept = deque(unpack_trajectories(arrays), maxlen=self._kept.maxlen)
+        self.kept = RolloutBatch.from_arrays(arrays) if arrays else None
 
 
-class LastAnswers:
-    """The latest trajectory of every query: what SPO measures the policy's movement on."""
+def reweigh(
+    old: RolloutBatch, score: Callable[[RolloutBatch], Tensor], *, correction: str, cap: float, every: bool
+) -> tuple[RolloutBatch, Metrics]:
+    """Replayed rollouts with today's log-probabilities and their truncated importance weights, and how these look.
 
-    def __init__(self) -> None:
-        self._last: dict[int, Trajectory] = {}
+    An objective's ratio then starts from today's policy, whatever policy drew the rollout (decoupled PPO,
+    arXiv 2110.00641).
 
-    def add(self, trajectories: Iterable[Trajectory]) -> None:
-        """Replace the queries' earlier trajectories."""
-        self._last.update((t.query, t) for t in trajectories)
-
-    def of(self, queries: Iterable[int]) -> list[Trajectory]:
-        """The latest trajectories of those of the queries (each once) that have one."""
-        return [self._last[query] for query in dict.fromkeys(queries) if query in self._last]
-
-    def arrays(self) -> Arrays:
-        """Everything kept, for a checkpoint."""
-        return pack_trajectories(self._last.values())
-
-    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take up what `arrays` gave."""
-        self._last = {t.query: t for t in unpack_trajectories(arrays)}
-
-
-def pack_trajectories(trajectories: Iterable[Trajectory]) -> Arrays:
-    """Trajectories as flat arrays: per-rollout columns, and tokens one after another."""
-    ts = list(trajectories)
-
-    def flat(name: str, dtype: Any) -> NDArray[Any]:
-        parts = [getattr(t, name) for t in ts]
-        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
-
-    columns = (
-        ("round", np.int64), ("query", np.int64), ("rollout", np.int64), ("reward", np.float64),
-        ("advantage", np.float64), ("truncated", np.uint8),
-    )  # fmt: skip
-    return {
-        **{name: np.array([getattr(t, name) for t in ts], dtype=dtype) for name, dtype in columns},
-        "prompt_lengths": np.array([len(t.prompt) for t in ts], dtype=np.int64),
-        "lengths": np.array([len(t.tokens) for t in ts], dtype=np.int64),
-        "prompts": flat("prompt", np.int32),
-        "tokens": flat("tokens", np.int32),
-        "logprobs": flat("logprobs", np.float32),
+    Args:
+        score: today's log-probabilities [n] of a batch's n tokens.
+        correction, cap: see `importance_weights`.
+        every: also weigh rollouts whose advantage is 0; otherwise they are not scored and weigh 1.
+    """
+    rows = np.arange(len(old)) if every else np.flatnonzero(old.advantage.numpy())
+    logprobs, importance = old.logprobs.clone(), torch.ones_like(old.logprobs)
+    part = old.select(rows)
+    today = score(part)
+    weights, truncated = importance_weights(part.split(today - part.logprobs), correction, cap)
+    mask = torch.zeros(len(old), dtype=torch.bool)
+    mask[rows] = True
+    scored = old.per_token(mask)
+    logprobs[scored] = today
+    if weights:
+        importance[scored] = torch.cat(weights)
+    return replace(old, logprobs=logprobs, importance=importance), {
+        "replay/truncated_fraction": truncated,
+        "replay/effective_sample_size": effective_sample_size(torch.cat(weights)) if weights else None,
     }
 
 
-def unpack_trajectories(arrays: Mapping[str, NDArray[Any]]) -> list[Trajectory]:
-    """The inverse of `pack_trajectories`."""
-    prompt_ends, ends = np.cumsum(arrays["prompt_lengths"]), np.cumsum(arrays["lengths"])
-    prompts = np.split(arrays["prompts"], prompt_ends[:-1])
-    tokens, logprobs = (np.split(arrays[name], ends[:-1]) for name in ("tokens", "logprobs"))
-    return [
-        Trajectory(
-            round=int(arrays["round"][i]), query=int(arrays["query"][i]), rollout=int(arrays["rollout"][i]),
-            prompt=prompts[i], tokens=tokens[i], logprobs=logprobs[i], reward=float(arrays["reward"][i]),
-            advantage=float(arrays["advantage"][i]), truncated=bool(arrays["truncated"][i]),
-        )
-        for i in range(len(arrays["round"]))
-    ]  # fmt: skip
+def importance_weights(log_ratios: Sequence[Tensor], correction: str, cap: float) -> tuple[list[Tensor], float]:
+    """Truncated importance weights of completions from their tokens' log(policy / behavior), and the share truncated.
+
+    "token": min(ratio, cap) for each token. "sequence": min(product of ratios, cap), the same for all tokens.
+    """
+    if correction == "sequence":
+        log_ratios = [ratio.sum().expand_as(ratio) for ratio in log_ratios]
+    weights = [ratio.double().exp().clamp(max=cap).float() for ratio in log_ratios]
+    truncated = sum(int((w >= cap).sum()) for w in weights) / max(sum(len(w) for w in weights), 1)
+    return weights, truncated
 
 
-def staleness_metrics(drawn: Sequence[Trajectory], now: int) -> dict[str, float | int | None]:
+def effective_sample_size(weights: Tensor) -> float:
+    """(sum w)^2 / (n sum w^2), between 1/n and 1: which share of so many equal weights these are worth."""
+    return float(weights.sum() ** 2 / (len(weights) * (weights * weights).sum()))
+
+
+def staleness_metrics(drawn: RolloutBatch | None, now: int) -> Metrics:
     """How old the replayed rollouts are: mean, largest, and a histogram, in rounds since they were drawn."""
-    ages = np.array([now - t.round for t in drawn], dtype=np.int64)
-    metrics: dict[str, float | int | None] = {
+    ages = now - drawn.round.numpy() if drawn is not None else np.zeros(0, dtype=np.int64)
+    metrics: Metrics = {
         "replay/staleness/mean": float(ages.mean()) if len(ages) else None,
         "replay/staleness/max": int(ages.max()) if len(ages) else None,
     }

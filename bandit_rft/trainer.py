@@ -6,13 +6,12 @@ the loss and its gradients (ops/).
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,76 +19,45 @@ from numpy.typing import NDArray
 
 from bandit_rft import ops
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
-from bandit_rft.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_arrays,
-    load_optimizer,
-    read_state,
-    save_checkpoint,
-)
+from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, ConfigError, advantage_options, check_config, to_yaml
 from bandit_rft.data import PromptSet, completion_texts, prompt_text, query_order, score
-from bandit_rft.draws import Draw, constant_groups, join, join_rollouts, most_varied, replayed_rollouts
 from bandit_rft.evaluate import answer_text, evaluate
-from bandit_rft.history import ValueTracker
-from bandit_rft.metrics import Metrics, MetricsLog, Stopwatch, open_trackers, read_metrics, write_parquet
+from bandit_rft.kl_controller import KLController
+from bandit_rft.listener import Listener
+from bandit_rft.metrics import (
+    Metrics,
+    MetricsLog,
+    Stopwatch,
+    open_trackers,
+    read_metrics,
+    reward_metrics,
+    rollout_metrics,
+    update_metrics,
+    write_parquet,
+)
 from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.replay import LastAnswers, TrajectoryReplay, staleness_metrics
-from bandit_rft.rewards import RewardRunner
-from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
+from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
+from bandit_rft.rewards import RewardResult, RewardRunner
+from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.run_folder import RunFolder
+from bandit_rft.selection import constant_groups, most_varied
 from bandit_rft.tasks import Task, load_task
-from bandit_rft.update import (
-    PolicyUpdater,
-    TrainingBatch,
-    Update,
-    effective_sample_size,
-    importance_weights,
-    score_rollouts,
-)
+from bandit_rft.update import PolicyUpdater, score_rollouts
 
 logger = logging.getLogger(__name__)
 
 TRAINING_STREAM = 0
-#: Keys that may change between a run and its continuation; any other would make it another run.
-MAY_CHANGE = {
-    "output_dir", "max_rounds", "save_steps", "save_total_limit", "eval_steps", "log_rollouts_steps", "resume",
-    "report_to", "device", "preset", "data_path", "model_name_or_path", "rollout.batch_size", "reward.timeout_s",
-    "reward.memory_mb", "reward.workers", "evaluation", "tokens_per_microbatch", "max_generated_tokens", "max_seconds",
-}  # fmt: skip
-
-
-class Listener(Protocol):
-    """What a trainer tells the outside."""
-
-    def started(self, trainer: Trainer) -> None:
-        """Everything is loaded, the first round comes next."""
-
-    def phase(self, name: str) -> None:
-        """A phase ("rollout", "evaluate", ...) begins."""
-
-    def round_done(self, metrics: Metrics) -> None:
-        """A round's line was written (round 0: the evaluation before training)."""
-
-
-class _Silent:
-    def started(self, trainer: Trainer) -> None:
-        pass
-
-    def phase(self, name: str) -> None:
-        pass
-
-    def round_done(self, metrics: Metrics) -> None:
-        pass
 
 
 class Trainer:
     """One training run in one folder.
 
     Args:
-        config: checked again here; raises ConfigError with the key's name.
+        config: of the run; checked, with a ConfigError that names the key, unless policy or task is given.
         listener: told of rounds as they happen.
         policy, task: given instead of what the config names, by programs that made their own.
     """
@@ -102,34 +70,44 @@ class Trainer:
         policy: Policy | None = None,
         task: Task | None = None,
     ):
-        check_config(config) if policy is None and task is None else None
+        if policy is None and task is None:
+            check_config(config)
         self.config: Config = config
-        self.listener: Listener = listener or _Silent()
-        self.folder = Path(config.output_dir)
+        self.listener = listener or Listener()
+        self.run_folder = RunFolder(config.output_dir)
         self.stop_requested = False
         self.round = 0
         self.position = 0  # in the order of queries
         self.generated_tokens = 0
         self.seconds = 0.0  # of rounds, evaluation not counted
-        self.kl_coef = config.objective.kl_coef
+        self.kl = KLController(config.objective.kl_coef, config.kl.target, config.kl.horizon)
         self.advantage = ADVANTAGES[config.advantage]
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
-        self.answers = LastAnswers() if isinstance(self.memory, ValueTracker) else None
         self._saving: Metrics = {}
-        self.report: Path | None = None
         options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
         self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
         if "train" not in self.task.splits:
             raise ConfigError(f"task {self.task.name} has no split 'train'; it has {', '.join(self.task.splits)}")
         self._given_policy = policy
 
+    @property
+    def folder(self) -> Path:
+        """The run folder's path."""
+        return self.run_folder.path
+
+    @property
+    def _before_divergence(self) -> str:
+        return (
+            f"What is in {self.run_folder.checkpoints} is from before; continue from there with a lower learning_rate"
+        )
+
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> list[dict[str, Any]]:
         """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
         with ExitStack() as stack:
-            stack.enter_context(self._lock_folder())
+            stack.enter_context(self.run_folder.lock())
             self._start(stack)
             self.listener.started(self)
             if self.round == 0 and not read_metrics(self.folder):
@@ -138,7 +116,7 @@ class Trainer:
                 self.train_round()
             if self._saved_round != self.round:
                 self._save()
-        self.report = self._write_report()
+        self.listener.finished(self)
         return read_metrics(self.folder)
 
     @property
@@ -154,118 +132,122 @@ class Trainer:
     def train_round(self) -> None:
         """One round: rollouts, rewards, advantages, the update; then what is measured and saved."""
         clock, number = Stopwatch(), self.round + 1
-        draw, usable = self.draw(number, clock)
+        self._tokens_scored = 0
+        batch, texts, rewards = self.draw(number, clock)
         with clock.phase("update"):
             self.listener.phase("update")
-            rewards, shaping = self.shape_rewards(draw)
-            advantages, counted = self.compare(draw, rewards, usable)
-            batch, replayed = self.with_replay(draw, advantages, counted, number)
-            update = self.updater(batch, number)
-            self._adapt_kl(shaping.get("kl", update.kl), len(draw))
+            shaped, shaping = self.shape_rewards(batch)
+            batch = self.compare(batch, shaped)
+            training, replayed = self.with_replay(batch, number)
+            uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
+            update = self.updater(training, number, off_policy=uncorrected)
+            self.kl.update(shaping.get("kl", update.kl), len(batch))
+            if self.config.kl.where == "loss":
+                self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         self.round = number
-        self.generated_tokens += sum(draw.rollouts.lengths)
+        self.generated_tokens += len(batch.tokens)
         metrics = {
-            "round": number, **_reward_metrics(draw), **_rollout_metrics(draw.rollouts), **_update_metrics(update),
+            "round": number, **reward_metrics(batch, rewards), **rollout_metrics(batch), **update_metrics(update),
             **shaping, **replayed, "learning_rate": self.optimizer.learning_rate,
+            "tokens/scored": update.tokens_scored + self._tokens_scored,
         }  # fmt: skip
-        metrics["tokens/scored"] = update.tokens_scored + self._tokens_scored
         if self.config.rollout.dynamic_sampling:
-            metrics |= {"rollout/queries": len(set(draw.queries)), "rollout/dropped": len(set(draw.queries[~usable]))}
+            dropped = constant_groups(batch.reward.numpy(), batch.query.numpy())
+            metrics |= {"rollout/queries": len(batch.query.unique()), "rollout/dropped": len(dropped)}
         if self.config.log_rollouts_steps and number % self.config.log_rollouts_steps == 0:
-            self._log_rollouts(draw, advantages)
+            self._log_rollouts(batch, texts)
         self._finish_round(clock, metrics)
 
-    def draw(self, number: int, clock: Stopwatch) -> tuple[Draw, NDArray[np.bool_]]:
-        """Rollouts of the next batch_size queries with their rewards, and which of them may be trained on, bool [B].
+    def draw(self, number: int, clock: Stopwatch) -> tuple[RolloutBatch, list[str], RewardResult]:
+        """Rollouts of the next batch_size queries, their texts and rewards; `trained` says which may be trained on.
 
         With dynamic sampling, queries whose rollouts all earned the same are replaced by the ones that come next.
         """
-        config, draws, taken, missing = self.config, [], set[int](), self.config.batch_size
-        usable: list[NDArray[np.bool_]] = []
+        config, taken, missing = self.config, set[int](), self.config.batch_size
+        batches, texts, rewards = list[RolloutBatch](), list[str](), list[RewardResult]()
         for _ in range(1 + config.rollout.dynamic_sampling):
             queries = self._next_queries(missing, taken)
             if not queries:
                 break
-            draws.append(self._draw_queries(queries, number, clock))
-            constant = constant_groups(draws[-1]) if config.rollout.dynamic_sampling else set()
-            usable.append(np.array([query not in constant for query in draws[-1].queries.tolist()]))
+            batch, completions, result = self._draw_queries(queries, number, clock)
+            constant = set[int]()
+            if config.rollout.dynamic_sampling:
+                constant = constant_groups(batch.reward.numpy(), batch.query.numpy())
+            usable = [query not in constant for query in batch.query.tolist()]
+            batches.append(batch.with_columns(trained=torch.tensor(usable) & ~batch.reward.isnan()))
+            texts += completions
+            rewards.append(result)
             missing -= len(queries) - len(constant)
-        return join(draws), np.concatenate(usable)
+        batch = RolloutBatch.cat(batches)
+        if not batch.logprobs.isfinite().all():
+            broken = sum(not bool(part.isfinite().all()) for part in batch.split(batch.logprobs))
+            raise FloatingPointError(
+                f"round {number}: {broken} of {len(batch)} rollouts have log-probabilities that are not finite: the "
+                f"policy has diverged. {self._before_divergence}"
+            )
+        return batch, texts, RewardResult.join(rewards)
 
-    def shape_rewards(self, draw: Draw) -> tuple[NDArray[np.float64], Metrics]:
+    def shape_rewards(self, batch: RolloutBatch) -> tuple[NDArray[np.float64], Metrics]:
         """Rewards [B], less the length penalty and the KL to the initial model where chosen; what these came to."""
-        config, rollouts, rewards, metrics = self.config, draw.rollouts, draw.totals, Metrics()
-        self._tokens_scored = 0
+        config, rewards, metrics = self.config, batch.reward.numpy(), Metrics()
         if config.reward.length_penalty:
             first = config.reward.length_penalty_from
-            excess = (np.array(rollouts.lengths) - first) / (config.max_completion_length - first)
+            excess = (batch.lengths.numpy() - first) / (config.max_completion_length - first)
             rewards = rewards - config.reward.length_penalty * excess.clip(0, 1)
         if self.kl_reference is not None:
-            rows = range(len(draw))
-            reference = self._score(self.kl_reference, rollouts, rows)
-            logprobs = [rollouts.logprobs[rollouts.slice_of(i)] for i in rows]
-            pairs = list(zip(logprobs, reference, strict=True))
-            estimates = [float(kl_estimate(config.objective.kl, *pair).sum()) for pair in pairs]  # type: ignore[arg-type]
-            rewards = rewards - self.kl_coef * np.array(estimates)
-            metrics["kl"] = float(torch.cat([kl_estimate("k3", *pair) for pair in pairs]).mean())
+            reference = self._score(self.kl_reference, batch)
+            estimate = kl_estimate(config.objective.kl, batch.logprobs, reference)  # type: ignore[arg-type]
+            rewards = rewards - self.kl.coef * np.array([float(part.sum()) for part in batch.split(estimate)])
+            metrics["kl"] = float(kl_estimate("k3", batch.logprobs, reference).mean())
         if config.reward.length_penalty or self.kl_reference is not None:
-            metrics["reward/shaped"] = float(rewards[draw.scored].mean()) if draw.scored.any() else None
+            scored = ~np.isnan(rewards)
+            metrics["reward/shaped"] = float(rewards[scored].mean()) if scored.any() else None
         return rewards, metrics
 
-    def compare(
-        self, draw: Draw, rewards: NDArray[np.float64], usable: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Advantages [B], and which rollouts are trained on [B]; the others count in no sum and no normalizer."""
-        config, counted = self.config, usable & draw.scored
+    def compare(self, batch: RolloutBatch, rewards: NDArray[np.float64]) -> RolloutBatch:
+        """The batch with advantages, from rewards [B], and with `trained` where a rollout is trained on."""
+        config, queries = self.config, batch.query.numpy()
+        compared, first = batch.trained.numpy().copy(), batch.attempt.numpy() == 0
         if config.rollout.keep:
-            counted[counted] = most_varied(rewards[counted], draw.queries[counted], config.rollout.keep)
-        if self.answers is not None:
-            self._measure_movement(draw.queries[counted])
-        advantages = np.zeros(len(draw), dtype=np.float32)
-        advantages[counted] = compute_advantages(
-            config.advantage, rewards[counted], draw.queries[counted], self.memory, advantage_options(config)
+            compared[compared] = most_varied(rewards[compared], queries[compared], config.rollout.keep)
+        rows = torch.from_numpy(compared)
+        if self.memory is not None:
+            self.memory.observe(batch.select(rows), lambda past: self._score(self.policy, past))
+        advantages = np.zeros(len(batch), dtype=np.float32)
+        advantages[compared] = compute_advantages(
+            config.advantage, rewards[compared], queries[compared], self.memory, advantage_options(config)
         )
-        if self.answers is not None:
-            first = np.flatnonzero(counted & (draw.attempts == 0))
-            self.answers.add(draw.trajectories(advantages, first.tolist(), self.round + 1))
-        if self.advantage.trains_on_first:
-            counted &= draw.attempts == 0
+        if self.memory is not None:
+            self.memory.remember(batch.with_columns(advantage=advantages).select(rows))
+        trained = compared & first if self.advantage.trains_on_first else compared
         if config.rollout.mask_truncated:
-            counted &= ~np.array(draw.rollouts.truncated)
-        advantages[~counted] = 0
-        return advantages, counted
+            trained = trained & ~batch.truncated.numpy()
+        return batch.with_columns(advantage=np.where(trained, advantages, np.float32(0)), trained=trained)
 
-    def with_replay(
-        self, draw: Draw, advantages: NDArray[np.float32], counted: NDArray[np.bool_], number: int
-    ) -> tuple[TrainingBatch, Metrics]:
+    def with_replay(self, batch: RolloutBatch, number: int) -> tuple[RolloutBatch, Metrics]:
         """The round's rollouts, and old ones with importance weights where replay is on; what was replayed."""
-        batch, r = TrainingBatch(draw.rollouts, advantages, counted, fresh=len(draw)), self.config.replay
+        r = self.config.replay
         if self.replay is None:
             return batch, {}
         old, young = self.replay.draw(
-            round(r.ratio * int(counted.sum())), sampling=r.sampling, now=number, max_staleness=r.max_staleness,
-            seed=self.config.seed,
+            round(r.ratio * int(batch.trained.numpy().sum())), sampling=r.sampling, now=number,
+            max_staleness=r.max_staleness, seed=self.config.seed,
         )  # fmt: skip
-        self.replay.add(draw.trajectories(advantages, np.flatnonzero(counted).tolist(), number))
+        self.replay.add(batch.select(batch.trained))
         metrics: Metrics = {
-            "replay/rollouts": len(old),
+            "replay/rollouts": 0 if old is None else len(old),
             "replay/kept_fraction": young,
             **staleness_metrics(old, number),
         }
-        if not old:
+        if old is None:
             return batch, metrics
-        rollouts, of_old = replayed_rollouts(old, self.policy.device), np.array([t.advantage for t in old], np.float32)
-        importance = None
         if r.correction != "none":
-            rollouts, importance, weights = self._weigh(rollouts, of_old)
-            importance = torch.cat([torch.ones_like(draw.rollouts.logprobs), importance])
+            old, weights = reweigh(
+                old, lambda part: self._score(self.policy, part), correction=r.correction, cap=r.importance_cap,
+                every=self.updater.objective.every_token_counts,
+            )  # fmt: skip
             metrics |= weights
-        joined = TrainingBatch(
-            join_rollouts([draw.rollouts, rollouts]), np.concatenate([advantages, of_old]),
-            np.concatenate([counted, np.ones(len(old), dtype=bool)]), fresh=len(draw), importance=importance,
-            off_policy=r.correction == "none",
-        )  # fmt: skip
-        return joined, metrics
+        return RolloutBatch.cat([batch, old]), metrics
 
     # --- parts of a round ---------------------------------------------------------------------------------------------
 
@@ -280,77 +262,40 @@ class Trainer:
                 queries.append(position)
         return queries
 
-    def _draw_queries(self, positions: Sequence[int], number: int, clock: Stopwatch) -> Draw:
+    def _draw_queries(
+        self, positions: Sequence[int], number: int, clock: Stopwatch
+    ) -> tuple[RolloutBatch, list[str], RewardResult]:
         prompts, n = self.train_prompts, self.config.num_generations
         rows = [i for i in positions for _ in range(n)]  # one a rollout, as everything below
         queries = np.array([prompts.indices[i] for i in rows])
         attempts = np.tile(np.arange(n), len(positions))
-        examples = [prompts.examples[i] for i in rows]
         with clock.phase("rollout"):
             self.listener.phase("rollout")
-            rollouts = self.engine.generate(
+            batch = self.engine.generate(
                 [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
                 seed=self.config.seed, sampling=self.sampling, n=n,
-            )  # fmt: skip
-            texts = completion_texts(rollouts.token_lists(), self.policy.tokenizer, self.policy.stop_tokens)  # type: ignore[arg-type]
+            ).with_columns(query=queries, attempt=attempts, round=number, weight_version=self.round)  # fmt: skip
+            texts = completion_texts(batch.token_lists(), self.policy.tokenizer, self.policy.stop_tokens)  # type: ignore[arg-type]
         with clock.phase("reward"):
             self.listener.phase("reward")
-            rewards = score(self.scorer, examples, texts)
-        return Draw(queries, attempts, examples, rollouts, texts, rewards)
+            rewards = score(self.scorer, [prompts.examples[i] for i in rows], texts)
+        totals = [np.nan if total is None else total for total in rewards.total]
+        return batch.with_columns(reward=totals), texts, rewards
 
-    def _weigh(self, rollouts: Rollouts, advantages: NDArray[np.float32]) -> tuple[Rollouts, torch.Tensor, Metrics]:
-        """Replayed rollouts with today's log-probabilities, their truncated importance weights [N], and how these look.
-
-        An objective's ratio then starts from today's policy, whatever policy drew the rollout (decoupled PPO,
-        arXiv 2110.00641). Rollouts without a gradient are not scored and weigh 1.
-        """
-        every, r = self.updater.objective.every_token_counts, self.config.replay
-        rows = [i for i in range(len(rollouts)) if every or advantages[i] != 0]
-        today, logprobs = self._score(self.policy, rollouts, rows), rollouts.logprobs.clone()
-        spans = [rollouts.slice_of(i) for i in rows]
-        ratios = [now - logprobs[span] for span, now in zip(spans, today, strict=True)]
-        weights, truncated = importance_weights(ratios, r.correction, r.importance_cap)
-        importance = torch.ones_like(logprobs)
-        for span, now, weight in zip(spans, today, weights, strict=True):
-            logprobs[span], importance[span] = now, weight
-        metrics: Metrics = {
-            "replay/truncated_fraction": truncated,
-            "replay/effective_sample_size": effective_sample_size(torch.cat(weights)) if weights else None,
-        }
-        return replace(rollouts, logprobs=logprobs), importance, metrics
-
-    def _score(self, policy: Policy, rollouts: Rollouts, rows: Sequence[int]) -> list[torch.Tensor]:
-        self._tokens_scored += sum(rollouts.lengths[i] for i in rows)
+    def _score(self, policy: Policy, batch: RolloutBatch) -> torch.Tensor:
+        """Log-probabilities [N] of a batch's tokens under a policy, counted in tokens/scored."""
+        self._tokens_scored += len(batch.tokens)
+        config = self.config
         return score_rollouts(
-            policy, rollouts, rows,
-            temperature=self.config.temperature, tokens_per_microbatch=self.config.tokens_per_microbatch,
-        )  # fmt: skip
-
-    def _measure_movement(self, queries: NDArray[np.int64]) -> None:
-        """Tell the value tracker how far the policy moved since it last answered each query (k3 on that answer)."""
-        assert self.answers is not None and isinstance(self.memory, ValueTracker)
-        if last := self.answers.of(queries.tolist()):
-            rollouts = replayed_rollouts(last, self.policy.device)
-            today = self._score(self.policy, rollouts, range(len(last)))
-            for i, (trajectory, now) in enumerate(zip(last, today, strict=True)):
-                kl = kl_estimate("k3", rollouts.logprobs[rollouts.slice_of(i)], now).mean()
-                self.memory.movement[trajectory.query] = float(kl)
-
-    def _adapt_kl(self, kl: float | int | None, rollouts: int) -> None:
-        """Move the KL coefficient towards its target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
-        target, horizon = self.config.kl.target, self.config.kl.horizon
-        if target is not None and kl is not None:
-            error = float(np.clip(kl / target - 1, -0.2, 0.2))
-            self.kl_coef *= 1 + error * rollouts / horizon
-            if self.config.kl.where == "loss":
-                self.updater.objective = replace(self.updater.objective, kl_coef=self.kl_coef)
+            policy, batch, temperature=config.temperature, tokens_per_microbatch=config.tokens_per_microbatch
+        )
 
     # --- starting, measuring, saving ----------------------------------------------------------------------------------
 
     def _start(self, stack: ExitStack) -> None:
         """Load everything, from the beginning or from a checkpoint."""
         config = self.config
-        found = self._find_checkpoint()
+        found = self.run_folder.find_checkpoint(config.resume, asdict(config))
         source = config.model_name_or_path if found is None else str(found[0])
         self.policy = self._given_policy if found is None and self._given_policy else load_policy(source, config)
         if config.lora.rank and found is None:
@@ -395,6 +340,7 @@ class Trainer:
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
+        self.run_folder.set_aside(None if found is None else self.round)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         self.log = MetricsLog(
             self.folder, from_round=None if found is None else self.round,
@@ -417,7 +363,7 @@ class Trainer:
                 self.kl_reference, reference = reference, None
                 objective = replace(objective, kl="none", kl_coef=0.0)
             else:
-                objective = replace(objective, kl_coef=self.kl_coef)
+                objective = replace(objective, kl_coef=self.kl.coef)
         return PolicyUpdater(
             self.policy, self.optimizer, objective, reference=reference, temperature=config.temperature,
             tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
@@ -427,7 +373,7 @@ class Trainer:
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         """Take up the counters and what is remembered of earlier rounds."""
         self.round = self._saved_round = state["round"]
-        self.position, self.kl_coef = state["position"], state["kl_coef"]
+        self.position, self.kl.coef = state["position"], state["kl_coef"]
         self.generated_tokens, self.seconds = state["generated_tokens"], state["seconds"]
         arrays = load_arrays(path)
         for name, part in self._remembering().items():
@@ -436,7 +382,7 @@ class Trainer:
 
     def _remembering(self) -> dict[str, Any]:
         """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
-        parts = {"history": self.memory, "replay": self.replay, "answers": self.answers}
+        parts = {"history": self.memory, "replay": self.replay}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _explain_history(self) -> None:
@@ -462,37 +408,6 @@ class Trainer:
             split, self.task.splits[split], self.policy.tokenizer, chat_template=self.config.chat_template,
             max_prompt_length=self.config.max_prompt_length, limit=limit,
         )  # fmt: skip
-
-    def _lock_folder(self) -> IO[str]:
-        """Keep a second trainer out of the folder for as long as this process lives."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("a")
-        except OSError as error:
-            raise ConfigError(f"output_dir={self.folder} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise ConfigError(f"output_dir={self.folder} is in use by another trainer; choose another folder") from None
-        return lock
-
-    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        resume = self.config.resume
-        if resume == "never":
-            if read_metrics(self.folder):
-                raise ConfigError(
-                    f"output_dir={self.folder} holds a run already and resume=never: choose another folder, "
-                    "remove it, or continue it with --resume auto"
-                )
-            return None
-        if resume != "auto":
-            found: tuple[Path, dict[str, Any]] | None = (Path(resume), read_state(Path(resume)))
-        else:
-            found = latest_checkpoint(self.folder / "checkpoints")
-        if found is not None:
-            _refuse_other_run(found[1].get("config", {}), asdict(self.config), found[0])
-        return found
 
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
@@ -521,55 +436,35 @@ class Trainer:
             )  # fmt: skip
             metrics |= result.metrics
             write_parquet(
-                self.folder / "evaluations" / f"round-{self.round:06d}-{prompts.name}.parquet", result.columns
+                self.run_folder.evaluations / f"round-{self.round:06d}-{prompts.name}.parquet", result.columns
             )
         return metrics
 
     def _save(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.parameters()):
+            raise FloatingPointError(
+                f"round {self.round} left weights that are not finite: the policy has diverged, nothing was saved. "
+                f"{self._before_divergence}"
+            )
         self.log.sync()
         state = {
             "config": asdict(self.config), "torch": torch.__version__, "position": self.position,
-            "kl_coef": self.kl_coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+            "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
-        clock, checkpoints = Stopwatch(), self.folder / "checkpoints"
+        clock = Stopwatch()
         with clock.phase("checkpoint"):
             save_checkpoint(
-                checkpoints, self.round, self.policy, self.optimizer, state, arrays, self.config.save_total_limit
-            )
+                self.run_folder.checkpoints, self.round, self.policy, self.optimizer, state, arrays,
+                self.config.save_total_limit,
+            )  # fmt: skip
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self._saved_round = self.round
 
-    def _log_rollouts(self, draw: Draw, advantages: NDArray[np.float32]) -> None:
-        rollouts = draw.rollouts
-        spans = [rollouts.slice_of(i) for i in range(len(rollouts))]
-        logprobs, entropy = rollouts.logprobs.cpu().numpy(), rollouts.entropy.cpu().numpy()
-        write_parquet(
-            self.folder / "rollouts" / f"round-{self.round:06d}.parquet",
-            {
-                "round": ("int32", [self.round] * len(rollouts)),
-                "query": ("int64", draw.queries.tolist()),
-                "rollout": ("int32", draw.attempts.tolist()),
-                "prompt": ("string", [prompt_text(example.prompt) for example in draw.examples]),
-                "completion": ("string", draw.texts),
-                "answer": ("string", [answer_text(example) for example in draw.examples]),
-                "reward": ("float64", draw.rewards.total),
-                "advantage": ("float32", advantages.tolist()),
-                "token_ids": ("list<int32>", rollouts.token_lists()),
-                "logprobs": ("list<float32>", [logprobs[span] for span in spans]),
-                "entropy": ("list<float32>", [entropy[span] for span in spans]),
-                "truncated": ("bool", rollouts.truncated),
-            },
-        )
-
-    def _write_report(self) -> Path | None:
-        try:
-            from bandit_rft.report import write_report
-
-            return write_report(self.folder)
-        except (ImportError, OSError, ValueError) as error:  # training is done and saved: nothing may be lost here
-            logger.warning("no report was written: %s; `bandit-rft report %s` tries again", error, self.folder)
-            return None
+    def _log_rollouts(self, batch: RolloutBatch, texts: Sequence[str]) -> None:
+        examples = [self.task.splits["train"][query] for query in batch.query.tolist()]
+        prompts = [prompt_text(example.prompt) for example in examples]
+        self.run_folder.write_rollouts(batch, prompts, texts, [answer_text(example) for example in examples])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -599,70 +494,6 @@ def check_lengths(policy: Policy, config: Config) -> None:
         raise ConfigError(
             f"max_prompt_length={config.max_prompt_length} + max_completion_length={config.max_completion_length} is "
             f"more than the model's {limit} positions; lower one of them"
-        )
-
-
-def _reward_metrics(draw: Draw) -> Metrics:
-    totals, queries, rewards = draw.totals[draw.scored], draw.queries[draw.scored], draw.rewards
-    metrics: Metrics = {
-        "reward": float(totals.mean()) if len(totals) else None,
-        "reward_std": float(totals.std()) if len(totals) else None,
-        "rewards/failures": sum(rewards.failures.values()),
-    }
-    for name, values in rewards.per_function.items():
-        known = [value for value in values if value is not None]
-        metrics[f"rewards/{name}"] = float(np.mean(known)) if known else None
-    if len(queries) > len(np.unique(queries)):
-        metrics["frac_reward_zero_std"] = len(constant_groups(draw)) / len(np.unique(draw.queries))
-    return metrics
-
-
-def _rollout_metrics(rollouts: Rollouts) -> Metrics:
-    return {
-        "entropy": float(rollouts.entropy.mean()),
-        "completions/mean_length": float(np.mean(rollouts.lengths)),
-        "completions/truncated_fraction": float(np.mean(rollouts.truncated)),
-        "tokens/generated": sum(rollouts.lengths),
-    }
-
-
-def _update_metrics(update: Update) -> Metrics:
-    d, metrics = update.logprob_differences, Metrics()
-    metrics |= {
-        "loss": update.loss,
-        "kl": update.kl,
-        "grad_norm": update.grad_norm,
-        "sampler_trainer_logprob_diff/mean": float(d.mean()) if len(d) else None,
-        "sampler_trainer_logprob_diff/max": float(d.max()) if len(d) else None,
-        "tokens/trained": update.tokens_trained,
-        "tokens/skipped": update.tokens_skipped,
-    }
-    if update.off_policy:
-        names = {"ratio/mean": "ratio_mean"} | {
-            f"clip_ratio/{k}": f"clip_fraction_{k}" for k in ("low", "high", "dual")
-        }
-        metrics |= {name: update.statistics.get(key) for name, key in names.items()}
-    return metrics
-
-
-def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raise ConfigError when the checkpoint was made under settings that make this another run."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in tree.items():
-            name = f"{prefix}{key}"
-            if name in MAY_CHANGE:
-                continue
-            out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-        return out
-
-    old, new = flat(before), flat(now)
-    changed = [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)]
-    if changed:
-        raise ConfigError(
-            f"{path} was made with other settings ({'; '.join(changed)}): this would be neither run. Choose another "
-            "output_dir, or put the settings back"
         )
 
 

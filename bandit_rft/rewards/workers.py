@@ -64,6 +64,15 @@ class RewardResult:
     per_function: dict[str, list[float | None]]
     failures: dict[str, int]
 
+    @staticmethod
+    def join(parts: Sequence["RewardResult"]) -> "RewardResult":
+        """The scores of several batches by the same functions, one after another; at least one."""
+        return RewardResult(
+            [x for part in parts for x in part.total],
+            {name: [x for part in parts for x in part.per_function[name]] for name in parts[0].per_function},
+            {name: sum(part.failures[name] for part in parts) for name in parts[0].failures},
+        )
+
 
 class RewardRunner:
     """Scores completions with reward functions; a context manager.

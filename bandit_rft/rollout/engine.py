@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from bandit_rft import ops
 from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.rollout.native import NativeDecoder
+from bandit_rft.rollout_batch import RolloutBatch
 
 logger = logging.getLogger(__name__)
 
@@ -41,37 +42,6 @@ class Sampling:
     @staticmethod
     def greedy() -> Sampling:
         return Sampling(top_k=1)
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """B completions, packed: N tokens, one completion after another, the stop token included.
-
-    logprobs are those of the full softmax at the sampling temperature, as sampled: the behavior policy's.
-    """
-
-    prompts: list[list[int]]  # token ids of each completion's prompt, length B
-    lengths: list[int]  # completion lengths, length B, sum N
-    tokens: Tensor  # int64 [N]
-    logprobs: Tensor  # float32 [N]
-    entropy: Tensor  # float32 [N]
-    truncated: list[bool]  # stopped by the length limit, not by a stop token; length B
-    _offsets: list[int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_offsets", [0, *np.cumsum(self.lengths).tolist()])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def slice_of(self, index: int) -> slice:
-        """Where completion `index` lies in tokens, logprobs and entropy."""
-        return slice(self._offsets[index], self._offsets[index + 1])
-
-    def token_lists(self) -> list[list[int]]:
-        """The completions' token ids as Python lists (copies from the device once)."""
-        flat = self.tokens.tolist()
-        return [flat[self.slice_of(i)] for i in range(len(self))]
 
 
 def sequence_ids(*parts: int | Sequence[int] | np.ndarray) -> Tensor:
@@ -195,11 +165,14 @@ class RolloutEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> Rollouts:
+    ) -> RolloutBatch:
         """Draw n completions of each of P prompts (token ids, not empty), B = P * n in prompt-major order.
 
         ids [B] int64 name the random streams (see `sequence_ids`); completion i takes the stream ids[i] of `seed`, so
         it is the same whatever else is in the batch, to float rounding of its log-probabilities.
+
+        Returns:
+            The rollouts in host memory, with `query` the prompt's position in `prompts`.
         """
         total = len(prompts) * n
         if ids.shape != (total,) or ids.dtype != torch.int64:
@@ -207,24 +180,25 @@ class RolloutEngine:
         if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
             raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one")
         ids, sampling = ids.to(self.policy.device), sampling or Sampling()
-        pieces: list[tuple[list[int], Tensor, Tensor, Tensor, list[int], list[bool]]] = []
+        order: list[int] = []
+        parts: list[RolloutBatch] = []
         for rows in self._batches(prompts, n):
             with torch.inference_mode():
                 segments = self._decode(
                     [prompts[i] for i in sorted({r // n for r in rows})], rows, n, ids, seed, sampling
                 )
-            pieces.append((rows, *self._collect(segments, len(rows))))
-        if len(pieces) == 1 and pieces[0][0] == list(range(total)):
-            _, tokens, logprobs, entropy, lengths, truncated = pieces[0]
-        else:  # put the completions back in the order they were asked for
-            parts: dict[int, tuple[Any, ...]] = {}
-            for rows, *packed, lengths, truncated in pieces:
-                split = zip(*(tensor.split(lengths) for tensor in packed), lengths, truncated, strict=True)
-                parts.update(zip(rows, split, strict=True))
-            ordered = [parts[i] for i in range(total)]
-            tokens, logprobs, entropy = (torch.cat([part[k] for part in ordered]) for k in range(3))
-            lengths, truncated = [part[3] for part in ordered], [part[4] for part in ordered]
-        return Rollouts([list(p) for p in prompts for _ in range(n)], lengths, tokens, logprobs, entropy, truncated)
+                tokens, logprobs, entropy, lengths, truncated = self._collect(segments, len(rows))
+            # The hand-over to the rewards: the one copy of a round from the device.
+            tokens, logprobs, entropy = (tensor.cpu().clone() for tensor in (tokens, logprobs, entropy))
+            of_rows = [prompts[r // n] for r in rows]
+            query, attempt = [r // n for r in rows], [r % n for r in rows]
+            parts.append(
+                RolloutBatch.of(of_rows, tokens, lengths, logprobs, entropy, truncated, query=query, attempt=attempt)
+            )
+            order += rows
+        batch = RolloutBatch.cat(parts)
+        # back in the order they were asked for
+        return batch if order == list(range(total)) else batch.select(np.argsort(order))
 
     # -----------------------------------------------------------------------------------------------------------------
 

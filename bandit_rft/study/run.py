@@ -7,7 +7,6 @@ is killed takes its fork server and cells with it; whoever runs the study next c
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import multiprocessing
 import os
@@ -251,10 +250,14 @@ def _cell_process(work: Callable[[Config], None], config: Config, folder: str, t
 
 def train_cell(config: Config) -> None:
     """One training run, continued where it was. SIGTERM finishes the round, saves, and leaves with status 130."""
+    from bandit_rft.report import ReportWriter
+    from bandit_rft.run_folder import RunFolder
     from bandit_rft.trainer import Trainer
 
-    _wait_for_lock(Path(config.output_dir))
-    trainer = Trainer(config)
+    # A killed runner's cell needs a moment to die.
+    with RunFolder(config.output_dir).lock(wait_s=30.0):
+        pass
+    trainer = Trainer(config, ReportWriter())
 
     def stop(number: int, frame: object) -> None:
         trainer.stop_requested = True
@@ -263,18 +266,6 @@ def train_cell(config: Config) -> None:
     trainer.run()
     if not trainer.finished:
         raise SystemExit(INTERRUPTED)
-
-
-def _wait_for_lock(folder: Path, seconds: float = 30.0) -> None:
-    """Give a killed runner's cell the moment it needs to die."""
-    deadline = time.monotonic() + seconds
-    with (folder / ".lock").open("a") as lock:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                time.sleep(0.1)
 
 
 def _last_lines(path: Path) -> list[str]:

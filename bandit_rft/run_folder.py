@@ -1,0 +1,207 @@
+"""A run's folder: what lies where, who may write in it, how it is continued, and what is set aside and never deleted.
+
+config.yaml          the resolved configuration
+metrics.jsonl        one line a round
+rollouts/            Parquet: round-N, and rounds-A-B for every ROUNDS_A_FILE rounds
+evaluations/         Parquet: round-N-SPLIT
+checkpoints/         checkpoint-N
+set-aside/           what a continued run took back: later checkpoints, lines and rollouts
+report.html
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from bandit_rft.config import ConfigError
+from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
+from bandit_rft.rollout_batch import RolloutBatch
+
+logger = logging.getLogger(__name__)
+
+#: Rollouts of so many rounds go into one Parquet file, once they are there.
+ROUNDS_A_FILE = 50
+
+#: Keys that may change between a run and its continuation; any other would make it another run.
+MAY_CHANGE = {
+    "output_dir", "max_rounds", "save_steps", "save_total_limit", "eval_steps", "log_rollouts_steps", "resume",
+    "report_to", "device", "preset", "data_path", "model_name_or_path", "rollout.batch_size", "reward.timeout_s",
+    "reward.memory_mb", "reward.workers", "evaluation", "tokens_per_microbatch", "max_generated_tokens", "max_seconds",
+}  # fmt: skip
+
+
+class RunFolder:
+    """The folder of one run. Nothing is written before `lock`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints, self.rollouts = self.path / "checkpoints", self.path / "rollouts"
+        self.evaluations = self.path / "evaluations"
+
+    @contextmanager
+    def lock(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Keep other trainers out, for as long as the block runs or this process lives.
+
+        Args:
+            wait_s: seconds to wait for another one to leave.
+
+        Raises:
+            ConfigError: when the folder cannot be written or another trainer is in it.
+        """
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=wait_s)
+        except filelock.Timeout:
+            raise ConfigError(f"output_dir={self.path} is in use by another trainer; choose another folder") from None
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.path} cannot be written: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def find_checkpoint(self, resume: str, config: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to continue from and its state, or None for a new run.
+
+        Args:
+            resume: auto | never | a checkpoint folder.
+            config: of the run that is about to start.
+
+        Raises:
+            ConfigError: when the folder holds a run and resume is never, or the checkpoint is another run's.
+            CheckpointError: when the folder named is no intact checkpoint.
+        """
+        if resume == "never":
+            if read_metrics(self.path):
+                raise ConfigError(
+                    f"output_dir={self.path} holds a run already and resume=never: choose another folder, "
+                    "remove it, or continue it with --resume auto"
+                )
+            return None
+        found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
+        if found is not None:
+            _refuse_other_run(found[1].get("config", {}), config, found[0])
+        return found
+
+    def set_aside(self, after: int | None) -> None:
+        """Move what lies beyond round `after` (None: everything) out of the way of the rounds that will be run again.
+
+        Nothing is deleted: later checkpoints, rollouts and evaluations, and metrics.jsonl as it was, with torn lines,
+        go to a folder of their own, whose name a warning says.
+        """
+        last = -1 if after is None else after
+        logged = [*self.rollouts.glob("round*.parquet"), *self.evaluations.glob("round-*.parquet")]
+        beyond = [path for path in [*list_checkpoints(self.checkpoints), *sorted(logged)] if _round_of(path) > last]
+        lines, torn = parse_metrics(self.path)
+        later = [line for line in lines if line["round"] > last]
+        if not (beyond or later or torn):
+            return
+        number = 1 + len(list((self.path / "set-aside").glob("*")))
+        aside = self.path / "set-aside" / f"{number:03d}-after-round-{max(last, 0)}"
+        aside.mkdir(parents=True)
+        if lines or torn:
+            shutil.copy2(self.path / "metrics.jsonl", aside)
+        for path in beyond:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(exist_ok=True)
+            if path.name.startswith("rounds-"):
+                shutil.copy2(path, target)
+                self._cut(path, last)
+            else:
+                path.rename(target)
+        checkpoints = sum(path.name.startswith("checkpoint-") for path in beyond)
+        logger.warning(
+            "beyond round %d there were %d checkpoint(s), %d line(s) of metrics and %d torn one(s): kept in %s",
+            max(last, 0), checkpoints, len(later), torn, aside,
+        )  # fmt: skip
+
+    # --- rollouts -----------------------------------------------------------------------------------------------------
+
+    def write_rollouts(
+        self, batch: RolloutBatch, prompts: Sequence[str], texts: Sequence[str], answers: Sequence[str | None]
+    ) -> None:
+        """Log one round's rollouts: the columns of the batch, and the text of prompts, completions and answers [B]."""
+        rewards = batch.reward.tolist()
+        number = int(batch.round[0])
+        write_parquet(
+            self.rollouts / f"round-{number:06d}.parquet",
+            {
+                "round": ("int32", batch.round.tolist()),
+                "query": ("int64", batch.query.tolist()),
+                "rollout": ("int32", batch.attempt.tolist()),
+                "prompt": ("string", prompts),
+                "completion": ("string", texts),
+                "answer": ("string", answers),
+                "reward": ("float64", [None if reward != reward else reward for reward in rewards]),
+                "advantage": ("float32", batch.advantage.tolist()),
+                "token_ids": ("list<int32>", batch.token_lists()),
+                "logprobs": ("list<float32>", [part.numpy() for part in batch.split(batch.logprobs)]),
+                "entropy": ("list<float32>", [part.numpy() for part in batch.split(batch.entropy)]),
+                "truncated": ("bool", batch.truncated.tolist()),
+            },
+        )
+        singles = sorted(self.rollouts.glob("round-*.parquet"))
+        if len(singles) >= ROUNDS_A_FILE:
+            self._merge(singles)
+
+    def _merge(self, singles: Sequence[Path]) -> None:
+        """Many rounds' files as one; the many go only after the one is whole, so readers see a round at least once."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.concat_tables([pq.read_table(path) for path in singles])
+        whole = self.rollouts / f"rounds-{_round_of(singles[0]):06d}-{_round_of(singles[-1]):06d}.parquet"
+        pq.write_table(table, whole.with_suffix(".partial"))
+        whole.with_suffix(".partial").replace(whole)
+        for path in singles:
+            path.unlink()
+
+    def _cut(self, path: Path, last: int) -> None:
+        """Leave only rounds up to `last` in a file of many rounds."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path)
+        kept = table.filter(pc.less_equal(table["round"], last))
+        if kept.num_rows:
+            name = self.rollouts / f"rounds-{pc.min(kept['round']).as_py():06d}-{last:06d}.parquet"
+            pq.write_table(kept, name.with_suffix(".partial"))
+            name.with_suffix(".partial").replace(name)
+        path.unlink()
+
+
+def _round_of(path: Path) -> int:
+    """The last round of checkpoint-N, round-N.parquet, round-N-SPLIT.parquet or rounds-A-B.parquet."""
+    match = re.match(r"(?:checkpoint-|round-|rounds-\d+-)(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError when the checkpoint was made under settings that make this another run."""
+
+    def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in tree.items():
+            name = f"{prefix}{key}"
+            if name in MAY_CHANGE:
+                continue
+            out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        return out
+
+    old, new = flat(before), flat(now)
+    changed = [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{path} was made with other settings ({'; '.join(changed)}): this would be neither run. Choose another "
+            "output_dir, or put the settings back"
+        )
