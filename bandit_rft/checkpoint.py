@@ -138,7 +138,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if layout == 1 and any(name.endswith("|prompt_lengths") for name in load_arrays(path)):
         raise LayoutError(
             f"{path} keeps rollouts in layout 1, of an earlier bandit_rft; this one reads layout {LAYOUT}. Continue "
-            "with that version, or start anew from its weights: --model_name_or_path with this folder and a new output_dir"
+            "with that version, or start anew from the weights: this folder as model_name_or_path, a new output_dir"
         )
     return state
 

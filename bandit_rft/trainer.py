@@ -142,7 +142,7 @@ class Trainer:
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
             update = self.updater(training, number, off_policy=uncorrected)
             self.kl.update(shaping.get("kl", update.kl), len(batch))
-            if self.config.kl.where == "loss":
+            if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         self.round = number
         self.generated_tokens += len(batch.tokens)

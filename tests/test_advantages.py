@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages, register
-from bandit_rft.draws import most_varied
 from bandit_rft.history import RewardHistory, ValueTracker
+from bandit_rft.selection import most_varied
 
 REWARDS = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.5, 0.5]
 GROUPS = [7, 7, 7, 3, 3, 3, 9, 9]

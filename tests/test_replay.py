@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from bandit_rft.replay import LastAnswers, Trajectory, TrajectoryReplay, staleness_metrics
-from bandit_rft.update import effective_sample_size, importance_weights
+from bandit_rft.history import ValueTracker
+from bandit_rft.replay import TrajectoryReplay, effective_sample_size, importance_weights, staleness_metrics
+from bandit_rft.rollout_batch import RolloutBatch
 
 
-def trajectory(index: int, *, advantage: float = 1.0, query: int | None = None) -> Trajectory:
+def rollout(index: int, *, advantage: float = 1.0, query: int | None = None) -> RolloutBatch:
     rng = np.random.default_rng(index)
     length = int(rng.integers(1, 6))
-    return Trajectory(
-        round=index, query=index if query is None else query, rollout=0, prompt=rng.integers(0, 9, 3).astype(np.int32),
-        tokens=rng.integers(0, 9, length).astype(np.int32), logprobs=-rng.random(length).astype(np.float32), reward=1.0,
-        advantage=advantage, truncated=False,
+    return RolloutBatch.of(
+        [rng.integers(0, 9, 3).tolist()], torch.from_numpy(rng.integers(0, 9, length)), [length],
+        torch.from_numpy(-rng.random(length).astype(np.float32)), torch.ones(length), [False], round=index,
+        query=index if query is None else query, reward=1.0, advantage=advantage,
     )  # fmt: skip
 
 
+def rollouts(numbers: Iterable[int], **options: Any) -> RolloutBatch:
+    return RolloutBatch.cat([rollout(i, **{k: f(i) for k, f in options.items()}) for i in numbers])
+
+
 def drawn(replay: TrajectoryReplay, count: int, sampling: str, *, now: int = 20, limit: int | None = None) -> list[int]:
-    return [t.round for t in replay.draw(count, sampling=sampling, now=now, max_staleness=limit, seed=3)[0]]
+    batch, _ = replay.draw(count, sampling=sampling, now=now, max_staleness=limit, seed=3)
+    return [] if batch is None else batch.round.tolist()
 
 
 def test_first_in_first_out_and_staleness() -> None:
     replay = TrajectoryReplay(6)
-    replay.add(trajectory(i) for i in range(10))
+    replay.add(rollouts(range(10)))
     assert len(replay) == 6 and sorted(drawn(replay, 99, "uniform")) == [4, 5, 6, 7, 8, 9]
     assert drawn(replay, 2, "recent") == [8, 9]
     chosen, young = replay.draw(99, sampling="uniform", now=10, max_staleness=2, seed=0)
-    assert sorted(t.round for t in chosen) == [8, 9] and young == pytest.approx(2 / 6)
-    assert replay.draw(5, sampling="uniform", now=99, max_staleness=1, seed=0) == ([], 0.0)
-    assert TrajectoryReplay(3).draw(5, sampling="prioritized", now=1, max_staleness=None, seed=0) == ([], 1.0)
+    assert chosen is not None and sorted(chosen.round.tolist()) == [8, 9] and young == pytest.approx(2 / 6)
+    assert replay.draw(5, sampling="uniform", now=99, max_staleness=1, seed=0) == (None, 0.0)
+    assert TrajectoryReplay(3).draw(5, sampling="prioritized", now=1, max_staleness=None, seed=0) == (None, 1.0)
 
 
 def test_draws_depend_on_seed_and_round_alone() -> None:
     replay = TrajectoryReplay(50)
-    replay.add(trajectory(i) for i in range(20))
+    replay.add(rollouts(range(20)))
     for sampling in ("uniform", "positive", "prioritized"):
         assert drawn(replay, 8, sampling) == drawn(replay, 8, sampling) != drawn(replay, 8, sampling, now=21)
         assert len(set(drawn(replay, 8, sampling))) == 8
@@ -45,38 +54,50 @@ def test_draws_depend_on_seed_and_round_alone() -> None:
 
 def test_positive_and_prioritized() -> None:
     replay = TrajectoryReplay(50)
-    replay.add(trajectory(i, advantage=[0.0, 1.0, -3.0][i % 3]) for i in range(30))
+    replay.add(rollouts(range(30), advantage=lambda i: [0.0, 1.0, -3.0][i % 3]))
     assert {i % 3 for i in drawn(replay, 10, "positive")} == {1}
     assert len(drawn(replay, 99, "prioritized")) == 20 and 0 not in {i % 3 for i in drawn(replay, 20, "prioritized")}
     first = [drawn(replay, 1, "prioritized", now=now)[0] % 3 for now in range(30, 1030)]
     assert first.count(2) / len(first) == pytest.approx(0.75, abs=0.05)  # |-3| against |1|
 
 
-@pytest.mark.parametrize("store", [TrajectoryReplay(7), LastAnswers()])
-def test_checkpoint_gives_everything_back(store: TrajectoryReplay | LastAnswers) -> None:
-    store.add(trajectory(i, query=i % 5) for i in range(12))
-    other = TrajectoryReplay(7) if isinstance(store, TrajectoryReplay) else LastAnswers()
-    empty = {k: v[:0] for k, v in store.arrays().items()}
-    other.restore(empty)
-    assert all(len(x) == 0 for x in other.arrays().values())
+def test_checkpoint_gives_everything_back() -> None:
+    store, other = TrajectoryReplay(7), TrajectoryReplay(7)
+    store.add(rollouts(range(12), query=lambda i: i % 5))
+    other.restore(TrajectoryReplay(7).arrays())
+    assert len(other) == 0 and other.arrays() == {}
     other.restore(store.arrays())
+    assert len(other) == 7
     for (name, a), b in zip(store.arrays().items(), other.arrays().values(), strict=True):
         assert a.dtype == b.dtype, name
         np.testing.assert_array_equal(a, b)
 
 
-def test_last_answers_are_the_latest_of_each_query() -> None:
-    answers = LastAnswers()
-    answers.add([trajectory(1, query=4), trajectory(2, query=6)])
-    answers.add([trajectory(3, query=4)])
-    assert [t.round for t in answers.of([6, 4, 4, 77])] == [2, 3]
+def test_movement_is_measured_on_the_latest_first_answer_of_each_query() -> None:
+    tracker, seen = ValueTracker(), []
+
+    def score(batch: RolloutBatch) -> torch.Tensor:
+        seen.append(batch.round.tolist())
+        return batch.logprobs - 0.5
+
+    asked = rollouts([9, 10, 11, 12], query=lambda i: [6, 4, 4, 77][i - 9])
+    tracker.observe(asked, score)
+    assert seen == [] and tracker.movement == {}  # nothing was answered yet
+    tracker.remember(rollouts([1, 2], query=lambda i: [4, 6][i - 1]))
+    tracker.remember(rollouts([3, 4], query=lambda i: 4).with_columns(attempt=[0, 1]))
+    restored = ValueTracker()
+    restored.restore(tracker.arrays())
+    for memory in (tracker, restored):
+        memory.observe(asked, score)
+        assert seen.pop() == [2, 3]
+        assert memory.movement == pytest.approx({6: np.exp(-0.5) - 0.5, 4: np.exp(-0.5) - 0.5}, rel=1e-5)
 
 
 def test_staleness_histogram_counts_everything_once() -> None:
-    metrics = staleness_metrics([trajectory(i) for i in (19, 18, 17, 13, 12, 5, 4, 0)], now=20)
+    metrics = staleness_metrics(rollouts((19, 18, 17, 13, 12, 5, 4, 0)), now=20)
     assert [metrics[f"replay/staleness/{name}"] for name in ("1", "2-3", "4-7", "8-15", "16+")] == [1, 2, 1, 2, 2]
     assert metrics["replay/staleness/max"] == 20
-    assert staleness_metrics([], now=20)["replay/staleness/mean"] is None
+    assert staleness_metrics(None, now=20)["replay/staleness/mean"] is None
 
 
 def test_importance_weights() -> None:

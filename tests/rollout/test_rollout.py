@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from bandit_rft import _C, ops
 from bandit_rft.model import Policy, UnsupportedModelError
-from bandit_rft.rollout import RolloutEngine, Rollouts, Sampling, sequence_ids
+from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
 from bandit_rft.rollout.native import NativeDecoder
-from bandit_rft.update import pack_for_training
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.update import training_inputs
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,13 @@ def policy() -> Policy:
 PROMPTS = [[1, 5, 6], [1, 9], [1, 7, 8, 9, 10, 11], [1, 20, 21, 22], [1, 5, 6]]
 
 
-def trainer_logprobs(policy: Policy, rollouts: Rollouts, temperature: float = 1.0) -> torch.Tensor:
-    pack = pack_for_training(range(len(rollouts)), rollouts, policy.device)
+def trainer_logprobs(policy: Policy, rollouts: RolloutBatch, temperature: float = 1.0) -> torch.Tensor:
+    inputs = training_inputs(rollouts, policy.device)
     with torch.no_grad():
-        hidden = policy.hidden_states(pack.input_ids, pack.lengths)[pack.predicting]
-        return ops.linear_logprobs(hidden, policy.weight, pack.targets, temperature=temperature, **policy.head_options)
+        hidden = policy.hidden_states(inputs.input_ids, inputs.lengths)[inputs.predicting]
+        return ops.linear_logprobs(
+            hidden, policy.weight, rollouts.tokens, temperature=temperature, **policy.head_options
+        )
 
 
 def test_first_rollout_is_the_same_whether_one_or_eight_are_drawn(policy: Policy) -> None:
@@ -42,7 +45,7 @@ def test_first_rollout_is_the_same_whether_one_or_eight_are_drawn(policy: Policy
     eight = engine.generate(PROMPTS, ids, seed=7, n=8)
     assert [eight.token_lists()[8 * q] for q in queries] == one.token_lists()
     assert len({tuple(tokens) for tokens in eight.token_lists()}) > 30  # the other streams are others
-    torch.testing.assert_close(eight.logprobs[eight.slice_of(16)], one.logprobs[one.slice_of(2)], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(eight.split(eight.logprobs)[16], one.split(one.logprobs)[2], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 256])
@@ -53,8 +56,8 @@ def test_a_rollout_is_the_same_alone_and_in_a_batch(policy: Policy, batch_size: 
     split = engine.generate(PROMPTS, ids, seed=1)
     alone = [engine.generate([PROMPTS[i]], ids[i : i + 1], seed=1) for i in range(len(PROMPTS))]
     assert split.token_lists() == together.token_lists() == [rollout.token_lists()[0] for rollout in alone]
-    assert split.prompts == together.prompts == PROMPTS
-    assert split.truncated == together.truncated
+    assert split.prompt_lists() == together.prompt_lists() == PROMPTS
+    assert torch.equal(split.truncated, together.truncated)
     torch.testing.assert_close(split.logprobs, together.logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat([a.entropy for a in alone]), together.entropy, atol=1e-5, rtol=1e-5)
 
@@ -102,7 +105,7 @@ def test_stop_token_ends_a_completion_and_belongs_to_it(policy: Policy) -> None:
     assert len(stopped) > 10 and cut
     assert all(tokens[-1] == 2 and 2 not in tokens[:-1] for tokens in stopped)
     assert all(len(tokens) == 40 and 2 not in tokens for tokens in cut)
-    assert sum(rollouts.lengths) == len(rollouts.tokens) == len(rollouts.logprobs) == len(rollouts.entropy)
+    assert int(rollouts.lengths.sum()) == len(rollouts.tokens) == len(rollouts.logprobs) == len(rollouts.entropy)
 
 
 def test_several_stop_tokens() -> None:
@@ -128,7 +131,7 @@ def test_finished_sequences_leave_the_batch(policy: Policy, monkeypatch: pytest.
     rollouts = engine.generate([PROMPTS[0]] * 64, sequence_ids(0, 1, list(range(64)), 0), seed=3)
     assert sizes[0] == 64 and sizes[-1] < 32
     assert len(sizes) == max(rollouts.lengths) or rollouts.truncated.count(True) > 0
-    assert sum(sizes) < 1.7 * sum(rollouts.lengths)
+    assert sum(sizes) < 1.7 * int(rollouts.lengths.sum())
 
 
 def test_prompt_is_read_once_for_all_its_rollouts(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +192,7 @@ def test_native_decoding_is_the_models_own(name: str, isa: str) -> None:
             engine._native, kept = None, engine._native
             model = engine.generate(prompts, ids, seed=1)
             engine._native = kept
-            assert native.token_lists() == model.token_lists() and native.truncated == model.truncated
+            assert native.token_lists() == model.token_lists() and torch.equal(native.truncated, model.truncated)
             torch.testing.assert_close(native.logprobs, model.logprobs, atol=5e-5, rtol=0)
             torch.testing.assert_close(native.entropy, model.entropy, atol=5e-5, rtol=0)
             torch.testing.assert_close(trainer_logprobs(engine.policy, native), native.logprobs, atol=1e-4, rtol=0)

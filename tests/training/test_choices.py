@@ -20,10 +20,11 @@ from bandit_rft.metrics import read_metrics
 from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rollout import Rollouts
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.run_folder import RunFolder
 from bandit_rft.tasks import Task
 from bandit_rft.trainer import Trainer
-from bandit_rft.update import PolicyUpdater, TrainingBatch, score_rollouts
+from bandit_rft.update import PolicyUpdater, score_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +106,18 @@ def test_every_choice_trains(name: str, configure: Callable[..., Config]) -> Non
 # --- several updates --------------------------------------------------------------------------------------------------
 
 
-def some_batch(policy: Policy, *, stale: float = 0.0) -> TrainingBatch:
+def some_batch(policy: Policy, *, stale: float = 0.0) -> RolloutBatch:
     """Nine completions with the log-probabilities the policy gives them (moved by up to `stale`)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 9, (9,), generator=generator).tolist()
     tokens = torch.randint(2, 40, (sum(lengths),), generator=generator)
     prompts = [[1, 4 + i, 9] for i in range(9)]
-    rollouts = Rollouts(prompts, lengths, tokens, torch.zeros(len(tokens)), torch.zeros(len(tokens)), [False] * 9)
-    logprobs = torch.cat(
-        score_rollouts(policy, rollouts, range(9), temperature=1.0, tokens_per_microbatch=10_000)
-    ) + stale * torch.randn(len(tokens), generator=generator)
-    advantages = np.array([1, -1, 0, 2, -0.5, 1, 0, -2, 1], dtype=np.float32)
-    return TrainingBatch(replace(rollouts, logprobs=logprobs), advantages, np.ones(9, dtype=bool), fresh=9)
+    nothing = torch.zeros(len(tokens))
+    batch = RolloutBatch.of(
+        prompts, tokens, lengths, nothing, nothing, [False] * 9, round=1, advantage=[1, -1, 0, 2, -0.5, 1, 0, -2, 1]
+    )
+    logprobs = score_rollouts(policy, batch, temperature=1.0, tokens_per_microbatch=10_000)
+    return replace(batch, logprobs=logprobs + stale * torch.randn(len(tokens), generator=generator))
 
 
 def updated(objective: dict[str, Any], *, stale: float = 0.0, **options: Any) -> tuple[torch.Tensor, Any]:
@@ -157,7 +158,7 @@ def test_minibatches_are_one_pass_over_every_rollout(monkeypatch: pytest.MonkeyP
         sorted(i for rows in seen[:4] for i in rows) == sorted(i for rows in seen[4:] for i in rows) == list(range(9))
     )
     assert seen[:4] != seen[4:]
-    lengths = some_batch(Policy(tiny_llama(), character_tokenizer())).rollouts.lengths
+    lengths = some_batch(Policy(tiny_llama(), character_tokenizer())).lengths.tolist()
     assert update.tokens_trained == 2 * (sum(lengths) - lengths[2] - lengths[6])
     assert update.tokens_skipped == 2 * (lengths[2] + lengths[6])
 
@@ -167,9 +168,9 @@ def test_several_updates_are_several_single_ones() -> None:
     policy = Policy(tiny_llama(), character_tokenizer())
     optimizer = PolicyOptimizer(policy.named_parameters(), learning_rate=0.02)
     updater = PolicyUpdater(policy, optimizer, PolicyObjective(kind="ppo"))
-    batch = replace(some_batch(policy), off_policy=True)
-    updater(batch, 1)
-    updater(batch, 2)
+    batch = some_batch(policy)
+    updater(batch, 1, off_policy=True)
+    updater(batch, 2, off_policy=True)
     by_hand = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
     torch.testing.assert_close(updated({"kind": "ppo"}, epochs=2)[0], by_hand, atol=0, rtol=0)
 
@@ -181,14 +182,13 @@ def test_replay_trains_on_old_rollouts_with_the_log_probabilities_they_were_samp
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the trainer: what the update gets is what was drawn rounds ago, weighed by today's policy."""
-    batches: list[tuple[TrainingBatch, list[torch.Tensor]]] = []
+    batches: list[tuple[RolloutBatch, list[torch.Tensor]]] = []
     call = PolicyUpdater.__call__
 
-    def spy(self: PolicyUpdater, batch: TrainingBatch, number: int) -> Any:
-        rows = range(len(batch.rollouts))
-        today = score_rollouts(self.policy, batch.rollouts, rows, temperature=1.0, tokens_per_microbatch=10_000)
-        batches.append((batch, today))
-        return call(self, batch, number)
+    def spy(self: PolicyUpdater, batch: RolloutBatch, number: int, **options: Any) -> Any:
+        today = score_rollouts(self.policy, batch, temperature=1.0, tokens_per_microbatch=10_000)
+        batches.append((batch, batch.split(today)))
+        return call(self, batch, number, **options)
 
     monkeypatch.setattr(PolicyUpdater, "__call__", spy)
     config = configure(
@@ -199,22 +199,23 @@ def test_replay_trains_on_old_rollouts_with_the_log_probabilities_they_were_samp
     drawn: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     truncated = 0
     for number, (batch, today) in enumerate(batches, start=1):
-        old = range(batch.fresh, len(batch.rollouts))
+        old = (batch.round < number).nonzero().flatten().tolist()
         assert len(old) == min(12, 6 * (number - 1)) and rounds(trainer)[number - 1]["replay/rollouts"] == len(old)
-        tokens = batch.rollouts.token_lists()
+        tokens, prompts, logprobs = batch.token_lists(), batch.prompt_lists(), batch.split(batch.logprobs)
         for i in old:
             (match,) = [
                 row
                 for row in drawn[tuple(tokens[i])]
-                if row["advantage"] == batch.advantages[i]
-                and trainer.policy.tokenizer(row["prompt"])["input_ids"] == batch.rollouts.prompts[i]  # type: ignore[misc]
+                if row["advantage"] == batch.advantage[i]
+                and trainer.policy.tokenizer(row["prompt"])["input_ids"] == prompts[i]  # type: ignore[misc]
             ]
-            if batch.advantages[i]:
+            if batch.advantage[i]:
                 ratio = (today[i] - torch.tensor(match["logprobs"])).exp()
-                span = batch.rollouts.slice_of(i)
                 assert batch.importance is not None
-                torch.testing.assert_close(batch.importance[span], ratio.clamp(max=1.25), atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(batch.rollouts.logprobs[span], today[i], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    batch.split(batch.importance)[i], ratio.clamp(max=1.25), atol=1e-4, rtol=1e-4
+                )
+                torch.testing.assert_close(logprobs[i], today[i], atol=1e-5, rtol=1e-5)
                 truncated += int((ratio > 1.25).sum())
         for row in rollouts_of(trainer, number):
             drawn.setdefault(tuple(row["token_ids"]), []).append(row)
@@ -238,15 +239,13 @@ def test_replayed_gradient_is_the_importance_weighted_formula() -> None:
 
     optimizer.step = catch  # type: ignore[method-assign]
     batch = some_batch(policy)
-    weights = torch.rand(len(batch.rollouts.tokens), generator=torch.Generator().manual_seed(1)) * 2
+    weights = torch.rand(len(batch.tokens), generator=torch.Generator().manual_seed(1)) * 2
     PolicyUpdater(policy, optimizer, PolicyObjective())(replace(batch, importance=weights), 1)
     model, total = tiny_llama().double(), torch.zeros((), dtype=torch.float64)
-    for i, prompt in enumerate(batch.rollouts.prompts):
-        span = batch.rollouts.slice_of(i)
-        targets = batch.rollouts.tokens[span]
+    for i, (prompt, targets) in enumerate(zip(batch.prompt_lists(), batch.split(batch.tokens), strict=True)):
         table = model(input_ids=torch.cat([torch.tensor(prompt), targets])[None]).logits[0, len(prompt) - 1 : -1]
         logp = table.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        total = total - (weights[span] * float(batch.advantages[i]) * logp).sum() / sum(batch.rollouts.lengths)
+        total = total - (batch.split(weights)[i] * float(batch.advantage[i]) * logp).sum() / len(batch.tokens)
     total.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).float()
     scale = expected.abs().max()
@@ -325,11 +324,9 @@ def test_kl_in_the_reward(configure: Callable[..., Config]) -> None:
     assert tokenizer is not None
     for row in rows:
         ids = torch.tensor(row["token_ids"])
-        rollouts = Rollouts(
-            [tokenizer(row["prompt"])["input_ids"]], [len(ids)], ids, torch.zeros(len(ids)), torch.zeros(len(ids)),
-            [False],
-        )  # fmt: skip
-        (scored,) = score_rollouts(reference, rollouts, [0], temperature=1.0, tokens_per_microbatch=1000)
+        nothing = torch.zeros(len(ids))
+        batch = RolloutBatch.of([tokenizer(row["prompt"])["input_ids"]], ids, [len(ids)], nothing, nothing, [False])
+        scored = score_rollouts(reference, batch, temperature=1.0, tokens_per_microbatch=1000)
         kl = float((torch.tensor(row["logprobs"]) - scored).sum())
         assert row["advantage"] == pytest.approx(row["reward"] - 0.3 * kl, abs=1e-3)
     first, second = rounds(trainer)
@@ -344,9 +341,9 @@ def test_adaptive_kl_moves_towards_its_target(configure: Callable[..., Config]) 
     expected = 0.1
     for line in rounds(low):
         expected *= 1 + np.clip(line["kl"] / 1e-6 - 1, -0.2, 0.2) * 6 / 100
-    assert low.kl_coef == pytest.approx(expected) and low.updater.objective.kl_coef == low.kl_coef > 0.1
+    assert low.kl.coef == pytest.approx(expected) and low.updater.objective.kl_coef == low.kl.coef > 0.1
     high = run(configure(**choices, output_dir=str(low.folder / "high"), **{"kl.target": 100.0}))
-    assert high.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 0.06) ** 3)
+    assert high.kl.coef == pytest.approx(0.1 * (1 - 0.2 * 0.06) ** 3)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
@@ -403,6 +400,6 @@ def test_a_past_that_cannot_matter_is_explained(
     task = sums()
     twice = Task("twice", {**task.splits, "train": task.splits["train"] * 2}, task.rewards)
     trainer = Trainer(configure(advantage="history_norm", output_dir="unused"), task=twice)
-    trainer.folder = Path(configure().output_dir).parent / "twice"
+    trainer.run_folder = RunFolder(Path(configure().output_dir).parent / "twice")
     trainer.run()
     assert "24 training prompts are repeated" in caplog.text

@@ -29,9 +29,10 @@ from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.config import build_config
 from bandit_rft.ops import PolicyObjective, linear_policy_loss
 from bandit_rft.ops.objective import Aggregation, Kind
+from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.tasks import Task
 from bandit_rft.trainer import Trainer
-from bandit_rft.update import TrainingBatch, Update
+from bandit_rft.update import Update
 
 BOUNDS: dict[str, dict[str, Any]] = {
     "importance": {"importance_cap": 1.15},
@@ -286,9 +287,9 @@ class TableTrainer(Trainer):
         # Of each query: the prompt, its latest answer, and the log-probabilities this was drawn with.
         self.last: dict[int, tuple[list[int], list[int], Tensor]] = {}
 
-    def with_replay(self, draw: Any, *args: Any) -> Any:
-        self.drawn = draw
-        return super().with_replay(draw, *args)
+    def draw(self, *args: Any) -> Any:
+        self.drawn, self.texts, rewards = super().draw(*args)
+        return self.drawn, self.texts, rewards
 
     def train_round(self) -> None:
         if self.round == 0:
@@ -297,7 +298,8 @@ class TableTrainer(Trainer):
             self.updater = self.compare_gradients  # type: ignore[assignment]
         super().train_round()
 
-    def compare_gradients(self, batch: TrainingBatch, number: int) -> Update:
+    def compare_gradients(self, batch: RolloutBatch, number: int, off_policy: bool = False) -> Update:
+        assert not off_policy
         advantages, counted = self.formula_batch()
         if number < 3:
             return self.original(batch, number)
@@ -331,33 +333,33 @@ class TableTrainer(Trainer):
     def formula_batch(self) -> tuple[list[float], list[bool]]:
         """Advantages by formula, and which rollouts count, of what was drawn."""
         draw, name = self.drawn, self.config.advantage
-        rewards = [min(sum(map(ord, text)) % 4, 2) / 2 for text in draw.texts]
-        queries, lists = draw.queries.tolist(), draw.rollouts.token_lists()
+        rewards = [min(sum(map(ord, text)) % 4, 2) / 2 for text in self.texts]
+        queries, lists = draw.query.tolist(), draw.token_lists()
         model = copy.deepcopy(self.policy.model).double()
         movement = {}
         for q in set(queries) & set(self.last):
             prompt, answer, old = self.last[q]
             d = old - score(model, [prompt], [answer])[0][0].detach()
             movement[q] = float((torch.exp(-d) + d - 1).mean())
-        for i, (q, attempt) in enumerate(zip(queries, draw.attempts.tolist(), strict=True)):
+        for i, (q, attempt) in enumerate(zip(queries, draw.attempt.tolist(), strict=True)):
             if attempt == 0:
-                logprobs = draw.rollouts.logprobs[draw.rollouts.slice_of(i)].double()
-                self.last[q] = (draw.rollouts.prompts[i], lists[i], logprobs)
+                logprobs = draw.split(draw.logprobs)[i].double()
+                self.last[q] = (draw.prompt_lists()[i], lists[i], logprobs)
         advantages = formula_advantages(name, rewards, queries, self.past, movement)
         first_only = name == "extra_rollouts"
-        return advantages, [not first_only or attempt == 0 for attempt in draw.attempts.tolist()]
+        return advantages, [not first_only or attempt == 0 for attempt in draw.attempt.tolist()]
 
-    def scored(self, batch: TrainingBatch) -> list[Scored]:
+    def scored(self, batch: RolloutBatch) -> list[Scored]:
         """The batch's rollouts under a float64 copy of today's policy, whose parameters' gradients are the truth's."""
-        rollouts = batch.rollouts
+        prompts, drawn_at = batch.prompt_lists(), batch.split(batch.logprobs)
         model = copy.deepcopy(self.policy.model).double()
         self.truth_parameters = list(model.parameters())
-        lists = rollouts.token_lists()
-        now = score(model, rollouts.prompts, lists)
+        lists = batch.token_lists()
+        now = score(model, prompts, lists)
         with torch.no_grad():
-            initial = score(self.initial, rollouts.prompts, lists)
+            initial = score(self.initial, prompts, lists)
         return [
-            Scored(logp, entropy, math.nan, rollouts.logprobs[rollouts.slice_of(i)].double(), initial[i][0])
+            Scored(logp, entropy, math.nan, drawn_at[i].double(), initial[i][0])
             for i, (logp, entropy) in enumerate(now)
         ]
 

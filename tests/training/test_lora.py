@@ -25,7 +25,8 @@ from bandit_rft.lora import add_adapter, base_policy, find_adapter
 from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.ops import logprobs as head_ops
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rollout import RolloutEngine, Rollouts
+from bandit_rft.rollout import RolloutEngine
+from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater
 
@@ -56,7 +57,7 @@ def weights(policy: Policy) -> list[Tensor]:
     return [p.detach().clone() for p in policy.parameters()]
 
 
-def draw(policy: Policy, length: int = 12) -> Rollouts:
+def draw(policy: Policy, length: int = 12) -> RolloutBatch:
     engine = RolloutEngine(policy, max_completion_length=length)
     return engine.generate([[1, 5, 6], [1, 9]], torch.arange(6), seed=4, n=3)
 

@@ -25,10 +25,10 @@ from bandit_rft.metrics import MetricsLog, read_metrics
 from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rollout import Rollouts
+from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.tasks import Example, Task
 from bandit_rft.trainer import Trainer
-from bandit_rft.update import PolicyUpdater, TrainingBatch, Update, micro_batches, pack_for_training
+from bandit_rft.update import PolicyUpdater, Update, micro_batches, training_inputs
 
 DIFFERENT_EACH_TIME = ("seconds/",)
 
@@ -68,17 +68,17 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 # --- the update -------------------------------------------------------------------------------------------------------
 
 
-def some_rollouts(seed: int = 0, count: int = 7) -> Rollouts:
+def some_rollouts(seed: int = 0, count: int = 7) -> RolloutBatch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
     prompts = [torch.randint(3, 40, (int(k),), generator=generator).tolist() for k in torch.randint(1, 6, (count,))]
     tokens = torch.randint(2, 40, (sum(lengths),), generator=generator)
     logprobs = -torch.rand(len(tokens), generator=generator) * 4
-    return Rollouts(prompts, lengths, tokens, logprobs, torch.ones(len(tokens)), [False] * count)
+    return RolloutBatch.of(prompts, tokens, lengths, logprobs, torch.ones(len(tokens)), [False] * count, round=1)
 
 
 def gradient(
-    config: Config, rollouts: Rollouts, advantages: Any, scored: Any = None
+    config: Config, rollouts: RolloutBatch, advantages: Any, scored: Any = None
 ) -> tuple[dict[str, torch.Tensor], Update]:
     """The gradient the trainer hands to AdamW, before clipping."""
     policy = Policy(tiny_llama(), character_tokenizer())
@@ -97,9 +97,8 @@ def gradient(
         return step()
 
     optimizer.step = catch  # type: ignore[method-assign]
-    counted = np.ones(len(rollouts), dtype=bool) if scored is None else np.asarray(scored)
-    batch = TrainingBatch(rollouts, np.asarray(advantages, dtype=np.float32), counted, fresh=len(rollouts))
-    return caught, updater(batch, 1)
+    trained = True if scored is None else scored
+    return caught, updater(rollouts.with_columns(advantage=advantages, trained=trained), 1)
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -137,16 +136,17 @@ def test_gradient_is_the_formula_whatever_the_split(
 
     model, reference = tiny_llama().double(), tiny_llama(seed=5).double()
     total = torch.zeros((), dtype=torch.float64)
-    tokens, sequences = sum(rollouts.lengths), len(rollouts)
-    for i, prompt in enumerate(rollouts.prompts):
-        span = rollouts.slice_of(i)
-        targets = rollouts.tokens[span]
+    tokens, sequences = len(rollouts.tokens), len(rollouts)
+    answers = zip(
+        rollouts.prompt_lists(), rollouts.split(rollouts.tokens), rollouts.split(rollouts.logprobs), strict=True
+    )
+    for i, (prompt, targets, behavior) in enumerate(answers):
         ids = torch.cat([torch.tensor(prompt), targets])[None]
         table = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         logp = table.gather(-1, targets[:, None])[:, 0]
         ratio = (logp - logp.detach()).exp()  # on-policy: 1, with a gradient
         if objective["kind"] == "importance":
-            ratio = (logp.detach() - rollouts.logprobs[span].double()).exp().clamp(max=2.0)
+            ratio = (logp.detach() - behavior.double()).exp().clamp(max=2.0)
         if objective["kind"] in ("reinforce", "importance", "cispo"):
             token = -advantages[i] * ratio.detach() * logp
         else:
@@ -178,8 +178,8 @@ def test_skipping_changes_what_is_computed_and_nothing_else(
     rollouts, advantages = some_rollouts(), np.array([1.0, 0.0, 0.0, 2.0, 0.0, 0.0, -1.0])
     config = configure()
     skipped, update = gradient(config, rollouts, advantages)
-    assert update.tokens_trained == sum(np.array(rollouts.lengths)[advantages != 0])
-    assert update.tokens_trained + update.tokens_skipped == sum(rollouts.lengths)
+    assert update.tokens_trained == sum(rollouts.lengths.numpy()[advantages != 0])
+    assert update.tokens_trained + update.tokens_skipped == len(rollouts.tokens)
     nearly = np.where(advantages == 0, 1e-30, advantages)  # does not count as zero, and is one in float32 sums
     every, full = gradient(config, rollouts, nearly)
     assert full.tokens_skipped == 0
@@ -191,12 +191,7 @@ def test_unscored_rollouts_are_as_if_never_drawn(configure: Callable[..., Config
     rollouts, advantages = some_rollouts(), np.array([1.0, 0.0, 5.0, 2.0, 0.0, 1.0, -1.0])
     scored = [True, True, False, True, True, True, True]
     keep = [i for i, s in enumerate(scored) if s]
-    spans = [rollouts.slice_of(i) for i in keep]
-    fewer = Rollouts(
-        [rollouts.prompts[i] for i in keep], [rollouts.lengths[i] for i in keep],
-        torch.cat([rollouts.tokens[s] for s in spans]),
-        torch.cat([rollouts.logprobs[s] for s in spans]), torch.cat([rollouts.entropy[s] for s in spans]), [False] * 6,
-    )  # fmt: skip
+    fewer = rollouts.select(keep)
     assert_same(
         gradient(configure(), rollouts, advantages, scored)[0], gradient(configure(), fewer, advantages[keep])[0]
     )
@@ -218,21 +213,21 @@ def replace_reward(task: Task, reward: Any) -> Task:
 
 
 def test_stop_token_is_in_the_loss() -> None:
-    rollouts = Rollouts([[5, 6]], [3], torch.tensor([7, 8, 2]), torch.zeros(3), torch.zeros(3), [False])
-    pack = pack_for_training([0], rollouts, torch.device("cpu"))
-    assert pack.targets.tolist() == [7, 8, 2]
-    assert pack.input_ids.tolist() == [5, 6, 7, 8] and pack.predicting.tolist() == [1, 2, 3]
-    assert pack.cu_seqlens.tolist() == [0, 3]
+    rollouts = RolloutBatch.of([[5, 6]], torch.tensor([7, 8, 2]), [3], torch.zeros(3), torch.zeros(3), [False])
+    inputs = training_inputs(rollouts, torch.device("cpu"))
+    assert rollouts.tokens.tolist() == [7, 8, 2]
+    assert inputs.input_ids.tolist() == [5, 6, 7, 8] and inputs.predicting.tolist() == [1, 2, 3]
+    assert rollouts.cu_seqlens.tolist() == [0, 3]
 
 
 def test_micro_batches_cover_all_rows_within_the_limit() -> None:
     rollouts = some_rollouts(count=20)
-    sizes = [len(p) + n for p, n in zip(rollouts.prompts, rollouts.lengths, strict=True)]
+    sizes = (rollouts.prompt_lengths + rollouts.lengths).tolist()
     for limit in (1, 10, 30, 1000):
-        batches = micro_batches(range(20), rollouts, limit)
+        batches = [batch.query.tolist() for batch in micro_batches(rollouts, limit)]
         assert [i for batch in batches for i in batch] == list(range(20))
         assert all(len(batch) == 1 or sum(sizes[i] for i in batch) <= limit for batch in batches)
-    assert len(micro_batches(range(20), rollouts, 1000)) == 1
+    assert len(micro_batches(rollouts, 1000)) == 1
 
 
 def test_sampler_and_trainer_agree_in_every_round(configure: Callable[..., Config]) -> None:
