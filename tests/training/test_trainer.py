@@ -21,6 +21,7 @@ from bandit_rft.checkpoint import CheckpointError, latest_checkpoint, list_check
 from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.data import PromptSet, completion_texts, prompt_tokens, query_order
 from bandit_rft.evaluate import best_of_k
+from bandit_rft.listener import Listener
 from bandit_rft.metrics import MetricsLog, read_metrics
 from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective
@@ -345,7 +346,7 @@ def test_resume_refuses_another_run_and_a_used_folder(configure: Callable[..., C
 
 def test_second_trainer_on_a_folder_is_refused(configure: Callable[..., Config]) -> None:
     trainer = Trainer(configure(), task=sums())
-    with trainer._lock_folder(), pytest.raises(ConfigError, match="in use by another trainer"):
+    with trainer.run_folder.lock(), pytest.raises(ConfigError, match="in use by another trainer"):
         run(configure())
 
 
@@ -353,16 +354,12 @@ def test_stop_request_finishes_the_round_and_saves(configure: Callable[..., Conf
     config = configure(max_rounds=50, save_steps=0, eval_steps=0)
     trainer = Trainer(config, task=sums())
 
-    class StopAtThree:
-        def started(self, trainer: Trainer) -> None: ...
-
+    class StopAtThree(Listener):
         def phase(self, name: str) -> None:
             if name == "update" and trainer.round == 2:
                 trainer.stop_requested = True
 
-        def round_done(self, metrics: dict[str, Any]) -> None: ...
-
-    trainer.listener = StopAtThree()  # type: ignore[assignment]
+    trainer.listener = StopAtThree()
     lines = trainer.run()
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
     assert [path.name for path in list_checkpoints(trainer.folder / "checkpoints")] == ["checkpoint-3"]
