@@ -21,7 +21,8 @@ from tiny_models import save_tiny_llama
 from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints
 from bandit_rft.metrics import read_metrics
 
-KILLS = 20
+#: Kills in each of the two tests below; an hour's worth on demand: BANDIT_RFT_KILLS=100.
+KILLS = int(os.environ.get("BANDIT_RFT_KILLS", "20"))
 #: Everything that is remembered across rounds, at once: reward history, replay, several updates, a moving coefficient.
 REMEMBERING = {
     "preset": "minimal", "task": "arithmetic", "device": "cpu", "batch_size": 6, "max_rounds": 40,
@@ -84,7 +85,7 @@ def ends_like(folder: Path, whole: Path, rounds: int = 40) -> None:
         assert hashlib.sha256(a.read_bytes()).digest() == hashlib.sha256(b.read_bytes()).digest(), name
 
 
-def test_killed_twenty_times(trainers: Trainers, values: Values, whole: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(trainers: Trainers, values: Values, whole: Path, tmp_path: Path) -> None:
     """Every other kill comes at a random moment, the others while a checkpoint is being written."""
     moments, while_saving, killed = random.Random(7), 0, 0
     seconds = [line["seconds/round"] for line in read_metrics(whole)]
@@ -114,6 +115,41 @@ def test_killed_twenty_times(trainers: Trainers, values: Values, whole: Path, tm
     assert while_saving >= 3, "too few kills came while a checkpoint was being written"
     assert trainers.run({**values, "output_dir": str(tmp_path)}) == 0, trainers.errors.read_text()[-2000:]
     ends_like(tmp_path, whole)
+    print(f"{killed} kills, {while_saving} of them while a checkpoint was being written: nothing lost, nothing doubled")
+
+
+def test_killed_and_continued_from_any_checkpoint(
+    trainers: Trainers, values: Values, whole: Path, tmp_path: Path
+) -> None:
+    """Continued from an older checkpoint as well as from the newest: the later branch is kept aside, the end is equal."""
+    values = {**values, "output_dir": str(tmp_path), "save_total_limit": 4}
+    random_source, older = random.Random(11), 0
+    seconds = [line["seconds/round"] for line in read_metrics(whole)]
+    typical = sorted(seconds)[len(seconds) // 2]
+    for _ in range(KILLS):
+        saved = list_checkpoints(tmp_path / "checkpoints")
+        resume = str(random_source.choice(saved)) if saved and random_source.random() < 0.5 else "auto"
+        older += resume not in ("auto", str(saved[-1]) if saved else "")
+
+        def kill(pid: int) -> None:
+            start, written = time.monotonic(), (tmp_path / "metrics.jsonl").exists()
+            known = (tmp_path / "metrics.jsonl").stat().st_mtime_ns if written else 0
+            while time.monotonic() - start < 20:  # until the metrics are opened again, or for the first time
+                if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_mtime_ns != known:
+                    break
+                time.sleep(0.002)
+            time.sleep(random_source.uniform(0, 4 * typical))
+            os.kill(pid, signal.SIGKILL)
+
+        assert trainers.run({**values, "resume": resume}, kill) in (-signal.SIGKILL, 0)
+        lines = [line["round"] for line in read_metrics(tmp_path)]
+        assert lines == list(range(len(lines))), "a line was lost or doubled"
+    assert trainers.run(values) == 0, trainers.errors.read_text()[-2000:]
+    ends_like(tmp_path, whole)
+    assert older >= KILLS // 8 and len(list((tmp_path / "set-aside").iterdir())) >= older
+    print(
+        f"{KILLS} kills, {older} of them followed by a continuation from an older checkpoint: weights and lines equal"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,205 @@
+"""A run folder under bad luck: torn lines, older checkpoints, lost checkpoints, a policy that diverged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from tiny_models import save_tiny_llama, sums
+from tiny_rewards import everything
+
+from bandit_rft.checkpoint import LayoutError, latest_checkpoint, list_checkpoints, read_state
+from bandit_rft.config import Config, ConfigError, build_config
+from bandit_rft.metrics import MetricsLog, parse_metrics, read_metrics
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.run_folder import ROUNDS_A_FILE, RunFolder
+from bandit_rft.tasks import Task
+from bandit_rft.trainer import Trainer
+
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., Config]:
+    model = save_tiny_llama(tmp_path / "model")
+
+    def make(**overrides: Any) -> Config:
+        values = {
+            "preset": "minimal", "model_name_or_path": str(model), "task": "arithmetic", "batch_size": 6,
+            "output_dir": str(tmp_path / "run"), "learning_rate": 1e-3, "max_prompt_length": 12,
+            "max_completion_length": 4, "eval_steps": 0, "evaluation.max_queries": 2, "device": "cpu", **overrides,
+        }  # fmt: skip
+        return build_config(values)
+
+    return make
+
+
+def run(config: Config) -> Trainer:
+    task = sums()
+    trainer = Trainer(config, task=Task(task.name, task.splits, [everything]))
+    trainer.run()
+    return trainer
+
+
+def rounds(folder: Path) -> list[int]:
+    return [line["round"] for line in read_metrics(folder)]
+
+
+def test_continuing_from_an_older_checkpoint_keeps_the_other_branch(
+    configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The branch that `auto` continues is the one written last, whatever its numbers."""
+    folder = run(configure(max_rounds=8, save_steps=1, save_total_limit=3)).folder
+    older = folder / "checkpoints" / "checkpoint-6"
+    weights = (older / "model.safetensors").read_bytes()
+    with caplog.at_level(logging.WARNING):
+        run(configure(max_rounds=7, save_steps=1, save_total_limit=3, resume=str(older)))
+    (aside,) = (folder / "set-aside").iterdir()
+    assert aside.name == "001-after-round-6" and "2 checkpoint(s), 2 line(s) of metrics" in caplog.text
+    assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == ["checkpoint-7", "checkpoint-8"]
+    assert rounds(aside) == list(range(9)) and rounds(folder) == list(range(8))
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["checkpoint-6", "checkpoint-7"]
+    assert (older / "model.safetensors").read_bytes() == weights
+    run(configure(max_rounds=10, save_steps=1, save_total_limit=3))
+    assert rounds(folder) == list(range(11))
+    assert list_checkpoints(folder / "checkpoints")[-1].name == "checkpoint-10"
+
+
+def test_checkpoints_are_rotated_by_when_they_were_written(configure: Callable[..., Config], tmp_path: Path) -> None:
+    folder = run(configure(max_rounds=4, save_steps=1, save_total_limit=0)).folder / "checkpoints"
+    assert [path.name[-1] for path in list_checkpoints(folder)] == ["1", "2", "3", "4"]
+    state = json.loads((folder / "checkpoint-2" / "state.json").read_text())
+    state["written_ns"] = json.loads((folder / "checkpoint-4" / "state.json").read_text())["written_ns"] + 1
+    (folder / "checkpoint-2" / "state.json").write_text(json.dumps(state))
+    assert [path.name[-1] for path in list_checkpoints(folder)] == ["1", "3", "4", "2"]
+    found = latest_checkpoint(folder)
+    assert found is not None and found[0].name == "checkpoint-2"
+
+
+def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
+    lines = [json.dumps({"round": i, "reward": i / 10}) for i in range(6)]
+    lines[2] = lines[2][:9]
+    lines[4] = "[1, 2]"  # JSON, but no line of ours
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"round": 6, "rew')
+    assert rounds(tmp_path) == [0, 1, 3, 5] and parse_metrics(tmp_path)[1] == 3
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    RunFolder(tmp_path).set_aside(5)
+    MetricsLog(tmp_path, from_round=5).close()
+    assert rounds(tmp_path) == [0, 1, 3, 5] and parse_metrics(tmp_path)[1] == 0
+    (aside,) = (tmp_path / "set-aside").iterdir()
+    assert (aside / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_metrics(
+    configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run(configure(max_rounds=3, save_steps=0)).folder
+    first = read_metrics(folder)
+    for path in list_checkpoints(folder / "checkpoints"):
+        path.rename(folder / path.name)
+    run(configure(max_rounds=2, save_steps=0))
+    (aside,) = (folder / "set-aside").iterdir()
+    assert read_metrics(aside) == first and rounds(folder) == [0, 1, 2]
+    assert "has metrics but no checkpoint" in caplog.text and "001-after-round-0" in caplog.text
+    with pytest.raises(ConfigError, match="holds a run already and resume=never"):
+        run(configure(max_rounds=2, resume="never"))
+
+
+def test_nothing_is_set_aside_where_nothing_lies_beyond(configure: Callable[..., Config]) -> None:
+    folder = run(configure(max_rounds=2)).folder
+    run(configure(max_rounds=4))
+    assert not (folder / "set-aside").exists() and rounds(folder) == list(range(5))
+
+
+def write_round(folder: RunFolder, number: int) -> None:
+    tokens = torch.tensor([number, 2])
+    batch = RolloutBatch.of([[1]], tokens, [2], torch.zeros(2), torch.zeros(2), [False], round=number, reward=np.nan)
+    folder.write_rollouts(batch, ["p"], ["c"], [None])
+
+
+def test_rollouts_of_many_rounds_go_into_few_files(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number in range(1, 2 * ROUNDS_A_FILE + 4):
+        write_round(folder, number)
+    names = sorted(path.name for path in folder.rollouts.iterdir())
+    n = ROUNDS_A_FILE
+    assert (
+        names[3:] == [f"rounds-000001-{n:06d}.parquet", f"rounds-{n + 1:06d}-{2 * n:06d}.parquet"] and len(names) == 5
+    )
+    stored = [i for name in names for i in pq.read_table(folder.rollouts / name)["round"].to_pylist()]
+    assert sorted(stored) == list(range(1, 2 * n + 4))
+    assert pq.read_table(folder.rollouts / names[0])["reward"].to_pylist() == [None]  # not scored: null, never NaN
+
+    folder.set_aside(n + 7)  # continued from within a file
+    names = sorted(path.name for path in folder.rollouts.iterdir())
+    assert names == [f"rounds-000001-{n:06d}.parquet", f"rounds-{n + 1:06d}-{n + 7:06d}.parquet"]
+    stored = [i for name in names for i in pq.read_table(folder.rollouts / name)["round"].to_pylist()]
+    assert stored == list(range(1, n + 8))
+    (aside,) = (tmp_path / "set-aside").iterdir()
+    kept = [i for path in (aside / "rollouts").iterdir() for i in pq.read_table(path)["round"].to_pylist()]
+    assert sorted(kept) == list(range(n + 1, 2 * n + 4))
+
+
+def spoil(trainer: Trainer) -> None:
+    next(iter(trainer.policy.parameters())).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("when", ["before the round", "in the update"])
+def test_a_policy_that_diverged_stops_the_run_and_is_not_saved(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    task = sums()
+    trainer = Trainer(
+        configure(max_rounds=9, save_steps=1, save_total_limit=1, eval_steps=0),
+        task=Task(task.name, task.splits, [everything]),
+    )
+    whole = Trainer.train_round
+
+    def train_round(self: Trainer) -> None:
+        if self.round == 3:
+            if when == "before the round":
+                spoil(self)
+            else:
+                step = self.optimizer.step
+
+                def spoiled() -> Any:
+                    norm = step()
+                    spoil(self)
+                    return norm
+
+                self.optimizer.step = spoiled  # type: ignore[method-assign]
+        whole(self)
+
+    monkeypatch.setattr(Trainer, "train_round", train_round)
+    expected = "rollouts have log-probabilities" if when == "before the round" else "left weights"
+    with pytest.raises(FloatingPointError, match=f"{expected} that are not finite"):
+        trainer.run()
+    (checkpoint,) = list_checkpoints(trainer.folder / "checkpoints")
+    assert checkpoint.name == "checkpoint-3"
+    tensors = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    assert all(np.isfinite(x).all() for x in tensors.values())
+
+
+def test_a_checkpoint_of_another_layout_is_refused_by_name(configure: Callable[..., Config]) -> None:
+    folder = run(configure(max_rounds=2, **{"replay.capacity": 9})).folder
+    checkpoint = list_checkpoints(folder / "checkpoints")[-1]
+    state = json.loads((checkpoint / "state.json").read_text())
+    later = {**state, "layout": 99}
+    (checkpoint / "state.json").write_text(json.dumps(later))
+    for found in (lambda: read_state(checkpoint), lambda: latest_checkpoint(folder / "checkpoints")):
+        with pytest.raises(LayoutError, match="layout 99, of a later bandit_rft"):
+            found()
+    del state["layout"]
+    arrays = {"replay|prompt_lengths": np.array([2])}  # as the first version stored it
+    safetensors.numpy.save_file(arrays, checkpoint / "replay.safetensors")
+    del state["sha256"]["replay.safetensors"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(LayoutError, match="keeps rollouts in layout 1"):
+        latest_checkpoint(folder / "checkpoints")
