@@ -6,8 +6,14 @@ bfloat16 weight it is rounded away. So the optimizer keeps a float32 copy, updat
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_HOOKS: Any = WeakTensorKeyDictionary()
 
 
 class PolicyOptimizer:
@@ -34,6 +40,13 @@ class PolicyOptimizer:
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
         for master in self.masters:
             master.grad = torch.zeros_like(master)
+        # A lower-precision gradient goes into the float32 buffer as soon as autograd has it: summed over micro-batches
+        # in its own precision, it would depend on how they were cut. A parameter belongs to its latest optimizer.
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                if earlier := _HOOKS.get(parameter):
+                    earlier.remove()
+                _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
         self.max_grad_norm = max_grad_norm
         self._adamw = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
@@ -54,10 +67,6 @@ class PolicyOptimizer:
 
         Raises FloatingPointError, with weights and moments untouched, when the norm is not finite.
         """
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master and parameter.grad is not None and master.grad is not None:
-                master.grad.add_(parameter.grad)
-                parameter.grad = None
         grads = [master.grad for master in self.masters if master.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
@@ -102,3 +111,10 @@ class PolicyOptimizer:
                     k: v.to(master.device) if k != "step" else v.to(torch.float32).to(master.device)
                     for k, v in state.items()
                 }
+
+
+def _move_gradient(master: nn.Parameter, parameter: Tensor) -> None:
+    """Add a parameter's gradient to its master's float32 buffer and forget it."""
+    if parameter.grad is not None and master.grad is not None:
+        master.grad.add_(parameter.grad)
+        parameter.grad = None

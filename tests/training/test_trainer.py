@@ -247,6 +247,25 @@ def test_bfloat16_weights_move_by_less_than_their_spacing() -> None:
     assert float(optimizer.masters[0].detach()[0, 0]) == pytest.approx(0.99, abs=1e-4)
 
 
+def test_bfloat16_gradients_do_not_depend_on_the_micro_batches() -> None:
+    """Each micro-batch's gradient is rounded to bfloat16 once; their sum is float32's."""
+    policy = Policy(tiny_llama().to(torch.bfloat16), character_tokenizer())
+    batch = some_rollouts(count=64).with_columns(advantage=1.0)
+    sums: dict[int, torch.Tensor] = {}
+    for limit in (1, 10_000):
+        optimizer = PolicyOptimizer(policy.named_parameters(), learning_rate=0.0, max_grad_norm=0.0)
+        caught: list[torch.Tensor] = []
+
+        def catch(masters: Any = optimizer.masters, caught: Any = caught) -> None:
+            caught.extend(master.grad.flatten().clone() for master in masters)
+
+        optimizer._adamw.step = catch  # type: ignore[method-assign]
+        PolicyUpdater(policy, optimizer, PolicyObjective(), tokens_per_microbatch=limit)(batch, 1)
+        sums[limit] = torch.cat(caught)
+    error = float((sums[1] - sums[10_000]).norm() / sums[10_000].norm())
+    assert error < 0.005, error  # summed in bfloat16 over 64 micro-batches: 0.009
+
+
 def test_non_finite_gradient_is_refused_before_it_is_applied() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = PolicyOptimizer([("w", parameter)], learning_rate=1.0)
