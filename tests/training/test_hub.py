@@ -1,5 +1,6 @@
 """Models, adapters and datasets by hub name: the real client code against a server on this machine that answers as a
-hub does."""
+hub does.
+"""
 
 from __future__ import annotations
 
