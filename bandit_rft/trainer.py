@@ -91,7 +91,8 @@ class Trainer:
     Args:
         config: checked again here; raises ConfigError with the key's name.
         listener: told of rounds as they happen.
-        policy, task: given instead of what the config names, by programs that made their own.
+        policy: given instead of the one that the config names, by a program that made its own.
+        task: likewise.
     """
 
     def __init__(
