@@ -53,7 +53,7 @@ test-fast: .venv/.built
 	$(BIN)/python -m pytest -m "not slow"
 
 docs: .venv/.built
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Another torch brings its own Triton and CUDA packages, and an older Triton's interpreter needs an older numpy.
 TORCH ?= 2.8.0
