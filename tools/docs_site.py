@@ -1,7 +1,7 @@
 """What mkdocs does not do by itself: pages from files of the repository that are not in docs/.
 
-README.md is the site's first page. A file that a page links to outside docs/ comes along under its own path, so that the
-links hold in the repository and on the site: text as a page, source code as a page that shows it, anything else as it is.
+README.md is the site's first page. A file that a page links to outside docs/ comes along under its own path, so that
+the links hold in the repository and on the site: text as a page, source code as a page that shows it, the rest as is.
 """
 
 import posixpath

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import character_tokenizer, save_tiny_llama, sums, tiny_llama
+from tiny_models import character_tokenizer, sums, tiny_llama
 from tiny_rewards import everything, mentions_answer, none_for_some, nothing, starts_with_vowel
 from transformers import AutoModelForCausalLM
 
@@ -31,11 +31,6 @@ from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater, TrainingBatch, Update, micro_batches, pack_for_training
 
 DIFFERENT_EACH_TIME = ("seconds/",)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
