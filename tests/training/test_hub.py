@@ -26,6 +26,8 @@ import torch
 from bandit_rft.lora import add_adapter, base_policy
 from bandit_rft.model import Policy
 
+pytestmark = pytest.mark.slow  # whole runs in processes of their own
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GSM8K_CARD = """---
 configs:
