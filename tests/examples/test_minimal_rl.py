@@ -27,7 +27,7 @@ def test_it_fits_on_a_few_screens_and_needs_no_trainer() -> None:
     assert "bandit_rft.trainer" not in text
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_six_rounds_teach_the_built_in_model_to_work(
     example: ModuleType, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
