@@ -16,7 +16,7 @@ import torch
 from tiny_models import sums
 from tiny_rewards import starts_with_vowel
 
-from bandit_rft import checkpoint, evaluate, policy, rollout, trainer  # noqa: F401  (loaded before the fork)
+from bandit_rft import checkpoint, evaluate, model, rollout, trainer  # noqa: F401  (loaded before the fork)
 from bandit_rft.config import build_config
 from bandit_rft.tasks import Task
 
