@@ -3,11 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt $(wildcard cmake/*)
 
-.PHONY: help demo test lint pytest bench sanitize test-torch test-lowest gpu-check wheel wheels clean
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/native/*.h tests/native/*.cpp)
+
+.PHONY: help demo test test-fast lint pytest docs bench sanitize test-torch test-lowest gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
 	@echo "make test      set up, build, lint, type-check and test"
+	@echo "make test-fast the tests but those marked slow (kills, simulations, compilers)"
+	@echo "make lint      ruff, clang-format, mypy and the import contract, as pre-commit runs them"
+	@echo "make docs      the documentation site in build/site, with the reference from the docstrings"
 	@echo "make test-torch TORCH=2.8.0   the tests with another torch, in an environment of its own (gigabytes)"
 	@echo "make test-lowest   the tests with the lowest versions that pyproject.toml names, likewise"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
@@ -37,10 +42,18 @@ test: lint pytest
 lint: .venv/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/python tools/lint_imports.py
 
 pytest: .venv/.built
 	$(BIN)/python -m pytest
+
+test-fast: .venv/.built
+	$(BIN)/python -m pytest -m "not slow"
+
+docs: .venv/.built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Another torch brings its own Triton and CUDA packages, and an older Triton's interpreter needs an older numpy.
 TORCH ?= 2.8.0
@@ -82,4 +95,4 @@ wheels: .venv/.dependencies
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py cpu cuda
 
 clean:
-	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

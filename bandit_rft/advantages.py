@@ -87,6 +87,11 @@ def compute_advantages(
     memory: of the advantages that have one (`ADVANTAGES[name].make_memory`); today's rewards are added to it.
     Raises ValueError for an unknown name or option, lengths that differ, rewards that are not finite (naming the
     rollout), and a missing memory.
+
+    >>> compute_advantages("group_mean", rewards=[1, 0, 0, 0], groups=[7, 7, 8, 8]).tolist()
+    [0.5, -0.5, 0.0, 0.0]
+    >>> compute_advantages("rloo", rewards=[1, 0, 0], groups=[7, 7, 7]).tolist()
+    [1.0, -0.5, -0.5]
     """
     if name not in ADVANTAGES:
         raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}; got {name!r}")

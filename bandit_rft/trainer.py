@@ -59,7 +59,8 @@ class Trainer:
     Args:
         config: of the run; checked, with a ConfigError that names the key, unless policy or task is given.
         listener: told of rounds as they happen.
-        policy, task: given instead of what the config names, by programs that made their own.
+        policy: given instead of the one that the config names, by a program that made its own.
+        task: likewise.
     """
 
     def __init__(

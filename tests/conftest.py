@@ -20,6 +20,14 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few thousand random weights, as a Hugging Face folder that tests read and never write."""
+    from tiny_models import save_tiny_llama  # imports transformers, which `make gpu-check` does without
+
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -135,6 +135,7 @@ def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, cap
     assert "continuing after round 3" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_interrupt_finishes_the_round_saves_and_says_how_to_resume(setup: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "bandit_rft", "train", *arguments(setup, run, max_rounds=100000, eval_steps=0)]

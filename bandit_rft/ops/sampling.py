@@ -42,8 +42,9 @@ def linear_sample(
         seed: a 64-bit integer, or a 0-d int64 tensor (for CUDA graphs).
         sequence_ids: [B] int64, which random stream a row draws from.
         positions: [B] int64 in [0, 2^32), where in the stream: usually the index of the token in its completion.
-        top_k, top_p, min_p: applied in this order to the tempered softmax; 0, 1 and 0 keep every token. top_k=1 is
-            greedy.
+        top_k: keep the k most likely tokens of the tempered softmax; 0 keeps every token, 1 is greedy.
+        top_p: then keep the most likely tokens that make up this mass; 1 keeps every token.
+        min_p: then keep the tokens at least this likely relative to the most likely one; 0 keeps every token.
 
     Returns:
         Sample(tokens, logprobs, sampling_logprobs, entropy, kept_mass), each [B]. `logprobs` are under the full softmax

@@ -93,7 +93,11 @@ def exact_answer(prompts: list[str], completions: list[str], answer: list[str], 
 
 
 def final_answer(completion: str) -> str:
-    """Return what follows the last `=` of a completion, or all of it where there is none; outer spaces removed."""
+    """Return what follows the last `=` of a completion, or all of it where there is none; outer spaces removed.
+
+    >>> final_answer("(132-36)=96"), final_answer("96")
+    ('96', '96')
+    """
     return completion.rpartition("=")[2].strip()
 
 
@@ -113,6 +117,11 @@ def work_out(question: str) -> str:
 
     Each link of the chain is equal to the question; the last one is the answer. Unfinished links stand in brackets, so
     that the first character tells whether work follows. With two numbers to add there is one link, the answer.
+
+    >>> work_out("47+85-36=")
+    '(132-36)=96'
+    >>> work_out("47*6-12=")
+    '(240+42-12)=(282-12)=270'
     """
     if not re.fullmatch(r"\d+(\*\d)?([+-]\d+)+=|\d+\*\d=", question):
         raise ValueError(f"question: expected something like 47+85-36= or 47*6-12=, got {question!r}")

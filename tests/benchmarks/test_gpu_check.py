@@ -26,6 +26,7 @@ def test_without_a_gpu_it_refuses(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_small_run_on_a_cpu_writes_the_whole_table(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--small", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -16,6 +16,8 @@ from paths import ROOT
 
 from bandit_rft.ops import backends
 
+pytestmark = pytest.mark.slow  # nvcc
+
 
 def tool(name: str) -> ModuleType:
     sys.path.insert(0, str(ROOT / "tools"))

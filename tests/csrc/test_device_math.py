@@ -22,6 +22,8 @@ from torch import Tensor
 from bandit_rft.ops import PolicyObjective, reference
 from bandit_rft.ops.objective import token_coefficients
 
+pytestmark = pytest.mark.slow  # emulation of a GPU
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SM_80 = (8, 166912, 167936)  # major, shared memory bytes a block and a multiprocessor
 SM_90 = (9, 232448, 233472)

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: triton_operations.py, as tests/kernels runs it in the interpreter."""
+"""The Triton kernels on a GPU: triton_operations.py, which tests/kernels runs in the interpreter."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ import pytest
 from packaging.version import Version
 from paths import SUPPORT
 
+pytestmark = pytest.mark.slow  # compilers
+
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 #: Bytes a multiprocessor has for one block.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

@@ -17,6 +17,8 @@ import torch
 from packaging.version import Version
 from paths import ROOT, SUPPORT
 
+pytestmark = pytest.mark.slow  # minutes of interpreted kernels
+
 OUTDATED = (
     find_spec("triton") is not None
     and Version(version("triton")) < Version("3.7")

@@ -49,7 +49,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(OPS.logits_policy_loss.default, (logits, *tokens, *scaling, *objective, True))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     case = Case.make(12, 8, 60, bias=True)
     objective = OBJECTIVES["ppo-kl3-entropy"]

@@ -37,6 +37,7 @@ print(peak() - before - 4 * h * (v + n) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("advantages", ["nonzero", "zeros"])
 def test_peak_is_flat_in_the_number_of_tokens(backend: str, advantages: str) -> None:

@@ -54,7 +54,8 @@ def sigmoid(x: Any) -> Any:
 
 def binary(rng: np.random.Generator, seeds: int, questions: int, spread: float, slope: float) -> tuple[Array, float]:
     """0/1 rewards of a level less those of a baseline, and the true gain: abilities, luck of a seed, a logit effect
-    that differs by question; half of the time both sides draw the same random number."""
+    that differs by question; half of the time both sides draw the same random number.
+    """
 
     def chances(n: int, s: int, q: int, rng: np.random.Generator) -> tuple[Any, Any]:
         ability = 1.5 * rng.standard_normal((n, 1, q))

@@ -27,6 +27,8 @@ from bandit_rft.study.claims import Claims
 from bandit_rft.study.report import write_study_report
 from bandit_rft.study.status import last_line, read_status
 
+pytestmark = pytest.mark.slow  # runners that are killed, and wait for one another
+
 KILLS = 20
 
 

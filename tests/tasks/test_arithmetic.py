@@ -146,6 +146,7 @@ def warm_start() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "olmo2"])
 def test_warm_start_learns_and_repeats_itself(
     architecture: str,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import character_tokenizer, save_tiny_llama, sums, tiny_llama
+from tiny_models import character_tokenizer, sums, tiny_llama
 from tiny_rewards import everything, starts_with_vowel
 
 from bandit_rft.advantages import ADVANTAGES
@@ -25,11 +25,6 @@ from bandit_rft.run_folder import RunFolder
 from bandit_rft.tasks import Task
 from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater, score_rollouts
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny_models import save_tiny_llama, sums
+from tiny_models import sums
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -254,11 +254,6 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[float
     spec.loader.exec_module(module)
     function: Callable[..., list[float]] = module.graded
     return function
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 class Recorder:

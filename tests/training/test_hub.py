@@ -1,5 +1,6 @@
 """Models, adapters and datasets by hub name: the real client code against a server on this machine that answers as a
-hub does."""
+hub does.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ import torch
 
 from bandit_rft.lora import add_adapter, base_policy
 from bandit_rft.model import Policy
+
+pytestmark = pytest.mark.slow  # whole runs in processes of their own
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GSM8K_CARD = """---

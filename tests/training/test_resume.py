@@ -21,6 +21,8 @@ from tiny_models import save_tiny_llama
 from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints
 from bandit_rft.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # trainers that are killed
+
 #: Kills in each of the two tests below; an hour's worth on demand: BANDIT_RFT_KILLS=100.
 KILLS = int(os.environ.get("BANDIT_RFT_KILLS", "20"))
 #: Everything that is remembered across rounds, at once: reward history, replay, several updates, a moving coefficient.

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import character_tokenizer, save_tiny_llama, sums, tiny_llama
+from tiny_models import character_tokenizer, sums, tiny_llama
 from tiny_rewards import everything, mentions_answer, none_for_some, nothing, starts_with_vowel
 from transformers import AutoModelForCausalLM
 
@@ -32,11 +32,6 @@ from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater, Update, micro_batches, training_inputs
 
 DIFFERENT_EACH_TIME = ("seconds/",)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -310,6 +305,7 @@ def test_run_folder_has_what_the_contract_says(configure: Callable[..., Config])
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["minimal", "paper"])
 def test_resume_is_bit_for_bit(configure: Callable[..., Config], tmp_path: Path, preset: str) -> None:
     whole = run(configure(preset=preset, output_dir=str(tmp_path / "whole"), max_rounds=6))
@@ -506,6 +502,7 @@ def test_metrics_log_drops_later_and_torn_lines(tmp_path: Path) -> None:
 # --- a real model, a real tokenizer, real data ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "data", "extra"), [("gsm8k", "gsm8k", {}), ("summarize", "summarization-scitldr", {})]
 )
@@ -537,6 +534,7 @@ def test_real_model_on_real_data(data_dir: Path, tmp_path: Path, task: str, data
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trainer.policy.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_real_model_learns_to_mention_a_word(data_dir: Path, tmp_path: Path) -> None:
     who = ["girl", "boy", "dog", "cat", "bird", "bear", "man", "fox"]
     names = ["Lily", "Tom", "Ben", "Sue", "Max", "Mia", "Tim", "Anna"]
