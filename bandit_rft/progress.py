@@ -138,34 +138,23 @@ def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, 
                     Text(key.removeprefix("eval/").replace("/", " ")), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"
                 )
         console.print(table)
-        with contextlib.suppress(FileNotFoundError):
-            _show_completions(folder, first["round"], last["round"], console)
+        _show_completions(folder, console)
     if report is not None:
         console.print(Text(f"report: {report}"), soft_wrap=True)
 
 
-def _show_completions(folder: Path, before: int, after: int, console: Console) -> None:
-    """One question answered at both evaluations: one that was answered wrong and is answered right, if there is one."""
-    import pyarrow.parquet as pq
+def _show_completions(folder: Path, console: Console) -> None:
+    """The question that the report shows first, answered before and after."""
+    from bandit_rft.report.pairs import showcase_of_run
 
-    names = [
-        f.name.removeprefix(f"round-{after:06d}-")
-        for f in sorted((folder / "evaluations").glob(f"round-{after:06d}-*"))
-    ]
-    if not names:
+    found = showcase_of_run(folder)
+    if found is None:
         return
-    name = "test.parquet" if "test.parquet" in names else names[0]
-    tables = [pq.read_table(folder / "evaluations" / f"round-{r:06d}-{name}").to_pylist() for r in (before, after)]
-    old, new = ({row["query"]: row for row in table if row["sample"] <= 0} for table in tables)
-    both = [query for query in new if query in old]
-    if not both:
-        return
-    gain = {query: (new[query]["reward"] or 0.0) - (old[query]["reward"] or 0.0) for query in both}
-    query = max(both, key=lambda q: (gain[q], -q))
-    answer = f"   (answer: {printable(new[query]['answer'])})" if new[query]["answer"] is not None else ""
-    console.print(Text(f"question: {_short(new[query]['prompt'])}{answer}"))
-    for label, row in (("before", old[query]), ("after", new[query])):
-        console.print(Text(f"{label}, reward {row['reward']}: {_short(row['completion'])}"))
+    _, pair = found
+    answer = f"   (answer: {printable(pair.answer)})" if pair.answer is not None else ""
+    console.print(Text(f"question: {_short(pair.prompt)}{answer}"))
+    for label, reward, text in (("before", pair.before_reward, pair.before), ("after", pair.after_reward, pair.after)):
+        console.print(Text(f"{label}, reward {reward}: {_short(text)}"))
 
 
 def printable(text: str) -> str:

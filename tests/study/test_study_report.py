@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("yaml")
 pq = pytest.importorskip("pyarrow.parquet")
+from browser import HOSTILE, Browser, Page  # noqa: E402
 from simulated_study import make_study  # noqa: E402
-from test_report import HOSTILE, Browser, Page, browser  # noqa: E402, F401  (browser is a fixture)
 
 from bandit_rft.study.analyse import analyse_study  # noqa: E402
 from bandit_rft.study.designs import designs, planes, short  # noqa: E402
@@ -195,7 +195,7 @@ def test_output_elsewhere_and_missing_folder(tmp_path: Path) -> None:
 # ---- in a real browser -----------------------------------------------------------------------------------------------
 
 
-def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     folder = make_study(tmp_path, **SMALL, hostile="".join(HOSTILE), problems={"rollouts-n_8-m-a-s0": "failed"})
     record = folder / "cells" / "rollouts-n_8-m-a-s0" / "cell.json"
     record.write_text(json.dumps({"status": HOSTILE[0], "error": HOSTILE[1]}))
@@ -209,7 +209,7 @@ def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser: Browser)
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-def test_no_console_error_and_no_sideways_scroll(study: Path, browser: Browser, width: int) -> None:  # noqa: F811
+def test_no_console_error_and_no_sideways_scroll(study: Path, browser: Browser, width: int) -> None:
     browser.call("POST", "/window/rect", {"width": width, "height": 900})
     browser.open(write_study_report(study))
     browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
