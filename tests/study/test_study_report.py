@@ -21,8 +21,9 @@ from simulated_study import make_study  # noqa: E402
 
 from bandit_rft.study.analyse import analyse_study  # noqa: E402
 from bandit_rft.study.designs import designs, planes, short  # noqa: E402
-from bandit_rft.study.plots import Forest, heat_map, signed  # noqa: E402
-from bandit_rft.study.report import baseline_finding, finding, to_csv, write_study_report  # noqa: E402
+from bandit_rft.study.findings import baseline_finding, finding  # noqa: E402
+from bandit_rft.study.plots import Forest, Mark, heat_map, signed  # noqa: E402
+from bandit_rft.study.report import to_csv, write_study_report  # noqa: E402
 
 FILES = {
     "report.html",
@@ -174,7 +175,9 @@ def test_plane_and_replay(study: Path, page: Page) -> None:
 
 def test_plots_stay_in_their_boxes() -> None:
     forest = Forest([(-0.1, 0.05), (float("nan"), float("nan"))])
-    drawn = forest.row([("test", 0, -0.1, 0.0, 0.05, True), ("train", 1, float("nan"), 0.01, float("nan"), False)])
+    drawn = forest.row(
+        [Mark("test", 0, -0.1, 0.0, 0.05, True), Mark("train", 1, float("nan"), 0.01, float("nan"), False)]
+    )
     places = [float(x) for x in re.findall(r' (?:x|x1|x2|cx)="([^"]+)"', drawn)]
     assert places and all(0 <= x <= 380 for x in places)
     assert 'class="mark s0"' in drawn and 'class="mark s1 open"' in drawn and drawn.count("interval") == 1

@@ -1,4 +1,3 @@
-
 """What the tests of pages share: hostile text, a parser that checks the markup, and a real browser."""
 
 from __future__ import annotations
