@@ -14,6 +14,7 @@ from bandit_rft.report.shell import signed
 from bandit_rft.report.text import visible
 from bandit_rft.study.analyse import ALL, Condition, Level
 from bandit_rft.study.cells import BASELINE, SPLITS
+from bandit_rft.study.designs import short
 from bandit_rft.study.findings import SIGNIFICANT
 from bandit_rft.study.plots import Forest, Mark, heat_map
 from bandit_rft.study.points import Curve, Pairs, simultaneous
@@ -70,8 +71,6 @@ def forests(tables: Tables, pairs: Pairs) -> list[ForestPlot]:
     conditions = tables.study.conditions
     scopes: list[tuple[str, str, str, list[Condition]]] = [("", ALL, ALL, conditions)]
     if len(conditions) > 1:
-        from bandit_rft.study.designs import short
-
         scopes += [(f"{short(model)} on {task}", model, task, [(model, task)]) for model, task in conditions]
     return [_forest(tables, pairs, *scope) for scope in scopes]
 
@@ -88,8 +87,8 @@ def _forest(tables: Tables, pairs: Pairs, title: str, model: str, task: str, con
             )
             for split, row in found if row is not None
         ]  # fmt: skip
-    ends = [(m.low, m.gain, m.high, *(m.wide or ()), *m.seeds) for of_level in marks.values() for m in of_level]
-    forest = Forest(ends)
+    every = [mark for of_level in marks.values() for mark in of_level]
+    forest = Forest([(m.low, m.gain, m.high, *m.seeds) for m in every], [m.wide for m in every if m.wide])
     factors: dict[str, list[ForestRow]] = {factor: [] for factor in tables.factors}
     same = ", ".join(f"{factor} {name}" for factor, name in tables.study.baseline_levels if (factor, name) != BASELINE)
     for level, of_level in marks.items():

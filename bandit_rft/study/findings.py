@@ -103,14 +103,15 @@ def recommend(analysis: Analysis) -> Recommendation:
     best = max(above or test, key=lambda level: test[level]["gain"])
     estimate = f"{_both(test[best])}{_price(analysis, best)}"
     sentences = []
+    so_far = "So far: " if analysis.study.unused else ""
     if above:
-        words = f"Use {_name(best)}"
+        words = f"{so_far}use {_name(best)}"
         sentences.append(f"It adds {estimate}.")
         others = {level: row for level, row in above.items() if level != best}
         if others:
             sentences.append(f"Also above the baseline: {_list(others)}. Which of them is best is not tested here.")
     else:
-        words = "Keep the baseline"
+        words = f"{so_far}keep the baseline"
         sentences.append(
             f"None of {len(test)} configurations is shown to reach more test Pass@1. The largest estimate is "
             f"{_name(best)}: {estimate}."
@@ -123,7 +124,9 @@ def recommend(analysis: Analysis) -> Recommendation:
         f"A true gain of {smallest:.3f} in test Pass@1 would have been found with 80% power after the correction "
         "(the median configuration). Models and tasks are taken as given: nothing is said of others."
     )
-    return Recommendation(words, [sentence for sentence in sentences if sentence], learned, counts, smallest)
+    return Recommendation(
+        words[:1].upper() + words[1:], [sentence for sentence in sentences if sentence], learned, counts, smallest
+    )
 
 
 def _compared(analysis: Analysis, split: str) -> dict[Level, Row]:

@@ -11,7 +11,9 @@ from bandit_rft.report.plot import number, ticks
 from bandit_rft.report.shell import signed
 
 FOREST_WIDTH, ROW_HEIGHT, AXIS_HEIGHT = 380, 40, 34
-CELL = (84, 46)
+CELL = (100, 46)
+#: Intervals for all comparisons at once may stretch the scale by this much; beyond it they end in an arrow.
+STRETCH = 1.6
 
 
 class Mark(NamedTuple):
@@ -30,9 +32,11 @@ class Mark(NamedTuple):
 class Forest:
     """Rows of intervals on one scale. Each method returns one <svg> for a table cell, so that a row is a table row."""
 
-    def __init__(self, ends: Sequence[tuple[float, ...]]):
-        """A scale that holds all finite numbers of `ends`, and 0."""
+    def __init__(self, ends: Sequence[tuple[float, ...]], wide: Sequence[tuple[float, ...]] = ()):
+        """A scale that holds 0 and all finite numbers of `ends`, and those of `wide` that are not much farther out."""
         known = [x for group in ends for x in group if math.isfinite(x)] or [-0.01, 0.01]
+        most = STRETCH * max(map(abs, known))
+        known += [min(max(x, -most), most) for group in wide for x in group if math.isfinite(x)]
         low, high = min(0.0, *known), max(0.0, *known)
         room = (high - low) * 0.05 or 0.01
         self.low, self.high = low - room, high + room
@@ -74,7 +78,9 @@ class Forest:
             out.append(f'<path class="points s{mark.slot}" d="{dots}"/>')
         if mark.wide and all(math.isfinite(end) for end in mark.wide):
             a, b = (self._x(min(max(end, self.low), self.high)) for end in mark.wide)
-            out.append(f'<path class="wide s{mark.slot}" d="M{a} {y - 3:g}v6M{a} {y:g}H{b}M{b} {y - 3:g}v6"/>')
+            left = f"M{a} {y - 3:g}v6" if mark.wide[0] >= self.low else f"M{a + 4:g} {y - 3:g}l-4 3l4 3"
+            right = f"M{b} {y - 3:g}v6" if mark.wide[1] <= self.high else f"M{b - 4:g} {y - 3:g}l4 3l-4 3"
+            out.append(f'<path class="wide s{mark.slot}" d="{left}M{a} {y:g}H{b}{right}"/>')
         if math.isfinite(mark.low) and math.isfinite(mark.high):
             ends = f'x1="{self._x(mark.low)}" x2="{self._x(mark.high)}" y1="{y}" y2="{y}"'
             out.append(f'<line class="interval s{mark.slot}" {ends}/>')
@@ -98,7 +104,7 @@ def heat_map(
     Colour says only what the interval says: blue above 0, orange below, the deeper the larger, and hardly any where the
     interval includes 0. A blank cell was not run; `zero` is the baseline.
     """
-    left, top = 52, 40
+    left, top = 84, 40
     width, height = left + CELL[0] * max(len(columns), 4) + 4, top + CELL[1] * len(rows) + 52
     strongest = max((abs(gain) for gain, low, high in cells.values() if low > 0 or high < 0), default=0.0)
     spoken = "; ".join(f"{names[0]}={r} {names[1]}={c}: {signed(g)}" for (r, c), (g, _, _) in sorted(cells.items()))
@@ -149,9 +155,9 @@ def _key(left: int, y: int, strongest: float) -> str:
     )
     out = []
     for i, (share, kind) in enumerate(steps):
-        x = left + 62 * i
+        x = left + 66 * i
         opacity = f' fill-opacity="{0.12 + 0.38 * abs(share):.2f}"' if share else ""
         text = signed(share * strongest) if share else "not shown"
-        out.append(f'<rect class="swatch {kind}" x="{x + 1}" y="{y}" width="60" height="12"{opacity}/>')
-        out.append(f'<text class="tick" x="{x + 31}" y="{y + 28}" text-anchor="middle">{text}</text>')
+        out.append(f'<rect class="swatch {kind}" x="{x + 1}" y="{y}" width="64" height="12"{opacity}/>')
+        out.append(f'<text class="tick" x="{x + 33}" y="{y + 28}" text-anchor="middle">{text}</text>')
     return "".join(out)
