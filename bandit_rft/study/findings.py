@@ -119,11 +119,14 @@ def recommend(analysis: Analysis) -> Recommendation:
     below = {level: row for level, row in test.items() if _below(row)}
     if below:
         sentences.append(f"Avoid what is below it: {_list(below)}.")
-    sentences.append(_on_train(rows["train"]))
-    sentences.append(
+    sentences.append(_on_train(rows["train"], " either" if not above and not below else ""))
+    power = (
         f"A true gain of {smallest:.3f} in test Pass@1 would have been found with 80% power after the correction "
-        "(the median configuration). Models and tasks are taken as given: nothing is said of others."
+        "(the median configuration)."
+        if smallest < 1
+        else "With this few seeds no gain that is possible would have been found for sure after the correction."
     )
+    sentences.append(f"{power} Models and tasks are taken as given: nothing is said of others.")
     return Recommendation(
         words[:1].upper() + words[1:], [sentence for sentence in sentences if sentence], learned, counts, smallest
     )
@@ -142,11 +145,11 @@ def _below(row: Row) -> bool:
     return bool(row["p_holm"] <= SIGNIFICANT and row["gain"] < 0)
 
 
-def _on_train(rows: Mapping[Level, Row]) -> str:
+def _on_train(rows: Mapping[Level, Row], either: str) -> str:
     """What holds on the questions that were trained on, which is another claim."""
     above, below = ({level: row for level, row in rows.items() if test(row)} for test in (_above, _below))
     if not above and not below:
-        return "On train questions no difference is shown either." if rows else ""
+        return f"On train questions no difference is shown{either}." if rows else ""
     parts = [f"above the baseline: {_list(above)}"] if above else []
     parts += [f"below it: {_list(below)}"] if below else []
     return f"On train questions {'; '.join(parts)}."

@@ -96,4 +96,4 @@ def detectable(row: Row) -> float:
 
 
 def _level(row: Row) -> float:
-    return 1 - (1 - CONFIDENCE) / 2 / max(1, row["family"])
+    return 1 - (1 - CONFIDENCE) / 2 / max(1, int(row["family"]))

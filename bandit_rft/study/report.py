@@ -85,7 +85,11 @@ def render(analysis: Analysis) -> tuple[str, str]:
         "left": LEFT_ALIGNED,
     }
     markdown = environment(markdown=True).get_template("study.md").render(block=markdown_block, **context)
-    drawn = {"forests": forests(tables, pairs), "curves": curves(tables, pairs, charts), "maps": maps(tables)}
+    drawn: dict[str, Any] = {
+        "forests": forests(tables, pairs),
+        "curves": curves(tables, pairs, charts),
+        "maps": maps(tables),
+    }
     return markdown, render_page("study.html", charts.hover, **drawn, **context)
 
 

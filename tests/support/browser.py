@@ -94,6 +94,11 @@ class Browser:
     def open(self, path: Path) -> None:
         self.call("POST", "/url", {"url": path.as_uri()})
 
+    def resize(self, width: int, height: int = 900) -> None:
+        """The page's own size; a window is never narrower than about 500 pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+
     def run(self, script: str) -> Any:
         return self.call("POST", "/execute/sync", {"script": script, "args": []})
 
