@@ -85,13 +85,13 @@ def learning(run: Run, charts: Charts) -> list[Figure]:
 
 
 def shared_range(lines: list[Line]) -> tuple[float, float] | None:
-    """One scale from 0 for all lines, up to 1 where they are fractions that come near it."""
+    """One scale from 0 for all lines; of fractions, up to the tenth that leaves some room above them."""
     every = [y for line in lines for y in (*line.ys, *line.low, *line.high, *(y for _, y in line.points))]
     if not every:
         return None
     top = max(every)
     if min(every) >= 0 and top <= 1:
-        top = 1.0 if top >= 0.4 else math.ceil(max(top, 0.01) * 10.5) / 10
+        top = min(1.0, math.ceil(max(top, 0.01) * 10.5) / 10)
     return min(0.0, min(every)), max(0.0, top)
 
 

@@ -151,8 +151,9 @@ def maps(tables: Tables) -> list[Map]:
         points = {*rows, *([zero] if zero else [])}
         batches, rollouts = (sorted({point[i] for point in points}) for i in (0, 1))
         cells = {point: (row["gain"], row["low"], row["high"]) for point, row in rows.items()}
+        shown = [point for point, row in rows.items() if row["p_holm"] <= SIGNIFICANT]
         design = tables.designs[next(iter(plane.values()))].rest
         title = ", ".join(f"{key}: {value}" for key, value in sorted(design)) or "baseline otherwise"
-        drawn = heat_map("Gain in final test Pass@1", batches, rollouts, cells, ("B", "n"), zero)
+        drawn = heat_map("Gain in final test Pass@1", batches, rollouts, cells, ("B", "n"), zero, shown)
         found.append(Map(visible(title, 300), Markup(drawn)))
     return found

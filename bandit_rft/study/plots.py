@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -97,16 +97,26 @@ class Forest:
 def heat_map(
     label: str, rows: Sequence[int], columns: Sequence[int],
     cells: Mapping[tuple[int, int], tuple[float, float, float]], names: tuple[str, str],
-    zero: tuple[int, int] | None = None,
+    zero: tuple[int, int] | None = None, shown: Collection[tuple[int, int]] | None = None,
 ) -> str:  # fmt: skip
     """Gains (gain, low, high) at (row, column), with a key of the colours.
 
-    Colour says only what the interval says: blue above 0, orange below, the deeper the larger, and hardly any where the
-    interval includes 0. A blank cell was not run; `zero` is the baseline.
+    Blue above 0, orange below, the deeper the larger, and hardly any colour where no difference is shown.
+
+    Args:
+        label: what a screen reader says before the gains.
+        rows: values of the first axis.
+        columns: values of the second.
+        cells: gains with their interval; a cell that is not there was not run.
+        names: of the axes.
+        zero: where the baseline is.
+        shown: where a difference is shown; by default where the interval leaves out 0.
     """
     left, top = 84, 40
     width, height = left + CELL[0] * max(len(columns), 4) + 4, top + CELL[1] * len(rows) + 52
-    strongest = max((abs(gain) for gain, low, high in cells.values() if low > 0 or high < 0), default=0.0)
+    if shown is None:
+        shown = [point for point, (_, low, high) in cells.items() if low > 0 or high < 0]
+    strongest = max((abs(cells[point][0]) for point in shown), default=0.0)
     spoken = "; ".join(f"{names[0]}={r} {names[1]}={c}: {signed(g)}" for (r, c), (g, _, _) in sorted(cells.items()))
     out = [
         f'<svg class="heat" viewBox="0 0 {width} {height}" width="{width}" role="img" '
@@ -136,16 +146,18 @@ def heat_map(
             else:
                 gain, low, high = cells[row, column]
                 kind = "more" if gain > 0 else "less"
-                out.append(f'<rect class="{kind}" {box} fill-opacity="{_depth(gain, low, high, strongest):.2f}"/>')
+                # at most 0.5, so that the text on it stays readable in both colour schemes
+                depth = _depth(gain / strongest) if (row, column) in shown and strongest else 0.04
+                out.append(f'<rect class="{kind}" {box} fill-opacity="{depth:.2f}"/>')
                 out.append(f'<text class="value" {middle} y="{y + 20}" text-anchor="middle">{signed(gain)}</text>')
                 text = f"[{signed(low)}, {signed(high)}]" if math.isfinite(low) else ""
                 out.append(f'<text class="range" {middle} y="{y + 36}" text-anchor="middle">{text}</text>')
     return "".join(out) + _key(left, height - 38, strongest) + "</svg>"
 
 
-def _depth(gain: float, low: float, high: float, strongest: float) -> float:
-    """Opacity of a cell: at most 0.5, so that the text on it stays readable in both colour schemes."""
-    return 0.12 + 0.38 * abs(gain) / strongest if (low > 0 or high < 0) and strongest else 0.04
+def _depth(share: float) -> float:
+    """Opacity of a gain that is this share of the largest."""
+    return 0.12 + 0.38 * abs(share)
 
 
 def _key(left: int, y: int, strongest: float) -> str:
@@ -156,7 +168,7 @@ def _key(left: int, y: int, strongest: float) -> str:
     out = []
     for i, (share, kind) in enumerate(steps):
         x = left + 66 * i
-        opacity = f' fill-opacity="{0.12 + 0.38 * abs(share):.2f}"' if share else ""
+        opacity = f' fill-opacity="{_depth(share):.2f}"' if share else ""
         text = signed(share * strongest) if share else "not shown"
         out.append(f'<rect class="swatch {kind}" x="{x + 1}" y="{y}" width="64" height="12"{opacity}/>')
         out.append(f'<text class="tick" x="{x + 33}" y="{y + 28}" text-anchor="middle">{text}</text>')

@@ -284,6 +284,8 @@ def test_no_deep_colour_where_no_difference_is_shown() -> None:
         for kind, value in re.findall(r'<rect class="(more|less)"[^>]*fill-opacity="([.\d]+)"', drawn)
     }
     assert opacity == {("more", 0.04), ("more", 0.5), ("less", 0.27)}
+    drawn_after = heat_map("gain", [1, 2, 4], [1], cells, ("B", "n"), shown=[])
+    assert set(re.findall(r'fill-opacity="([.\d]+)"', drawn_after)) == {"0.04"}  # none after the correction
     assert "+0.050" in drawn and ">+0.025<" in drawn  # the key: the strongest difference that is shown, and half of it
 
 
