@@ -115,7 +115,8 @@ class ConsoleListener:
         parts = []
         if "reward" in self._shown:
             parts.append(f"reward {self._shown['reward']:.3f}")
-        parts += [f"{split} Pass@1 {value:.3f}" for split, value in self._pass_at_1.items()]
+        measure = "Pass@1" if all(0 <= value <= 1 for value in self._pass_at_1.values()) else "mean reward"
+        parts += [f"{split} {measure} {value:.3f}" for split, value in self._pass_at_1.items()]
         if "completions/mean_length" in self._shown:
             parts.append(f"length {self._shown['completions/mean_length']:.1f}")
         busy = sum(metrics.get(f"seconds/{phase}") or 0.0 for phase in ("rollout", "reward", "update"))
@@ -130,13 +131,14 @@ def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, 
     evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
+        rewards = [v for line in (first, last) for k, v in line.items() if k.endswith("/pass@1") and v is not None]
+        measure = "pass@1" if all(0 <= value <= 1 for value in rewards) else "mean reward"
         table = Table("", "before", f"after {last['round']} rounds", "change", title=None)
         for key in [k for k in first if k.startswith("eval/") and k in last and not k.endswith("/unscored")]:
             a, b = first[key], last[key]
             if a is not None and b is not None:
-                table.add_row(
-                    Text(key.removeprefix("eval/").replace("/", " ")), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"
-                )
+                name = key.removeprefix("eval/").replace("/", " ").replace("pass@1", measure)
+                table.add_row(Text(name), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")
         console.print(table)
         _show_completions(folder, console)
     if report is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import NamedTuple
 
 from bandit_rft.report.ledger import duration, seconds_by_phase
 from bandit_rft.report.load import Run
 from bandit_rft.report.plot import number
-from bandit_rft.report.stats import Interval, difference_interval, mean_interval
+from bandit_rft.report.stats import Z95, Interval, difference_interval, mean_interval
 
 #: Health is judged on the last tenth of the rounds, against the first tenth.
 TENTH = 10
@@ -161,12 +162,18 @@ def _constant(run: Run) -> str:
         return f"The reward was {number(first)} in all {len(rewards):,} rounds: there was nothing to learn from."
     last = _tenths(spread)[1] if spread else []
     flat = sum(value == 0 for value in last)
-    if len(spread) >= TENTH and flat > len(last) / 2:
+    if len(spread) >= TENTH and flat > len(last) / 2 and not _solved(run):
         return (
             f"In {flat} of the last {len(last)} rounds every rollout earned the same reward: "
             "an advantage relative to the batch or the group is 0 there, and the run has stopped learning."
         )
     return ""
+
+
+def _solved(run: Run) -> bool:
+    """Whether nearly all is right: then being sure, and rounds without a spread, are no sign of trouble."""
+    points = run.series("reward")
+    return bool(points) and all(0 <= value <= 1 for _, value in points) and _mean(_tenths(points)[1]) >= SOLVED
 
 
 def _truncation(run: Run) -> str:
@@ -186,14 +193,8 @@ def _collapse(run: Run) -> str:
     first, last = (_mean(part) for part in _tenths(points))
     if first <= 0 or last >= COLLAPSED_ENTROPY or last >= COLLAPSED_SHARE * first:
         return ""
-    rewards = [value for _, value in run.series("reward")]
-    if (
-        rewards
-        and min(rewards) >= 0
-        and max(rewards) <= 1
-        and _mean(rewards[-max(1, len(rewards) // TENTH) :]) >= SOLVED
-    ):
-        return ""  # sure and right: nothing is left to explore
+    if _solved(run):
+        return ""
     return (
         f"Entropy collapsed from {number(first)} to {number(last)} nats a token: the policy hardly explores any more, "
         "and Pass@k with many samples may have fallen."
@@ -207,7 +208,11 @@ def _peak(run: Run) -> str:
             continue
         best = max(points, key=lambda point: point[1])
         change = _between(run, split, best, points[-1])
-        if change.interval is not None and change.interval.high < 0:
+        if change.interval is None:
+            continue
+        # the best of many is high by luck too: as if each had been compared (Bonferroni)
+        wider = NormalDist().inv_cdf(1 - 0.025 / (len(points) - 1)) / Z95
+        if change.difference + wider * (change.interval.high - change.difference) < 0:
             return (
                 f"The {split} {run.measure(split)} was better before: {number(best[1])} at round {best[0]:,}, "
                 f"{number(points[-1][1])} at the end."

@@ -35,46 +35,49 @@ class Pairs:
     def __init__(self, study: Study):
         self.study = study
         self.index = study.index()
+        self._gains: dict[tuple[str, str, str], float] = {}
 
-    def _seeds(self, level: Level, conditions: Sequence[Condition]) -> tuple[list[Condition], list[int]]:
-        """The conditions that have a pair at all, and the seeds that all of those have (as the analysis pools)."""
+    def _units(self, level: Level, conditions: Sequence[Condition]) -> list[list[tuple[Cell, Cell]]]:
+        """What one dot stands for: a seed's pairs of runs in all conditions that have any, as the analysis pools.
+
+        Where the conditions share no seed, every pair of runs is a unit of its own.
+        """
         of_level, base = self.index.get(level, {}), self.index.get(BASELINE, {})
-        pairs = {c: of_level.get(c, {}).keys() & base.get(c, {}).keys() for c in conditions}
+        pairs = {c: sorted(of_level.get(c, {}).keys() & base.get(c, {}).keys()) for c in conditions}
         used = [c for c in conditions if pairs[c]]
-        return used, sorted(set.intersection(*(set(pairs[c]) for c in used))) if used else []
+        common = sorted(set.intersection(*(set(pairs[c]) for c in used))) if used else []
+        groups = [[(c, s) for c in used] for s in common] or [[(c, s)] for c in used for s in pairs[c]]
+        return [[(of_level[c][s], base[c][s]) for c, s in group] for group in groups]
 
     def gains(self, level: Level, split: str, conditions: Sequence[Condition]) -> tuple[float, ...]:
         """The gain in final Pass@1 of each seed, averaged over the conditions."""
-        used, seeds = self._seeds(level, conditions)
+        units = self._units(level, conditions)
+        return tuple(float(np.mean([self._gain(run, base, split) for run, base in unit])) for unit in units)
 
-        def gain(run: Cell, base: Cell) -> float:
+    def _gain(self, run: Cell, base: Cell, split: str) -> float:
+        """Of one pair of runs, over the questions that both answered."""
+        if (run.id, base.id, split) not in self._gains:
             ours, theirs = run.outcomes[split], base.outcomes[split]
-            common, a, b = np.intersect1d(ours.queries, theirs.queries, assume_unique=True, return_indices=True)
-            if not len(common):
-                return math.nan
-            return float(np.mean(ours.rewards["final"][a].astype(float) - theirs.rewards["final"][b]))
-
-        of_level, base = self.index.get(level, {}), self.index.get(BASELINE, {})
-        return tuple(float(np.mean([gain(of_level[c][s], base[c][s]) for c in used])) for s in seeds)
+            a, b = ours.rewards["final"], theirs.rewards["final"]
+            if ours.queries is not theirs.queries:
+                _, i, j = np.intersect1d(ours.queries, theirs.queries, assume_unique=True, return_indices=True)
+                a, b = a[i], b[j]
+            self._gains[run.id, base.id, split] = float(np.mean(a.astype(float) - b)) if len(a) else math.nan
+        return self._gains[run.id, base.id, split]
 
     def curve(self, level: Level, split: str, conditions: Sequence[Condition]) -> Curve | None:
         """Learning curves of a level and the baseline; None where no evaluated round is common to all their runs."""
-        used, seeds = self._seeds(level, conditions)
-        if not seeds:
-            return None
+        units = self._units(level, conditions)
         key = f"eval/{split}/pass@1"
-        sides = [
-            [[dict(self.index[side][c][s].curves.get(key, ())) for s in seeds] for c in used]
-            for side in (level, BASELINE)
-        ]
-        runs = [curve for side in sides for of_condition in side for curve in of_condition]
-        rounds = sorted(set.intersection(*(set(curve) for curve in runs)))
+        found = [[[dict(run.curves.get(key, ())) for run in pair] for pair in unit] for unit in units]
+        every = [set(curve) for unit in found for pair in unit for curve in pair]
+        rounds = sorted(set.intersection(*every)) if every else []
         if not rounds:
             return None
-        values = np.array([[[[run[r] for r in rounds] for run in part] for part in side] for side in sides])
-        ours, base = values.mean(1)  # [seeds, rounds] each
-        found = contrast([(1.0, (ours - base).T[..., None])])
-        low, high = t_interval(found.gain, np.sqrt(found.variance), found.degrees)
+        values = [np.mean([[[curve[r] for r in rounds] for curve in pair] for pair in unit], axis=0) for unit in found]
+        ours, base = np.stack(values, 1)  # [seeds, rounds] each
+        difference = contrast([(1.0, (ours - base).T[..., None])])
+        low, high = t_interval(difference.gain, np.sqrt(difference.variance), difference.degrees)
         start = base.mean(0)
         return Curve(rounds, ours.mean(0), start, start + low, start + high, ours)
 

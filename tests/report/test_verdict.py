@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from browser import HOSTILE, Browser, Page  # noqa: E402
 from rich.console import Console  # noqa: E402
 from simulated_run import make_run, write_evaluation  # noqa: E402
 
+from bandit_rft.metrics import read_metrics  # noqa: E402
 from bandit_rft.progress import show_result  # noqa: E402
 from bandit_rft.report import write_report  # noqa: E402
 from bandit_rft.report.figures import Charts, dynamics, learning  # noqa: E402
@@ -52,6 +54,9 @@ def test_a_mean_reward_is_not_called_pass_at_1(tmp_path: Path) -> None:
     assert "train mean reward" in page.blocks["chart-data"]
     verdict = page.text[: page.text.index("How it got there")]
     assert "Pass@1" not in verdict
+    out = io.StringIO()
+    show_result(folder, read_metrics(folder), None, Console(file=out, width=200))
+    assert "test mean reward" in out.getvalue() and "pass@1" not in out.getvalue()
     # without stored evaluations the values say it
     for path in (folder / "evaluations").iterdir():
         path.unlink()
@@ -76,7 +81,7 @@ def collapsed(line: dict[str, Any]) -> None:
 
 def flat(line: dict[str, Any]) -> None:
     if line["round"] > 30:
-        line["reward_std"] = 0.0
+        line |= {"reward": 0.5, "reward_std": 0.0}
 
 
 def failing(line: dict[str, Any]) -> None:
@@ -112,10 +117,25 @@ def test_an_unhealthy_run_gets_no_plain_yes(
     assert "Yes, but see the warnings." in text
 
 
-def test_low_entropy_is_no_collapse_where_nearly_all_is_right(tmp_path: Path) -> None:
+def test_nothing_is_wrong_where_nearly_all_is_right(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    rewrite(folder, lambda line: line.update({"entropy": 0.001, "reward": 0.95} if line["round"] > 10 else {}))
+    solved = {"entropy": 0.001, "reward": 0.95, "reward_std": 0.0}
+    rewrite(folder, lambda line: line.update(solved if line["round"] > 10 else {}))
     assert health(load_run(folder)) == []
+
+
+def test_a_fall_that_luck_explains_is_no_warning(tmp_path: Path) -> None:
+    """Twenty evaluations of one policy: the best of them is high by chance, and the last is no fall."""
+    folder = make_run(tmp_path / "run", rounds=100, every=5, questions=50, rollout_rounds=0)
+    rng, warned = random.Random(0), 0
+    for _ in range(40):
+
+        def noise(line: dict[str, Any]) -> None:
+            line |= {key: sum(rng.random() < 0.5 for _ in range(50)) / 50 for key in line if key.endswith("/pass@1")}
+
+        rewrite(folder, noise)
+        warned += bool(health(load_run(folder)))
+    assert warned <= 4
 
 
 def test_train_and_test_are_on_one_axis_from_0(tmp_path: Path) -> None:
@@ -190,8 +210,7 @@ def test_the_terminal_and_the_page_show_the_same(tmp_path: Path, samples: tuple[
         more = [{**row, "sample": s, "completion": f"{row['completion']} <{s}>"} for row in rows for s in samples]
         pq.write_table(pa.Table.from_pylist(more), path)
     out = io.StringIO()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    show_result(folder, lines, None, Console(file=out, width=300))
+    show_result(folder, read_metrics(folder), None, Console(file=out, width=300))
     page = write_report(folder).read_text(encoding="utf-8")
     first = page[page.index("<article") : page.index("</article")]
     shown = [Page(f"<pre>{text}</pre>").text for text in re.findall(r"<pre[^>]*>(.*?)</pre>", first, re.DOTALL)]
