@@ -11,6 +11,7 @@ from markupsafe import Markup
 from bandit_rft.report.load import Run, evenly
 from bandit_rft.report.plot import SMALL, Line, chart, number
 from bandit_rft.report.stats import downsample, smooth
+from bandit_rft.report.text import visible
 
 MAX_POINTS = 240
 MAX_OTHER_SPLITS = 4
@@ -42,7 +43,10 @@ class Charts:
     hover: dict[str, Any] = field(default_factory=dict)
 
     def figure(self, title: str, lines: list[Line], note: str = "", **options: Any) -> Figure:
-        """A chart of `lines` over rounds; options are those of `plot.chart`."""
+        """A chart of `lines` over rounds; options are those of `plot.chart`. Names are made visible here."""
+        title = visible(title, 120)
+        for line in lines:
+            line.name = visible(line.name, 120)
         drawn = chart(f"{title}. {_spoken(lines)}", lines, **options)
         key = f"chart-{len(self.hover)}"
         self.hover[key] = drawn.hover

@@ -246,6 +246,22 @@ def test_templates_escape_whatever_they_print(text: str) -> None:
     assert "<" not in line and "\n" not in line and not re.search(r"(?<!\\)[`*|]", line[1:-1])
 
 
+def test_names_of_splits_and_rewards_are_hostile_too(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rounds=10)
+    name = "\u202e<img src=x onerror=alert(1)>\x07"
+    keys = (f"eval/{name}/pass@1", f"rewards/{name}", f"rewards/other {name}")
+    rewrite(folder, lambda line: line.update({key: line["round"] / 20 for key in keys}))
+    (folder / "config.yaml").write_text(
+        json.dumps({"model_name_or_path": name, "task": name, "data_path": f"/x/{name}"})
+    )
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
+    page = Page(text)
+    assert not any(tag == "img" for tag, _ in page.elements)
+    names = [line["name"] for chart in json.loads(page.blocks["chart-data"]).values() for line in chart["lines"]]
+    assert any("⟦U+202E⟧<img" in name for name in names) and not any("\u202e" in name for name in names)
+
+
 def test_verdict_of_the_split_that_matters_most(tmp_path: Path) -> None:
     verdict = judge(load_run(make_run(tmp_path / "run")))
     assert verdict.headline is not None and verdict.headline[:2] == ("test", "Pass@1")
