@@ -18,7 +18,7 @@ from bandit_rft.study.designs import short
 from bandit_rft.study.findings import SIGNIFICANT
 from bandit_rft.study.plots import Forest, Mark, heat_map
 from bandit_rft.study.points import Curve, Pairs, simultaneous
-from bandit_rft.study.tables import Tables, interval
+from bandit_rft.study.tables import Tables, Text, interval
 
 MAX_PANELS = 80
 MAX_POINTS = 60
@@ -32,7 +32,7 @@ class ForestRow(NamedTuple):
     name: str
     also: str
     svg: Markup
-    texts: dict[str, str]
+    texts: dict[str, Text]
 
 
 @dataclass
@@ -92,8 +92,8 @@ def _forest(tables: Tables, pairs: Pairs, title: str, model: str, task: str, con
     factors: dict[str, list[ForestRow]] = {factor: [] for factor in tables.factors}
     same = ", ".join(f"{factor} {name}" for factor, name in tables.study.baseline_levels if (factor, name) != BASELINE)
     for level, of_level in marks.items():
-        texts = {
-            split: f"{signed(row['gain'])} {interval(row)}"
+        texts: dict[str, Text] = {
+            split: (signed(row["gain"]), interval(row))
             if (row := analysis.row(level, "final", split, model, task)) is not None
             else "not measured"
             for split in ("test", "train")
