@@ -117,7 +117,8 @@ class ConsoleListener(Listener):
         parts = []
         if "reward" in self._shown:
             parts.append(f"reward {self._shown['reward']:.3f}")
-        parts += [f"{split} Pass@1 {value:.3f}" for split, value in self._pass_at_1.items()]
+        measure = "Pass@1" if all(0 <= value <= 1 for value in self._pass_at_1.values()) else "mean reward"
+        parts += [f"{split} {measure} {value:.3f}" for split, value in self._pass_at_1.items()]
         if "completions/mean_length" in self._shown:
             parts.append(f"length {self._shown['completions/mean_length']:.1f}")
         busy = sum(metrics.get(f"seconds/{phase}") or 0.0 for phase in ("rollout", "reward", "update"))
@@ -132,42 +133,32 @@ def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, 
     evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
+        rewards = [v for line in (first, last) for k, v in line.items() if k.endswith("/pass@1") and v is not None]
+        measure = "pass@1" if all(0 <= value <= 1 for value in rewards) else "mean reward"
         table = Table("", "before", f"after {last['round']} rounds", "change", title=None)
         for key in [k for k in first if k.startswith("eval/") and k in last and not k.endswith("/unscored")]:
             a, b = first[key], last[key]
             if a is not None and b is not None:
-                table.add_row(
-                    Text(key.removeprefix("eval/").replace("/", " ")), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"
-                )
+                name = key.removeprefix("eval/").replace("/", " ").replace("pass@1", measure)
+                table.add_row(Text(name), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")
         console.print(table)
-        with contextlib.suppress(FileNotFoundError):
-            _show_completions(folder, first["round"], last["round"], console)
+        _show_completions(folder, console)
     if report is not None:
         console.print(Text(f"report: {report}"), soft_wrap=True)
 
 
-def _show_completions(folder: Path, before: int, after: int, console: Console) -> None:
-    """One question answered at both evaluations: one that was answered wrong and is answered right, if there is one."""
-    import pyarrow.parquet as pq
+def _show_completions(folder: Path, console: Console) -> None:
+    """The question that the report shows first, answered before and after."""
+    from bandit_rft.report.pairs import showcase_of_run
 
-    names = [
-        f.name.removeprefix(f"round-{after:06d}-")
-        for f in sorted((folder / "evaluations").glob(f"round-{after:06d}-*"))
-    ]
-    if not names:
+    found = showcase_of_run(folder)
+    if found is None:
         return
-    name = "test.parquet" if "test.parquet" in names else names[0]
-    tables = [pq.read_table(folder / "evaluations" / f"round-{r:06d}-{name}").to_pylist() for r in (before, after)]
-    old, new = ({row["query"]: row for row in table if row["sample"] <= 0} for table in tables)
-    both = [query for query in new if query in old]
-    if not both:
-        return
-    gain = {query: (new[query]["reward"] or 0.0) - (old[query]["reward"] or 0.0) for query in both}
-    query = max(both, key=lambda q: (gain[q], -q))
-    answer = f"   (answer: {printable(new[query]['answer'])})" if new[query]["answer"] is not None else ""
-    console.print(Text(f"question: {_short(new[query]['prompt'])}{answer}"))
-    for label, row in (("before", old[query]), ("after", new[query])):
-        console.print(Text(f"{label}, reward {row['reward']}: {_short(row['completion'])}"))
+    _, pair = found
+    answer = f"   (answer: {printable(pair.answer)})" if pair.answer is not None else ""
+    console.print(Text(f"question: {_short(pair.prompt)}{answer}"))
+    for label, reward, text in (("before", pair.before_reward, pair.before), ("after", pair.after_reward, pair.after)):
+        console.print(Text(f"{label}, reward {reward}: {_short(text)}"))
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import browser  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,17 +3,16 @@
 import json
 import math
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.report.pairs import OUTCOMES, Pair, evaluation_files, first_and_last, showcase
 from bandit_rft.report.stats import Interval, mean_interval, wilson
 
 MAX_ROLLOUTS = 400
 MAX_PAIRS_PER_KIND = 12
 ROLLOUT_COLUMNS = ["round", "query", "rollout", "prompt", "completion", "answer", "reward", "advantage", "truncated"]
-OUTCOMES = ("gained", "lost", "still right", "still wrong")
 
 
 @dataclass
@@ -23,21 +22,6 @@ class EvaluationFile:
     questions: int
     binary: bool
     deviation: float
-
-
-@dataclass
-class Pair:
-    """The same question answered before training and at the last evaluation."""
-
-    split: str
-    query: int
-    prompt: str
-    answer: str | None
-    before: str
-    after: str
-    before_reward: float | None
-    after_reward: float | None
-    outcome: str
 
 
 @dataclass
@@ -70,6 +54,12 @@ class Run:
         found = {k.split("/")[1] for m in self.metrics for k in m if k.startswith("eval/") and k.endswith("/pass@1")}
         return sorted(found, key=lambda s: (s != "train", s != "test", s))
 
+    def measure(self, split: str) -> str:
+        """What eval/<split>/pass@1 is to be called: Pass@1 of rewards that are 0 or 1, else mean reward."""
+        stored = [file.binary for (_, name), file in self.evaluations.items() if name == split]
+        fractions = all(0 <= value <= 1 for _, value in self.series(f"eval/{split}/pass@1"))
+        return "Pass@1" if all(stored) and fractions else "mean reward"
+
     def interval(self, round_: int, split: str, mean: float) -> Interval | None:
         """95% interval of a Pass@1: Wilson for 0/1 rewards, normal for others, None when not stored."""
         stored = self.evaluations.get((round_, split))
@@ -91,9 +81,9 @@ def load_run(folder: Path) -> Run:
     run = Run(folder)
     _load_config(run)
     _load_metrics(run)
-    evaluation_files = _numbered(folder / "evaluations", r"round-(\d+)-(.+)\.parquet")
-    _load_evaluations(run, evaluation_files)
-    _load_pairs(run, evaluation_files)
+    files = evaluation_files(folder)
+    _load_evaluations(run, files)
+    _load_pairs(run, files)
     _load_rollouts(run)
     return run
 
@@ -152,15 +142,6 @@ def _load_metrics(run: Run) -> None:
         run.notes.append(f"{repeated} round(s) were logged more than once (a resumed run); the later values are used.")
 
 
-def _numbered(folder: Path, pattern: str) -> list[tuple[int, str, Path]]:
-    """(round, rest of the name, path) of the files that match, by round; temporary files do not match."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := re.fullmatch(pattern, path.name):
-            found.append((int(match[1]), match[2] if match.lastindex == 2 else "", path))
-    return sorted(found)
-
-
 def _read_table(run: Run, path: Path, columns: list[str]) -> dict[str, list[Any]]:
     """The wanted columns that exist, as Python lists; {} with a note when the file cannot be read."""
     import pyarrow as pa
@@ -176,12 +157,12 @@ def _read_table(run: Run, path: Path, columns: list[str]) -> dict[str, list[Any]
         return {}
 
 
-def _load_evaluations(run: Run, files: list[tuple[int, str, Path]]) -> None:
+def _load_evaluations(run: Run, files: dict[str, list[tuple[int, Path]]]) -> None:
     """How many questions stand behind a Pass@1: those with a first sample (sample -1 is the greedy answer).
 
     A completion that could not be scored counts as 0, as it does in the Pass@1 itself.
     """
-    for round_, split, path in files:
+    for split, round_, path in [(split, *file) for split, found in files.items() for file in found]:
         table = _read_table(run, path, ["query", "sample", "reward"])
         if not {"query", "reward"} <= table.keys():
             continue
@@ -194,46 +175,22 @@ def _load_evaluations(run: Run, files: list[tuple[int, str, Path]]) -> None:
         run.evaluations[round_, split] = EvaluationFile(len(rewards), binary, math.sqrt(variance))
 
 
-def _load_pairs(run: Run, files: list[tuple[int, str, Path]]) -> None:
+def _load_pairs(run: Run, files: dict[str, list[tuple[int, Path]]]) -> None:
     """Match the first and the last stored evaluation of every split, question by question."""
-    by_split: dict[str, list[tuple[int, Path]]] = defaultdict(list)
-    for round_, split, path in files:
-        if (round_, split) in run.evaluations:
-            by_split[split].append((round_, path))
-    columns = ["query", "sample", "prompt", "completion", "answer", "reward"]
-    for split in sorted(by_split, key=lambda s: (s != "test", s)):
-        if len(by_split[split]) < 2:
+    for split, found in files.items():
+        readable = [(round_, path) for round_, path in found if (round_, split) in run.evaluations]
+        matched = first_and_last(split, readable, lambda path, columns: _read_table(run, path, columns))
+        if matched is None:
             continue
-        (first_round, first), (last_round, last) = by_split[split][0], by_split[split][-1]
-        before, after = (_by_question(_read_table(run, path, columns)) for path in (first, last))
-        kinds: dict[str, list[Pair]] = {kind: [] for kind in OUTCOMES}
-        for query in sorted(before.keys() & after.keys()):
-            old, new = before[query], after[query]
-            if old["prompt"] != new["prompt"]:  # a data set that changed under a resumed run: not the same question
-                continue
-            a, b = (None if row["reward"] is None else float(row["reward"]) for row in (old, new))
-            low, high = (-math.inf if value is None else value for value in (a, b))
-            outcome = "gained" if high > low else "lost" if high < low else "still right" if high > 0 else "still wrong"
-            kinds[outcome].append(
-                Pair(split, query, old["prompt"], old["answer"], old["completion"], new["completion"], a, b, outcome)
-            )
-        run.pair_counts[split] = {kind: len(pairs) for kind, pairs in kinds.items()}
-        run.pair_rounds[split] = (first_round, last_round)
-        for pairs in kinds.values():
-            run.pairs += [pairs[i] for i in evenly(len(pairs), MAX_PAIRS_PER_KIND)]
-
-
-def _by_question(table: dict[str, list[Any]]) -> dict[int, dict[str, Any]]:
-    """One row a question: its lowest non-negative sample, so that a greedy answer stored as -1 is not mixed in."""
-    if not {"query", "prompt", "completion"} <= table.keys():
-        return {}
-    chosen: dict[int, tuple[int, dict[str, Any]]] = {}
-    for i, query in enumerate(table["query"]):
-        sample = table["sample"][i] if "sample" in table else 0
-        if sample >= 0 and (query not in chosen or sample < chosen[query][0]):
-            row = {key: values[i] for key, values in table.items()}
-            chosen[query] = sample, {"answer": None, "reward": None} | row
-    return {query: row for query, (_, row) in chosen.items()}
+        run.pair_rounds[split], pairs = matched
+        kinds = {kind: [pair for pair in pairs if pair.outcome == kind] for kind in OUTCOMES}
+        run.pair_counts[split] = {kind: len(of_kind) for kind, of_kind in kinds.items()}
+        first = showcase(pairs)
+        run.pairs += [] if first is None else [first]
+        for of_kind in kinds.values():
+            others = [pair for pair in of_kind if pair is not first]
+            most = MAX_PAIRS_PER_KIND - (len(others) < len(of_kind))
+            run.pairs += [others[i] for i in evenly(len(others), most)]
 
 
 def evenly(count: int, limit: int) -> list[int]:
@@ -246,7 +203,10 @@ def evenly(count: int, limit: int) -> list[int]:
 
 
 def _load_rollouts(run: Run) -> None:
-    files = _numbered(run.folder / "rollouts", r"round-(\d+)\.parquet")
+    folder = run.folder / "rollouts"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    matches = [re.fullmatch(r"round-(\d+)\.parquet", name) for name in names]
+    files = sorted((int(match[1]), folder / match[0]) for match in matches if match)
     if not files:
         return
     import pyarrow as pa
@@ -255,7 +215,7 @@ def _load_rollouts(run: Run) -> None:
     sizes = []
     for index in (0, -1):
         try:
-            sizes.append(max(1, pq.read_metadata(files[index][2]).num_rows))
+            sizes.append(max(1, pq.read_metadata(files[index][1]).num_rows))
         except (pa.ArrowException, OSError):
             continue
     per_round = max(sizes, default=1)
@@ -263,7 +223,7 @@ def _load_rollouts(run: Run) -> None:
     share = max(1, MAX_ROLLOUTS // len(picked))
     shown, cut = 0, False
     for index in picked:
-        table = _read_table(run, files[index][2], [*ROLLOUT_COLUMNS, "logprobs", "entropy"])
+        table = _read_table(run, files[index][1], [*ROLLOUT_COLUMNS, "logprobs", "entropy"])
         if not {"prompt", "completion"} <= table.keys():
             continue
         shown += 1

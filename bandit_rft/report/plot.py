@@ -10,12 +10,16 @@ from html import escape
 from typing import Any
 
 LARGE, SMALL = (500, 270), (360, 216)
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 40
+MAX_MARKERS = 60
 
 
 @dataclass
 class Line:
-    """One curve. `low` and `high` (same length as `ys`) draw a band; `slot` picks colour and dash pattern."""
+    """One curve. `low` and `high` (same length as `ys`) draw a band; `slot` picks colour and dash pattern.
+
+    `points` are single measurements behind the curve, (x, y): one a seed, say.
+    """
 
     name: str
     xs: list[float]
@@ -25,6 +29,7 @@ class Line:
     high: list[float] = field(default_factory=list)
     faint: bool = False
     markers: bool = False
+    points: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -76,11 +81,21 @@ def chart(
     y_range: tuple[float, float] | None = None,
     log: bool = False,
     size: tuple[int, int] = LARGE,
+    y_title: str = "",
 ) -> Chart:
-    """Draw `lines` over rounds. `label` is what a screen reader says; a log axis is used only if every value is > 0."""
+    """Draw `lines` over rounds.
+
+    Args:
+        label: what a screen reader says.
+        lines: the curves; those without points are left out.
+        y_range: shown at least; without it the axis fits the values.
+        log: a logarithmic axis, used only if every value is above 0.
+        size: width and height of the drawing; the page scales it.
+        y_title: what the vertical axis measures.
+    """
     width, height = size
     lines = [line for line in lines if line.xs]
-    values = [y for line in lines for y in (*line.ys, *line.low, *line.high)]
+    values = [y for line in lines for y in (*line.ys, *line.low, *line.high, *(y for _, y in line.points))]
     log = log and bool(values) and min(values) > 0
     scale_y = math.log10 if log else float
     low, high = (scale_y(min(values)), scale_y(max(values))) if values else (0.0, 1.0)
@@ -110,13 +125,17 @@ def chart(
         f'tabindex="0" aria-label="{escape(label)}">'
     ]
     y_ticks = [constant] if constant is not None else _log_ticks(low, high) if log else ticks(low, high)
+    grid: list[str] = []
     for tick in y_ticks:
         y = py(10**tick if log else tick)
         text = number(10**tick if log else tick)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
+        grid.append(f"M{LEFT} {y}H{width - RIGHT}")
         out.append(f'<text class="tick" x="{LEFT - 8}" y="{y}" dy="0.33em" text-anchor="end">{text}</text>')
     base = height - BOTTOM
+    out.append(f'<path class="grid" d="{"".join(grid)}"/>')
     out.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{base}" y2="{base}"/>')
+    if y_title:
+        out.append(f'<text class="tick title" x="{LEFT}" y="12">{escape(y_title)}</text>')
     for tick in (t for t in ticks(x0, x1) if t == int(t)):
         anchor, text = "middle", number(tick, 9)
         if px(tick) + 4 * len(text) > width:  # the last label would be cut at the edge
@@ -141,7 +160,10 @@ def chart(
         if len(points) > 1:
             path = "M" + "L".join(f"{x} {y}" for x, y in points)
             out.append(f'<path class="{kind} s{line.slot}" d="{path}"/>')
-        if len(points) == 1 or (line.markers and len(points) <= 60):
+        if line.points:
+            marks = "".join(f"M{px(x)} {py(y)}h0" for x, y in line.points)
+            out.append(f'<path class="points s{line.slot}" d="{marks}"/>')
+        if len(points) == 1 or (line.markers and len(points) <= MAX_MARKERS):
             out += [f'<circle class="dot s{line.slot}" cx="{x}" cy="{y}" r="3.2"/>' for x, y in points]
     out.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{base}" visibility="hidden"/></svg>')
 

@@ -21,11 +21,13 @@ def _name(match: re.Match[str]) -> str:
     return f"\u27e6U+{ord(match[0]):04X}\u27e7"
 
 
-def visible(text: object, limit: int = MAX_CHARACTERS) -> str:
-    """`text` with invisible and direction-changing characters replaced by ⟦U+XXXX⟧, cut at `limit`."""
+def visible(text: object, limit: int | None = MAX_CHARACTERS) -> str:
+    """`text` with invisible and direction-changing characters replaced by ⟦U+XXXX⟧, cut at `limit` (None: whole)."""
     whole = text if isinstance(text, str) else "" if text is None else str(text)
     shown = _INVISIBLE.sub(_name, whole[:limit])
-    return shown if len(whole) <= limit else f"{shown}\n\u27e6{len(whole) - limit:,} more characters\u27e7"
+    if limit is None or len(whole) <= limit:
+        return shown
+    return f"{shown}\n\u27e6{len(whole) - limit:,} more characters\u27e7"
 
 
 def html(text: object, limit: int = MAX_CHARACTERS) -> str:

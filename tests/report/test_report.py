@@ -8,190 +8,22 @@ import math
 import random
 import re
 import shutil
-import subprocess
 import time
-import urllib.request
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("yaml")
 import pyarrow.parquet as pq  # noqa: E402
+from browser import HOSTILE, Browser, Page  # noqa: E402
+from simulated_run import make_run, write_rollouts  # noqa: E402
 
 from bandit_rft.report import write_report  # noqa: E402
 from bandit_rft.report.load import MAX_ROLLOUTS, evenly, load_run  # noqa: E402
 from bandit_rft.report.plot import Line, chart, number, ticks  # noqa: E402
 from bandit_rft.report.stats import difference_interval, downsample, smooth, wilson  # noqa: E402
 from bandit_rft.report.text import embed_json, html, visible  # noqa: E402
-
-HOSTILE = [
-    "<script>window.pwned = 1</script>",
-    "</script><script>window.pwned = 1</script>",
-    "<!-- <script> --><img src=x onerror='window.pwned = 1'>",
-    "<!--<script>",
-    "]]></pre></td></table><svg onload=window.pwned=1>",
-    '<a href="javascript:window.pwned=1">click</a> javascript:window.pwned=1',
-    "a NUL \x00 and a bell \x07, escape \x1b[31m, \x7f",
-    "\u202egnp.exe\u202c right-to-left override, \u200bzero width, \U000e0041tag",
-    "مرحبا بالعالم שלום",
-    "🧑\u200d🔬 🇩🇪 数学 e\u0301",
-    "\u2028line\u2029separators\r\n& &amp; &lt;b&gt; ' \" ` ${window.pwned=1}",
-    "",
-]
-
-
-def make_run(
-    folder: Path,
-    rounds: int = 40,
-    *,
-    every: int = 10,
-    questions: int = 200,
-    hostile: bool = False,
-    rollout_rounds: int | None = None,
-    skip: tuple[str, ...] = (),
-    max_rounds: int | None = None,
-) -> Path:
-    """A run folder as the trainer writes it, in which Pass@1 rises from about 0.35 to about 0.85."""
-    rng = random.Random(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    planned = rounds if max_rounds is None else max_rounds
-    (folder / "config.yaml").write_text(
-        f"model_name_or_path: demo-1M\ntask: arithmetic\nmax_rounds: {planned}\nbatch_size: 32\nnum_generations: 1\n"
-        "learning_rate: 0.0001\nseed: 0\nobjective:\n  kind: reinforce\n  aggregation: token-mean\n"
-    )
-    lines = []
-    for round_ in range(rounds + 1):
-        share = 0.35 + 0.5 * (1 - math.exp(-4 * round_ / max(1, rounds)))
-        line: dict[str, Any] = {"round": round_}
-        if round_:
-            hits = sum(rng.random() < share for _ in range(32)) / 32
-            line |= {
-                "reward": hits,
-                "reward_std": math.sqrt(hits * (1 - hits)),
-                "loss": 0.08 * hits * (1 + 0.3 * rng.gauss(0, 1)),
-                "entropy": 0.6 * math.exp(-round_ / max(1, rounds)) + 0.03 * rng.gauss(0, 1),
-                "kl": 0.0004 * round_ * rng.random(),
-                "grad_norm": rng.uniform(0.3, 0.9),
-                "learning_rate": 1e-4,
-                "completions/mean_length": 12 + 14 * share + rng.gauss(0, 1),
-                "completions/truncated_fraction": rng.random() / 20,
-                "sampler_trainer_logprob_diff/mean": 1e-7 * rng.uniform(1, 3),
-                "sampler_trainer_logprob_diff/max": 1e-6 * rng.uniform(1, 9),
-                "rewards/exact": hits,
-                "rewards/failures": 0,
-                "tokens/generated": 700,
-                "tokens/trained": int(700 * hits),
-                "tokens/skipped": 700 - int(700 * hits),
-                "tokens/scored": 700,
-                "seconds/rollout": 0.12,
-                "seconds/reward": 0.01,
-                "seconds/update": 0.08,
-                "seconds/round": 0.22,
-            }
-        if round_ % every == 0:
-            for split, factor in (("train", 1.0), ("test", 0.97), ("longer", 0.35)):
-                correct = round(questions * share * factor)
-                line |= {
-                    f"eval/{split}/pass@1": correct / questions,
-                    f"eval/{split}/greedy": min(1.0, share * factor + 0.05),
-                    f"eval/{split}/pass@8": min(1.0, share * factor + 0.2),
-                    f"eval/{split}/mean_length": 12 + 14 * share,
-                }
-                write_evaluation(folder, round_, split, questions, correct, hostile)
-            line["seconds/evaluate"] = 0.9
-        lines.append(json.dumps({k: v for k, v in line.items() if k not in skip}))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    for round_ in range(1, (rounds if rollout_rounds is None else rollout_rounds) + 1):
-        write_rollouts(folder, round_, rng, hostile)
-    return folder
-
-
-def write_evaluation(folder: Path, round_: int, split: str, questions: int, correct: int, hostile: bool) -> None:
-    (folder / "evaluations").mkdir(exist_ok=True)
-    prompts = [f"Add {q} and {q + 1}." + (HOSTILE[q % len(HOSTILE)] if hostile else "") for q in range(questions)]
-    rewards = [float((q * 7919) % questions < correct) for q in range(questions)]
-    texts = [
-        (
-            HOSTILE[(q + 1) % len(HOSTILE)]
-            if hostile and q % 2
-            else f"{q} + {q + 1}: carry the tens.\n#### {2 * q + 1 - (not r)}"
-        )
-        for q, r in enumerate(rewards)
-    ]
-    table = {
-        "query": pa.array(range(questions), pa.int64()),
-        "sample": pa.array([0] * questions, pa.int32()),
-        "prompt": prompts,
-        "completion": texts,
-        "answer": [str(2 * q + 1) for q in range(questions)],
-        "reward": rewards,
-        "truncated": [False] * questions,
-    }
-    pq.write_table(pa.table(table), folder / "evaluations" / f"round-{round_:06d}-{split}.parquet")
-
-
-def write_rollouts(folder: Path, round_: int, rng: random.Random, hostile: bool = False, count: int = 32) -> None:
-    (folder / "rollouts").mkdir(exist_ok=True)
-    rows = []
-    for i in range(count):
-        reward = float(rng.random() < 0.6)
-        text = HOSTILE[i % len(HOSTILE)] if hostile else f"Step 1: {i} + {round_}.\nStep 2: carry.\n#### {i + round_}"
-        length = rng.randint(4, 30)
-        rows.append(
-            {
-                "round": round_,
-                "query": rng.randrange(1000),
-                "rollout": 0,
-                "prompt": f"Add {i} and {round_}. {text[:9]}",
-                "completion": text,
-                "answer": None if i == 3 else str(i + round_),
-                "reward": None if i == 5 else reward,
-                "advantage": reward,
-                "token_ids": list(range(length)),
-                "logprobs": [-0.3] * length,
-                "entropy": [0.4] * length,
-                "truncated": i % 11 == 0,
-            }
-        )
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rollouts" / f"round-{round_:06d}.parquet")
-
-
-class Page(HTMLParser):
-    """What a browser would build from the text: elements, attributes, visible text, and the embedded data."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.blocks: dict[str, str] = {}
-        self.text = ""
-        self.open: list[str] = []
-        self.block = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.block = dict(attrs).get("id") or tag
-        if tag not in ("meta", "link", "input"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-        self.block = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.block:
-            self.blocks[self.block] = self.blocks.get(self.block, "") + data
-        else:
-            self.text += data
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
 
 
 def report(folder: Path) -> Page:
@@ -408,60 +240,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
 # ---- in a real browser -----------------------------------------------------------------------------------------------
 
 
-class Browser:
-    """A small WebDriver client: chromedriver speaks plain HTTP and JSON."""
-
-    def __init__(self, port: int, chromium: str, profile: Path) -> None:
-        self.base = f"http://127.0.0.1:{port}"
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={profile}",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--no-first-run",
-            "--disable-dev-shm-usage",
-            "--window-size=1200,900",
-        ]
-        wanted = {"goog:chromeOptions": {"binary": chromium, "args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}
-        session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-        self.base += f"/session/{session['sessionId']}"
-
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, path: Path) -> None:
-        self.call("POST", "/url", {"url": path.as_uri()})
-
-    def run(self, script: str) -> Any:
-        return self.call("POST", "/execute/sync", {"script": script, "args": []})
-
-    def log(self) -> list[dict[str, Any]]:
-        return list(self.call("POST", "/se/log", {"type": "browser"}))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
-    if not driver or not chromium:
-        pytest.skip("no chromium and chromedriver on this machine (Debian: apt-get install chromium chromium-driver)")
-    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        port = next(int(m[1]) for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
-        session = Browser(port, chromium, tmp_path_factory.mktemp("profile"))
-        yield session
-        session.call("DELETE", "")
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 FILTERED = """
     const set = (id, value) => { 
         const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event('input')); };
@@ -537,7 +315,7 @@ def test_browsing_in_a_browser(tmp_path: Path, browser: Browser) -> None:
 def test_no_console_error_and_no_sideways_scroll(tmp_path: Path, browser: Browser, state: str, width: int) -> None:
     folder = make_run(tmp_path / "run", rounds=60, questions=30, hostile=True) if state == "long" else tmp_path
     (folder / "config.yaml").write_text("max_rounds: 60\nmodel_name_or_path: " + "m" * 300)
-    browser.call("POST", "/window/rect", {"width": width, "height": 900})
+    browser.resize(width)
     browser.open(write_report(folder))
     assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth") is True
     assert [m for m in browser.log() if m["level"] in ("SEVERE", "WARNING")] == []

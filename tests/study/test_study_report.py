@@ -16,13 +16,18 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("yaml")
 pq = pytest.importorskip("pyarrow.parquet")
+from browser import HOSTILE, Browser, Page  # noqa: E402
 from simulated_study import make_study  # noqa: E402
-from test_report import HOSTILE, Browser, Page, browser  # noqa: E402, F401  (browser is a fixture)
 
+from bandit_rft.report.figures import Charts  # noqa: E402
 from bandit_rft.study.analyse import analyse_study  # noqa: E402
 from bandit_rft.study.designs import designs, planes, short  # noqa: E402
-from bandit_rft.study.plots import Forest, heat_map, signed  # noqa: E402
-from bandit_rft.study.report import baseline_finding, finding, to_csv, write_study_report  # noqa: E402
+from bandit_rft.study.figures import curves, forests, maps  # noqa: E402
+from bandit_rft.study.findings import baseline_finding, distinct, finding, recommend  # noqa: E402
+from bandit_rft.study.plots import Forest, Mark, heat_map, signed  # noqa: E402
+from bandit_rft.study.points import Pairs, detectable, simultaneous  # noqa: E402
+from bandit_rft.study.report import to_csv, write_study_report  # noqa: E402
+from bandit_rft.study.tables import Tables  # noqa: E402
 
 FILES = {
     "report.html",
@@ -174,7 +179,9 @@ def test_plane_and_replay(study: Path, page: Page) -> None:
 
 def test_plots_stay_in_their_boxes() -> None:
     forest = Forest([(-0.1, 0.05), (float("nan"), float("nan"))])
-    drawn = forest.row([("test", 0, -0.1, 0.0, 0.05, True), ("train", 1, float("nan"), 0.01, float("nan"), False)])
+    drawn = forest.row(
+        [Mark("test", 0, -0.1, 0.0, 0.05, True), Mark("train", 1, float("nan"), 0.01, float("nan"), False)]
+    )
     places = [float(x) for x in re.findall(r' (?:x|x1|x2|cx)="([^"]+)"', drawn)]
     assert places and all(0 <= x <= 380 for x in places)
     assert 'class="mark s0"' in drawn and 'class="mark s1 open"' in drawn and drawn.count("interval") == 1
@@ -182,6 +189,136 @@ def test_plots_stay_in_their_boxes() -> None:
     heat = heat_map("gain", [1, 2], [4], {(1, 4): (0.1, 0.05, 0.15), (2, 4): (-0.05, -0.2, 0.1)}, ("B", "n"))
     assert heat.count('class="more"') == 1 and heat.count('class="less"') == 1 and "−0.050" in heat
     assert 'class="blank"' in heat_map("gain", [1, 2], [4], {(1, 4): (0.0, 0.0, 0.0)}, ("B", "n"))
+
+
+def test_recommendation_first_with_its_uncertainty(study: Path, page: Page) -> None:
+    analysis = analyse_study(study)
+    advice = recommend(analysis)
+    low = analysis.row(("trade-off", "(128, 2)"))
+    assert low is not None and advice.counts["test"][1] >= 1
+    assert advice.words.startswith("So far: ")  # two cells are missing
+    text = " ".join(advice.sentences)
+    assert f"trade-off (128, 2) {signed(low['gain'])}" in text and "Avoid" in text
+    assert "compared at once [" in text and "times the tokens generated" in text and "80% power" in text
+    assert page.text.index(advice.words) < page.text.index("What the intervals support")
+    assert all(sentence in page.text for sentence in advice.sentences)
+    assert advice.sentences[0].replace("[", "\\[")[:40] in (study / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("gain", "words"), [(0.4, "Use rollouts n=8"), (0.0, "Keep the baseline")])
+def test_recommendation_follows_the_corrected_test(tmp_path: Path, gain: float, words: str) -> None:
+    levels = {("rollouts", "n=8"): (gain, gain, {"num_generations": 8, "batch_size": 32})}
+    folder = make_study(tmp_path, **{**SMALL, "levels": levels, "seeds": 6, "questions": 200})
+    analysis = analyse_study(folder)
+    advice = recommend(analysis)
+    assert advice.words == words
+    row = analysis.row(("rollouts", "n=8"))
+    assert row is not None and advice.detectable == pytest.approx(detectable(row))
+    assert advice.counts["test"] == (int(gain > 0), 0, 1)
+
+
+def test_intervals_for_all_at_once_agree_with_the_correction(study: Path) -> None:
+    analysis = analyse_study(study)
+    for level in distinct(analysis):
+        row = analysis.row(level)
+        assert row is not None
+        low, high = simultaneous(row)
+        assert low < row["low"] < row["high"] < high  # wider than the interval of one comparison
+        if low > 0 or high < 0:
+            assert row["p_holm"] <= 0.05
+        assert (low > 0 or high < 0) == (row["p"] * row["family"] <= 0.05)
+        assert detectable(row) > row["minimum_detectable"]
+    assert simultaneous({"simultaneous_low": -1.0, "simultaneous_high": 2.0}) == (-1.0, 2.0)  # the analysis' own
+
+
+def test_seeds_behind_a_gain_average_to_it(study: Path) -> None:
+    analysis = analyse_study(study)
+    pairs = Pairs(analysis.study)
+    for level in distinct(analysis):
+        for split in ("train", "test"):
+            row = analysis.row(level, "final", split)
+            gains = pairs.gains(level, split, analysis.study.conditions)
+            assert row is not None and len(gains) == row["seeds"]
+            assert sum(gains) / len(gains) == pytest.approx(row["gain"], abs=1e-6)
+            curve = pairs.curve(level, split, analysis.study.conditions)
+            assert curve is not None and curve.rounds == [0, 10, 20]
+            assert (curve.low <= curve.level + 1e-9).all() and (curve.high >= curve.level - 1e-9).all()
+            assert curve.level[-1] - curve.baseline[-1] == pytest.approx(row["gain"], abs=1e-6)
+            assert curve.seeds.shape == (row["seeds"], 3)
+
+
+def test_one_row_a_configuration_and_one_scale(study: Path, page: Page) -> None:
+    tables = Tables(analyse_study(study))
+    plots = forests(tables, Pairs(tables.study))
+    names = [(factor, row.name) for factor, rows in plots[0].factors.items() for row in rows]
+    assert names[0] == ("", "the baseline") and len(names) == 11 and len(set(names)) == 11
+    eight = next(row for row in plots[0].factors["rollouts"] if row.name == "n=8")
+    assert eight.also == "batch B=32, trade-off (32, 8)"
+    assert eight.svg.count('class="wide') == 2 and eight.svg.count('class="points') == 2
+    assert eight.svg.count("h0") == 10  # five seeds, test and train
+    assert len(plots) == 1 + 4 and "gain in final Pass@1 over the baseline" in plots[0].axis
+    charts = Charts()
+    drawn = curves(tables, Pairs(tables.study), charts)
+    scales = {
+        tuple(re.findall(r'<text class="tick" x="44" y="([\d.]+)"[^>]*>([\d.]+)<', figure.svg))
+        for panels in drawn.factors.values() for panel in panels for figure in panel.figures
+    }  # fmt: skip
+    assert len(scales) == 1 and "0" in [text for _, text in scales.pop()]
+    assert len(charts.hover) == 2 * 10
+
+
+def test_the_plane_has_its_column_n_1_and_a_key(study: Path, page: Page) -> None:
+    tables = Tables(analyse_study(study))
+    plain, replays = tables.planes
+    assert tables.whole(plain)[32, 1] == ("baseline", "baseline") and tables.whole(replays) is replays
+    first, second = maps(tables)
+    assert "n = 1<" in first.svg and "the baseline" in first.svg and "the baseline" not in second.svg
+    assert first.svg.count('class="swatch') == 5 and "not shown" in first.svg
+
+
+def test_no_deep_colour_where_no_difference_is_shown() -> None:
+    cells = {(1, 1): (0.30, -0.01, 0.61), (2, 1): (0.05, 0.01, 0.09), (4, 1): (-0.02, -0.03, -0.01)}
+    drawn = heat_map("gain", [1, 2, 4], [1], cells, ("B", "n"))
+    opacity = {
+        (kind, float(value))
+        for kind, value in re.findall(r'<rect class="(more|less)"[^>]*fill-opacity="([.\d]+)"', drawn)
+    }
+    assert opacity == {("more", 0.04), ("more", 0.5), ("less", 0.27)}
+    drawn_after = heat_map("gain", [1, 2, 4], [1], cells, ("B", "n"), shown=[])
+    assert set(re.findall(r'fill-opacity="([.\d]+)"', drawn_after)) == {"0.04"}  # none after the correction
+    assert "+0.050" in drawn and ">+0.025<" in drawn  # the key: the strongest difference that is shown, and half of it
+
+
+def test_intervals_beyond_the_scale_end_in_an_arrow() -> None:
+    forest = Forest([(-0.1, 0.1)], [(-4.0, 4.0)])
+    drawn = forest.row([Mark("test", 0, -0.1, 0.0, 0.1, False, (-4.0, 0.12))])
+    assert forest.high < 0.2 and "l-4 3l4 3" in drawn and drawn.count("v6") == 1
+    places = [float(x) for x in re.findall(r"[MH](-?[\d.]+)", drawn)]
+    assert all(0 <= x <= 380 for x in places)
+
+
+def test_every_section_says_when_it_is_empty(tmp_path: Path) -> None:
+    statuses = {f"{kind}-m-a-s{s}": "running" for kind in ("rollouts-n_8", "baseline-baseline") for s in range(3)}
+    folder = make_study(tmp_path, **SMALL, problems=statuses)
+    page = Page(write_study_report(folder).read_text())
+    for words in (
+        "Nothing can be recommended yet", "no baseline cell has finished", "No evaluated round is common",
+        "No three levels differ", "No finished level has a finished baseline beside it.", "No cell has finished.",
+    ):  # fmt: skip
+        assert words in page.text
+    ids = [a["id"] for tag, a in page.elements if tag == "section" and "id" in a]
+    goto = [a["data-goto"] for tag, a in page.elements if "data-goto" in a]
+    assert set(goto) <= set(ids) and len(goto) == len(set(goto)) == 10
+    whole = make_study(tmp_path / "whole", **SMALL)
+    assert "None: every planned cell is used." in Page(write_study_report(whole).read_text()).text
+
+
+def test_two_seeds_are_not_told_that_two_are_needed(tmp_path: Path) -> None:
+    folder = make_study(tmp_path, **{**SMALL, "seeds": 2})
+    analysis = analyse_study(folder)
+    for row in analysis.results:
+        row["p_holm"] = float("nan")  # as where nothing varies but the gain is not 0
+    assert finding(analysis, "rollouts") == "no interval can be given: the differences do not vary at all."
 
 
 def test_output_elsewhere_and_missing_folder(tmp_path: Path) -> None:
@@ -195,7 +332,7 @@ def test_output_elsewhere_and_missing_folder(tmp_path: Path) -> None:
 # ---- in a real browser -----------------------------------------------------------------------------------------------
 
 
-def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     folder = make_study(tmp_path, **SMALL, hostile="".join(HOSTILE), problems={"rollouts-n_8-m-a-s0": "failed"})
     record = folder / "cells" / "rollouts-n_8-m-a-s0" / "cell.json"
     record.write_text(json.dumps({"status": HOSTILE[0], "error": HOSTILE[1]}))
@@ -209,8 +346,8 @@ def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser: Browser)
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-def test_no_console_error_and_no_sideways_scroll(study: Path, browser: Browser, width: int) -> None:  # noqa: F811
-    browser.call("POST", "/window/rect", {"width": width, "height": 900})
+def test_no_console_error_and_no_sideways_scroll(study: Path, browser: Browser, width: int) -> None:
+    browser.resize(width)
     browser.open(write_study_report(study))
     browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth") is True
@@ -224,3 +361,19 @@ def test_no_console_error_and_no_sideways_scroll(study: Path, browser: Browser, 
         return document.querySelector('.readout').textContent""")
     assert readout.startswith("round 20: 8 rollouts, train on 1 0.") and "baseline 0." in readout
     assert [m for m in browser.log() if m["level"] in ("SEVERE", "WARNING")] == []
+
+
+@pytest.mark.parametrize("width", [390, 500, 768, 1400])
+def test_nothing_is_cut(study: Path, browser: Browser, width: int) -> None:
+    browser.resize(width)
+    browser.open(write_study_report(study))
+    browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    clipped = """return [...document.querySelectorAll('main, .level, .answer, table, .scroll')]
+        .filter(e => e.scrollWidth > e.clientWidth + 1)
+        .map(e => e.className + ' in ' + e.parentElement.className)"""
+    assert browser.run(clipped) == []
+    outside = """return [...document.querySelectorAll('svg, td, th, p')].filter(e => {
+        const box = e.getBoundingClientRect();
+        return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth);
+    }).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))"""
+    assert browser.run(outside) == []

@@ -9,8 +9,38 @@
     return node;
   };
 
+  // Contents: buttons, so that no link is on the page that a model's text could have put there.
+  for (const button of document.querySelectorAll("[data-goto]")) {
+    button.addEventListener("click", () => {
+      const section = byId(button.dataset.goto);
+      section.scrollIntoView();
+      section.querySelector("h2").tabIndex = -1;
+      section.querySelector("h2").focus({ preventScroll: true });
+    });
+  }
+  byId("contents").hidden = false;
+
+  // Charts: the same numbers as a table, made when it is opened.
+  const table_of = (chart) => {
+    const table = make("table"), head = table.createTHead().insertRow(), body = table.createTBody(), most = 60;
+    for (const name of ["round", ...chart.lines.map((line) => line.name)]) head.append(make("th", "", name));
+    const count = chart.x.length, shown = Math.min(count, most);
+    for (let k = 0; k < shown; k += 1) {
+      const i = count <= most ? k : Math.round(k * (count - 1) / (most - 1)), row = body.insertRow();
+      row.append(make("th", "", chart.x[i].toLocaleString("en")));
+      for (const line of chart.lines) row.append(make("td", "", line.values[i] ?? "–"));
+    }
+    const box = make("div", "scroll");
+    if (shown < count) box.append(make("p", "note", `${shown} of ${count} points`));
+    box.append(table);
+    return box;
+  };
+
   // Charts: a readout that follows the pointer, a finger or the arrow keys.
   for (const [id, chart] of Object.entries(data("chart-data"))) {
+    const numbers = byId(id).querySelector("details.numbers");
+    numbers.hidden = !chart.x.length;
+    numbers.addEventListener("toggle", () => { if (numbers.children.length < 2) numbers.append(table_of(chart)); });
     const figure = byId(id), svg = figure.querySelector(".chart"), output = figure.querySelector(".readout");
     const cursor = svg.querySelector(".cursor");
     let at = -1;
@@ -64,8 +94,8 @@
   }
 
   // Rollouts: all text enters the page as text, never as markup.
+  if (!byId("rollouts")) return;
   const rows = data("rollout-data");
-  if (!rows.length) return;
   const SIZE = 20;
   const table = document.querySelector("table.rollouts"), body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
@@ -76,12 +106,21 @@
     return value.toLocaleString("en", { maximumFractionDigits: digits }).replace("-", "\u2212");
   };
 
+  const controls = ["search", "reward", "least-reward", "most-reward", "query", "from", "to", "least-tokens",
+    "most-tokens", "truncated"].filter(byId);
+  const bound = (id) => byId(id) ? byId(id).valueAsNumber : NaN;
+  const within = (value, least, most) => {
+    const low = bound(least), high = bound(most);
+    return (Number.isNaN(low) && Number.isNaN(high)) || (value !== null && !(value < low) && !(value > high));
+  };
   const matching = () => {
     const needle = byId("search").value.toLowerCase(), reward = byId("reward").value;
-    const from = byId("from").valueAsNumber, to = byId("to").valueAsNumber, truncated = byId("truncated").checked;
+    const truncated = byId("truncated").checked, query = bound("query");
     const kind = (row) => row.reward === null ? "none" : row.reward > 0 ? "positive" : "rest";
     return rows.filter((row, i) => (!needle || haystacks[i].includes(needle)) && (!reward || kind(row) === reward)
-      && !(row.round < from) && !(row.round > to) && (!truncated || row.truncated));
+      && (Number.isNaN(query) || row.query === query) && (!truncated || row.truncated)
+      && within(row.round, "from", "to") && within(row.tokens, "least-tokens", "most-tokens")
+      && within(row.reward, "least-reward", "most-reward"));
   };
   const compare = (a, b) => {
     const x = a[key], y = b[key];
@@ -98,6 +137,13 @@
       block.tabIndex = 0;
       cell.append(make("h4", "", title + (title === "Completion" && row.truncated ? " (truncated)" : "")), block);
     }
+    const same = rows.filter((other) => other.query === row.query).length;
+    if (row.query !== null && same > 1) {
+      const button = make("button", "", `All ${same} rollouts of query ${row.query}`);
+      button.type = "button";
+      button.addEventListener("click", () => { reset(); byId("query").value = row.query; page = 0; update(); });
+      cell.append(button);
+    }
     line.append(cell);
     return line;
   };
@@ -108,11 +154,14 @@
     opener.setAttribute("aria-expanded", "false");
     opener.setAttribute("aria-label", `Round ${row.round}, query ${row.query}: show the whole rollout`);
     first.append(opener);
-    const preview = make("td", "left preview", (row.completion || "\u27e6empty\u27e7").slice(0, 200).replace(/\s+/g, " "));
-    preview.dir = "auto";
+    const previews = [row.prompt, row.completion].map((text) => {
+      const cell = make("td", "left preview", (text || "\u27e6empty\u27e7").slice(0, 160).replace(/\s+/g, " "));
+      cell.dir = "auto";
+      return cell;
+    });
     node.append(first, make("td", "minor", number(row.query, 0)), make("td", row.reward > 0 ? "win" : "", number(row.reward, 3)),
       make("td", "minor", number(row.advantage, 3)), make("td", "", number(row.tokens, 0)), make("td", "minor", number(row.logprobs, 3)),
-      make("td", "minor", number(row.entropy, 3)), preview);
+      make("td", "minor", number(row.entropy, 3)), ...previews);
     node.addEventListener("click", () => {
       const open = opener.getAttribute("aria-expanded") === "true";
       opener.setAttribute("aria-expanded", String(!open));
@@ -131,7 +180,11 @@
     byId("next").disabled = page >= pages - 1;
     for (const h of headings) h.setAttribute("aria-sort", h.dataset.key !== key ? "none" : direction > 0 ? "ascending" : "descending");
   };
-  for (const id of ["search", "reward", "from", "to", "truncated"]) byId(id).addEventListener("input", () => { page = 0; update(); });
+  const reset = () => {
+    for (const id of controls) { byId(id).value = ""; byId(id).checked = false; }
+  };
+  for (const id of controls) byId(id).addEventListener("input", () => { page = 0; update(); });
+  byId("reset").addEventListener("click", () => { reset(); page = 0; update(); });
   byId("previous").addEventListener("click", () => { page -= 1; update(); });
   byId("next").addEventListener("click", () => { page += 1; update(); });
   for (const h of headings) h.firstChild.addEventListener("click", () => {
