@@ -32,17 +32,21 @@ class Listeners(Listener):
         self.listeners = listeners
 
     def started(self, trainer: Trainer) -> None:
+        """Tell everyone."""
         for listener in self.listeners:
             listener.started(trainer)
 
     def phase(self, name: str) -> None:
+        """Tell everyone."""
         for listener in self.listeners:
             listener.phase(name)
 
     def round_done(self, metrics: Metrics) -> None:
+        """Tell everyone."""
         for listener in self.listeners:
             listener.round_done(metrics)
 
     def finished(self, trainer: Trainer) -> None:
+        """Tell everyone."""
         for listener in self.listeners:
             listener.finished(trainer)

@@ -78,8 +78,10 @@ def reweigh(
     arXiv 2110.00641).
 
     Args:
+        old: the replayed rollouts, with the log-probabilities of the policy that drew them.
         score: today's log-probabilities [n] of a batch's n tokens.
-        correction, cap: see `importance_weights`.
+        correction: token | sequence, see `importance_weights`.
+        cap: largest weight.
         every: also weigh rollouts whose advantage is 0; otherwise they are not scored and weigh 1.
     """
     rows = np.arange(len(old)) if every else np.flatnonzero(old.advantage.numpy())

@@ -78,8 +78,10 @@ class RolloutBatch:
 
         Args:
             prompts: B lists of token ids.
-            tokens: int64 [N], completions one after another, of `lengths` (B numbers, sum N).
-            logprobs: float32 [N]. entropy: float32 [N].
+            tokens: int64 [N], completions one after another.
+            lengths: of the completions, B numbers with sum N.
+            logprobs: float32 [N].
+            entropy: float32 [N].
             truncated: [B].
             columns: any of query, attempt, round, reward, advantage, trained, weight_version: tensors or lists [B], or
                 one value for all.
@@ -118,9 +120,12 @@ class RolloutBatch:
         """A batch from rectangles [B, L_p] and [B, L_c], wherever the padding is; NaN for what is absent.
 
         Args:
-            prompt_ids, prompt_mask: [B, L_p]; the mask is nonzero where a token counts.
-            completion_ids, completion_mask: [B, L_c].
-            logprobs, entropy: [B, L_c] or None.
+            prompt_ids: int64 [B, L_p].
+            prompt_mask: [B, L_p], nonzero where a token counts.
+            completion_ids: int64 [B, L_c].
+            completion_mask: [B, L_c], likewise.
+            logprobs: [B, L_c] or None.
+            entropy: [B, L_c] or None.
             columns: as for `of`, and `truncated` [B].
 
         Raises:

@@ -32,6 +32,7 @@ class Change:
 
     @property
     def difference(self) -> float:
+        """After less before."""
         return self.last[1] - self.first[1]
 
     @property
