@@ -155,29 +155,35 @@ class RunFolder:
             self._merge(singles)
 
     def _merge(self, singles: Sequence[Path]) -> None:
-        """Many rounds' files as one; the many go only after the one is whole, so readers see a round at least once."""
-        import pyarrow as pa
+        """Many rounds' files as one, a row group a round; the many go only after the one is whole."""
         import pyarrow.parquet as pq
 
-        table = pa.concat_tables([pq.read_table(path) for path in singles])
-        whole = self.rollouts / f"rounds-{_round_of(singles[0]):06d}-{_round_of(singles[-1]):06d}.parquet"
-        pq.write_table(table, whole.with_suffix(".partial"))
-        whole.with_suffix(".partial").replace(whole)
+        name = f"rounds-{_round_of(singles[0]):06d}-{_round_of(singles[-1]):06d}.parquet"
+        _write_row_groups(self.rollouts / name, [pq.read_table(path) for path in singles])
         for path in singles:
             path.unlink()
 
     def _cut(self, path: Path, last: int) -> None:
         """Leave only rounds up to `last` in a file of many rounds."""
-        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        table = pq.read_table(path)
-        kept = table.filter(pc.less_equal(table["round"], last))
-        if kept.num_rows:
-            name = self.rollouts / f"rounds-{pc.min(kept['round']).as_py():06d}-{last:06d}.parquet"
-            pq.write_table(kept, name.with_suffix(".partial"))
-            name.with_suffix(".partial").replace(name)
+        with pq.ParquetFile(path) as file:
+            tables = {t["round"][0].as_py(): t for t in map(file.read_row_group, range(file.num_row_groups))}
+        if kept := [number for number in tables if number <= last]:
+            name = f"rounds-{kept[0]:06d}-{last:06d}.parquet"
+            _write_row_groups(self.rollouts / name, [tables[number] for number in kept])
         path.unlink()
+
+
+def _write_row_groups(path: Path, tables: Sequence[Any]) -> None:
+    """Write Arrow tables as the row groups of one file; complete or absent."""
+    import pyarrow.parquet as pq
+
+    partial = path.with_suffix(".partial")
+    with pq.ParquetWriter(partial, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    partial.replace(path)
 
 
 def _round_of(path: Path) -> int:

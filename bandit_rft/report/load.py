@@ -142,7 +142,7 @@ def _load_metrics(run: Run) -> None:
         run.notes.append(f"{repeated} round(s) were logged more than once (a resumed run); the later values are used.")
 
 
-def _read_table(run: Run, path: Path, columns: list[str]) -> dict[str, list[Any]]:
+def _read_table(run: Run, path: Path, columns: list[str], row_group: int | None = None) -> dict[str, list[Any]]:
     """The wanted columns that exist, as Python lists; {} with a note when the file cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -150,7 +150,9 @@ def _read_table(run: Run, path: Path, columns: list[str]) -> dict[str, list[Any]
     try:
         with pq.ParquetFile(path) as file:
             present = set(file.schema_arrow.names)
-            result: dict[str, list[Any]] = file.read(columns=[c for c in columns if c in present]).to_pydict()
+            wanted = [c for c in columns if c in present]
+            table = file.read(columns=wanted) if row_group is None else file.read_row_group(row_group, columns=wanted)
+            result: dict[str, list[Any]] = table.to_pydict()
             return result
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         run.notes.append(f"{path.parent.name}/{path.name} cannot be read (perhaps half written) and is left out.")
@@ -202,28 +204,34 @@ def evenly(count: int, limit: int) -> list[int]:
     return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
 
 
-def _load_rollouts(run: Run) -> None:
+def _rollout_files(run: Run) -> list[tuple[int, Path, int | None]]:
+    """(round, file, row group of a file of many rounds) of every round with rollouts, in order."""
     folder = run.folder / "rollouts"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    matches = [re.fullmatch(r"round-(\d+)\.parquet", name) for name in names]
-    files = sorted((int(match[1]), folder / match[0]) for match in matches if match)
+    found: dict[int, tuple[int, Path, int | None]] = {}
+    for path in sorted(folder.glob("round*.parquet")):
+        if match := re.fullmatch(r"round-(\d+)\.parquet", path.name):
+            found[int(match[1])] = int(match[1]), path, None
+        elif re.fullmatch(r"rounds-\d+-\d+\.parquet", path.name):
+            rounds = _read_table(run, path, ["round"]).get("round", ())
+            for row_group, round_ in enumerate(dict.fromkeys(rounds)):  # a row group a round, run_folder.py
+                found[round_] = round_, path, row_group
+    return [found[round_] for round_ in sorted(found)]
+
+
+def _load_rollouts(run: Run) -> None:
+    files = _rollout_files(run)
     if not files:
         return
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sizes = []
-    for index in (0, -1):
-        try:
-            sizes.append(max(1, pq.read_metadata(files[index][1]).num_rows))
-        except (pa.ArrowException, OSError):
-            continue
-    per_round = max(sizes, default=1)
+    sizes = [
+        len(_read_table(run, *files[index][1:2], ["query"], files[index][2]).get("query", ())) for index in (0, -1)
+    ]
+    per_round = max(*sizes, 1)
     picked = evenly(len(files), max(2, MAX_ROLLOUTS // per_round))
     share = max(1, MAX_ROLLOUTS // len(picked))
     shown, cut = 0, False
     for index in picked:
-        table = _read_table(run, files[index][1], [*ROLLOUT_COLUMNS, "logprobs", "entropy"])
+        round_, path, row_group = files[index]
+        table = _read_table(run, path, [*ROLLOUT_COLUMNS, "logprobs", "entropy"], row_group)
         if not {"prompt", "completion"} <= table.keys():
             continue
         shown += 1
@@ -231,7 +239,7 @@ def _load_rollouts(run: Run) -> None:
         cut |= len(rows) < len(table["prompt"])
         for i in rows:
             row = {key: table[key][i] if key in table else None for key in ROLLOUT_COLUMNS}
-            row["round"] = files[index][0] if row["round"] is None else row["round"]
+            row["round"] = round_ if row["round"] is None else row["round"]
             for key in ("logprobs", "entropy"):
                 values = [v for v in (table[key][i] if key in table else None) or [] if v is not None]
                 row[key] = math.fsum(values) / len(values) if values else None

@@ -319,3 +319,21 @@ def test_no_console_error_and_no_sideways_scroll(tmp_path: Path, browser: Browse
     browser.open(write_report(folder))
     assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth") is True
     assert [m for m in browser.log() if m["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_rollouts_in_files_of_many_rounds_are_found(tmp_path: Path) -> None:
+    """The trainer gathers rounds into one file, a row group a round; a round in both places is shown once."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"round": i}) + "\n" for i in range(6)))
+    for round_ in range(1, 6):
+        write_rollouts(folder, round_, random.Random(round_), count=4)
+    tables = [pq.read_table(folder / "rollouts" / f"round-{round_:06d}.parquet") for round_ in (1, 2, 3)]
+    with pq.ParquetWriter(folder / "rollouts" / "rounds-000001-000003.parquet", tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    for round_ in (1, 2):
+        (folder / "rollouts" / f"round-{round_:06d}.parquet").unlink()
+    run = load_run(folder)
+    assert [row["round"] for row in run.rollouts] == [round_ for round_ in range(1, 6) for _ in range(4)]
+    assert run.rollout_note == "All 20 rollouts of 5 round(s)."
