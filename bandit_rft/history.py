@@ -1,17 +1,18 @@
 """What is remembered of each query across rounds and epochs: its last rewards, or an estimate of its value.
 
 An advantage that compares with the past owns one of these (advantages.py). Both are part of a checkpoint, as plain
-arrays. Numpy only.
+arrays. No torch here.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -19,7 +20,7 @@ Arrays = dict[str, NDArray[Any]]
 class RewardHistory:
     """The last `window` rewards of every query, first in, first out (the paper's reward replay, arXiv 2601.22532)."""
 
-    def __init__(self, window: int = 8):
+    def __init__(self, window: Annotated[int, Field(ge=1)] = 8):
         if window < 1:
             raise ValueError(f"window must be at least 1 reward; got {window}")
         self.window = window
@@ -60,7 +61,12 @@ class ValueTracker:
     fastest forgetting settles at: 1 / (1 - decay_min).
     """
 
-    def __init__(self, half_life: float = 0.06, decay_min: float = 0.875, decay_max: float = 0.96):
+    def __init__(
+        self,
+        half_life: Annotated[float, Field(gt=0)] = 0.06,
+        decay_min: Annotated[float, Field(ge=0, lt=1)] = 0.875,
+        decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.96,
+    ):
         if half_life <= 0 or not 0 <= decay_min <= decay_max < 1:
             raise ValueError(
                 "half_life must be > 0 and 0 <= decay_min <= decay_max < 1; got "

@@ -28,7 +28,7 @@ from bandit_rft.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from bandit_rft.config import Config, ConfigError, advantage_options, check_config, to_yaml
+from bandit_rft.config import MAY_CHANGE, Config, ConfigError, advantage_options, check_config, to_yaml
 from bandit_rft.data import PromptSet, completion_texts, prompt_text, query_order, score
 from bandit_rft.draws import Draw, constant_groups, join, join_rollouts, most_varied, replayed_rollouts
 from bandit_rft.evaluate import answer_text, evaluate
@@ -53,12 +53,6 @@ from bandit_rft.update import (
 logger = logging.getLogger(__name__)
 
 TRAINING_STREAM = 0
-#: Keys that may change between a run and its continuation; any other would make it another run.
-MAY_CHANGE = {
-    "output_dir", "max_rounds", "save_steps", "save_total_limit", "eval_steps", "log_rollouts_steps", "resume",
-    "report_to", "device", "preset", "data_path", "model_name_or_path", "rollout.batch_size", "reward.timeout_s",
-    "reward.memory_mb", "reward.workers", "evaluation", "tokens_per_microbatch", "max_generated_tokens", "max_seconds",
-}  # fmt: skip
 
 
 class Listener(Protocol):
@@ -205,7 +199,7 @@ class Trainer:
             reference = self._score(self.kl_reference, rollouts, rows)
             logprobs = [rollouts.logprobs[rollouts.slice_of(i)] for i in rows]
             pairs = list(zip(logprobs, reference, strict=True))
-            estimates = [float(kl_estimate(config.objective.kl, *pair).sum()) for pair in pairs]  # type: ignore[arg-type]
+            estimates = [float(kl_estimate(config.objective.kl, *pair).sum()) for pair in pairs]
             rewards = rewards - self.kl_coef * np.array(estimates)
             metrics["kl"] = float(torch.cat([kl_estimate("k3", *pair) for pair in pairs]).mean())
         if config.reward.length_penalty or self.kl_reference is not None:
@@ -587,7 +581,7 @@ def make_scorer(task: Task, config: Config) -> RewardRunner:
     r = config.reward
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error,  # type: ignore[arg-type]
+        on_error=r.on_error,
     )  # fmt: skip
 
 
