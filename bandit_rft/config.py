@@ -95,7 +95,7 @@ class Config(Section):
         ge=1,
     )
     chat_template: Literal["auto", "never"] = Key(
-        "auto", "auto: plain prompts to a chat model become user messages; never: sent as they are"
+        "auto", "plain prompts to a chat model become user messages, or are sent as they are"
     )
     max_generated_tokens: int | None = Key(
         None,
@@ -261,7 +261,7 @@ MAY_CHANGE = frozenset(key.name for key in keys().values() if key.may_change)
 NOT_DESIGN = frozenset(key.name for key in keys().values() if not key.design)
 
 
-def _unknown(dotted: str) -> str:
+def unknown_key(dotted: str) -> str:
     """That there is no such key, and which one may be meant."""
     if of_section := [name for name in keys() if name.startswith(f"{dotted}.")]:
         return f"unknown key {dotted!r}: it is a section of keys, such as {of_section[0]}"
@@ -292,7 +292,7 @@ def build_config(
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}{nearest(preset, PRESETS)}")
     flat = {**dict(_flatten(PRESETS.get(preset, {}))), **from_file, **given}
     if unknown := [key for key in flat if key not in keys() and key.partition(".")[0] not in FREE]:
-        raise ConfigError("\n".join(map(_unknown, unknown)))
+        raise ConfigError("\n".join(map(unknown_key, unknown)))
     tree: dict[str, Any] = {}
     texts = {key for key, value in given.items() if isinstance(value, str)}
     for key, value in flat.items():
