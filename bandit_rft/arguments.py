@@ -109,13 +109,13 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, Parser]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments by name; `command` says which command it is, `overrides` holds the keys given, all of them texts.
+    """The arguments, at least one, by name; `command` says which command it is, `overrides` holds the keys given, all of them texts.
 
     Raises:
         UsageError: with what is wrong and what would do.
         SystemExit: after `--help` was printed.
     """
-    parser, rest = make_parser(keys=arguments[:1] and arguments[0] in WITH_KEYS), list(arguments)
+    parser, rest = make_parser(keys=arguments[0] in WITH_KEYS), list(arguments)
     leaf, words = parser, list[str]()
     while (known := subcommands(leaf)) and rest and rest[0] not in ("-h", "--help"):
         if rest[0] not in known:
