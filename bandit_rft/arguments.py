@@ -60,9 +60,10 @@ def make_parser(keys: bool = True) -> Parser:
         return sub
 
     train = command(
-        "train", "train a policy", "train [--preset NAME] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run]"
+        "train", "train a policy", "train [--preset NAME] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run] [--quiet]"
     )
     train.add_argument("--dry_run", action="store_true", help="print the configuration and what it amounts to")
+    train.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
     evaluate = command(
         "eval", "evaluate a checkpoint with its run's settings, or any model; JSON lines",
         "eval [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...]",
@@ -83,7 +84,8 @@ def make_parser(keys: bool = True) -> Parser:
     plan.add_argument("--dry_run", action="store_true", help="what plan does in any case: nothing is run")
     run = command(
         "run", "run the cells of a study, or continue",
-        "study run STUDY.yaml [--output_dir OUT] [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...] [--dry_run]",
+        "study run STUDY.yaml [--output_dir OUT] [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...] [--dry_run] "
+        "[--quiet]",
         actions,
     )  # fmt: skip
     run.add_argument("--jobs", metavar="N", type=_at_least(1), action=_Once, help="cells at a time [one a GPU, or 1]")
@@ -91,6 +93,7 @@ def make_parser(keys: bool = True) -> Parser:
     run.add_argument("--retry", metavar="N", type=_at_least(0), action=_Once, help="further attempts at a cell [0]")
     run.add_argument("--gpus", metavar="0,1,...", type=_names, action=_Once, help="GPUs to deal the cells out to")
     run.add_argument("--dry_run", action="store_true", help="print the cells and their price; run nothing")
+    run.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
     status = command("status", "print how far a study is", "study status STUDY.yaml [--output_dir OUT]", actions)
     of = command("report", "analyse what a study has so far", "study report STUDY.yaml [--output_dir OUT]", actions)
     for sub in (plan, run, status, of):
@@ -109,7 +112,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, Parser]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments, at least one, by name; `command` says which command it is, `overrides` holds the keys given, all of them texts.
+    """The arguments, at least one, by name: `command` is which one to run, `overrides` the keys given, all as texts.
 
     Raises:
         UsageError: with what is wrong and what would do.

@@ -69,10 +69,14 @@ def train(given: argparse.Namespace) -> int:
         for what, value in design_audit(config):
             print(f"# {what + ':':<17}{value}")
         return 0
+    from rich.console import Console
+
     from bandit_rft.progress import ConsoleListener, show_result
 
-    _quiet_libraries()
-    listener = ConsoleListener(config)
+    quiet = "quiet" in given
+    _quiet_libraries(logging.WARNING if quiet else logging.INFO)
+    console = Console(highlight=False, quiet=quiet)
+    listener = ConsoleListener(config, console)
     with listener.loading():
         from bandit_rft.trainer import Trainer
 
@@ -91,7 +95,7 @@ def train(given: argparse.Namespace) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    show_result(trainer.folder, lines, trainer.report)
+    show_result(trainer.folder, lines, trainer.report, console)
     if not trainer.finished:
         listener.say(
             f"stopped after round {trainer.round} of {config.max_rounds}; saved. Continue with\n"
@@ -183,7 +187,7 @@ def study(given: argparse.Namespace) -> int:
     from bandit_rft.study import status
     from bandit_rft.study.plan import load_plan
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet="quiet" in given and "dry_run" not in given)
     if action == "status":
         status.show_status(folder, console)
         return 0
@@ -250,10 +254,10 @@ def env(given: argparse.Namespace) -> int:
     return 0
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(level: int = logging.INFO) -> None:
     """Warnings of ours to stderr, chatter of the libraries to nowhere."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("bandit_rft").setLevel(logging.INFO)
+    logging.getLogger("bandit_rft").setLevel(level)
     try:
         from transformers.utils import logging as transformers_logging
 

@@ -216,6 +216,21 @@ def train_runs_dry(stage: Stage) -> None:
     assert not (stage.folder / "runs").exists()
 
 
+def train_is_quiet(stage: Stage) -> None:
+    line = "train --preset demo --max_rounds 1 --batch_size 2 --evaluation.max_queries 2 --evaluation.splits test"
+    assert stage.says(f"{line} --quiet --output_dir silent") == ""
+    assert (stage.folder / "silent" / "report.html").is_file()
+    assert "round 1/1" in stage.says(f"{line} --output_dir loud")
+
+
+def study_is_quiet(stage: Stage) -> None:
+    from bandit_rft.study import run
+
+    stage.monkeypatch.setattr(run.Runner, "run", lambda self: self.plan.write(self.folder))
+    assert "1 waiting" in stage.says("study run s.yaml", 1)
+    assert stage.says("study run s.yaml --quiet", 1) == ""
+
+
 def study_runs_dry(stage: Stage) -> None:
     text = stage.says("study run s.yaml --dry_run --jobs 2")
     assert "GPU-hours" in text and "nothing has been run" in text and text == stage.says("study plan s.yaml")
@@ -256,9 +271,11 @@ ACTS: dict[str, Callable[[Stage], None]] = {
     **{f"{name} --help": helps(name) for name in COMMANDS},
     "train --config": config_is_read,
     "train --dry_run": train_runs_dry,
+    "train --quiet": train_is_quiet,
     "eval --config": eval_config_is_read,
     "study plan --dry_run": study_plans_dry,
     "study run --dry_run": study_runs_dry,
+    "study run --quiet": study_is_quiet,
     "study run --jobs": reaches_the_runner("jobs", "3", 3, 1),
     "study run --threads": reaches_the_runner("threads", "2", 2, 1),
     "study run --retry": reaches_the_runner("retry", "4", 4, 0),
