@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import annotated_types
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.fields import FieldInfo
 
 #: Nothing is converted silently, and no number is infinite or NaN.
@@ -37,6 +37,12 @@ class OptionModel(BaseModel):
     """Base of the classes that declare a task's options: strict and frozen, unknown names are refused."""
 
     model_config = ConfigDict(**STRICT, frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        return tuple(value) if isinstance(value, list) and typing.get_origin(kind) is tuple else value
 
 
 class Problem(NamedTuple):
@@ -69,7 +75,7 @@ class Problem(NamedTuple):
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
-    """ " (did you mean ...?)" with the most similar of the names, or nothing."""
+    """A hint with the most similar of the names, to be put behind an error's text; "" if none is similar."""
     near = closest(name, names)
     return f" (did you mean {near}?)" if near else ""
 
@@ -121,7 +127,7 @@ def read_value(kind: Any, value: Any) -> Any:
             value = [part.strip() for part in value.split(",") if part.strip()]
         values = value if isinstance(value, list | tuple) else [value]
         item = (typing.get_args(kind) or (Any,))[0]
-        return of(read_value(item, entry) for entry in values)
+        return [read_value(item, entry) for entry in values]  # for a tuple, too: it is to be written as YAML and JSON
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is float and isinstance(value, int) and plain:

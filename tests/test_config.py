@@ -270,6 +270,8 @@ def test_texts_are_read_as_the_option_wants_them() -> None:
     assert build_config({**NEEDED, "task": "dataset", **of_data}).task_options == {
         "suffix": "5", "test_size": 5, "config": None,
     }  # fmt: skip
+    sums = build_config({**NEEDED, "task": "arithmetic", "task_options.kinds": "sum, mixed"})
+    assert sums.task_options == {"kinds": ["sum", "mixed"]}  # a list, as a checkpoint's JSON would have it
     nested = {"task_options.dataset": "leg_counting", "task_options.config.max_animals": "4"}
     assert build_config({**NEEDED, "task": "reasoning_gym", **nested}).task_options["config"] == {"max_animals": 4}
     mine = build_config({**NEEDED, "task": "my own", "task_options.rate": "1e-3", "task_options": "{size: 2}"})
@@ -286,17 +288,27 @@ def test_an_option_of_a_file_and_one_of_the_command_line_are_both_taken(tmp_path
 
 def test_an_advantage_of_ones_own_has_options_with_rules() -> None:
     @register("powered")
-    def powered(rewards: Any, groups: Any, *, power: Annotated[int, Field(ge=1, le=3)] = 2, anything=None) -> Any:  # type: ignore[no-untyped-def]
+    def powered(  # type: ignore[no-untyped-def]
+        rewards: Any,
+        groups: Any,
+        *,
+        power: Annotated[int, Field(ge=1, le=3)] = 2,
+        pair: tuple[int, ...] = (),
+        free=None,
+    ) -> Any:
         return rewards**power
 
     try:
         given = {**NEEDED, "advantage": "powered"}
-        config = build_config({**given, "advantage_options.power": "3", "advantage_options.anything": "[1, 2]"})
-        assert advantage_options(config) == {"power": 3, "anything": [1, 2]}
+        config = build_config({**given, "advantage_options.power": "3", "advantage_options.free": "[1, 2]"})
+        assert advantage_options(config) == {"power": 3, "free": [1, 2]}
+        config = build_config({**given, "advantage_options.pair": "1,2"})
+        assert advantage_options(config) == {"pair": [1, 2]}
+        assert compute_advantages("powered", [3.0], [0], options=advantage_options(config)) == [9.0]
         for value, message in ((4, "advantage_options.power must be >= 1 and <= 3; got 4"), (1.5, "a whole number")):
             with pytest.raises(ConfigError, match=message):
                 build_config({**given, "advantage_options.power": value})
-        with pytest.raises(ConfigError, match=re.escape("(it has: power, anything) (did you mean power?)")):
+        with pytest.raises(ConfigError, match=re.escape("(it has: power, pair, free) (did you mean power?)")):
             build_config({**given, "advantage_options.powr": 2})
         with pytest.raises(ValueError, match="advantage powered: option power must be >= 1 and <= 3; got 0"):
             compute_advantages("powered", [1.0], [0], options={"power": 0})
