@@ -3,8 +3,9 @@
     @register("my_advantage")
     def my_advantage(rewards, groups): ...
 
-Keyword arguments after these are options (`advantage_options.<name>`); a function registered with `memory=` gets what
-it remembers across rounds as its third argument. docs/design-choices.md has them all in one table.
+Keyword arguments after these are options (`advantage_options.<name>`), with the rules of their annotations, such as
+`Annotated[float, Field(gt=0)]`; a function registered with `memory=` gets what it remembers across rounds as its third
+argument, and the memory's keyword arguments are options as well. docs/design-choices.md has them all in one table.
 
 A constant group is recognized by exact equality of its rewards, never by a floating standard deviation of about zero:
 dividing rounding noise by 1e-6 is how a group in which nothing was learned gets advantages of order one.
@@ -12,15 +13,18 @@ dividing rounding noise by 1e-6 is how a group in which nothing was learned gets
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bandit_rft.history import Memory, RewardHistory, ValueTracker
+from bandit_rft.options import OptionError, OptionModel, nearest, option_problems, options_of
 
 Floats = NDArray[np.float64]
 Queries = NDArray[np.int64]
@@ -39,13 +43,17 @@ class Advantage:
     needs_groups: bool = False  # compares the rollouts of one query: at least two of them
     trains_on_first: bool = False  # the other rollouts of a query are drawn for their rewards alone
     memory: Callable[..., Memory] | None = None  # its keyword arguments are options as well
+    unit_interval: bool = False  # takes rewards in [0, 1] alone
+
+    @functools.cached_property
+    def option_model(self) -> type[OptionModel]:
+        """The options it takes, with their rules."""
+        return options_of(self.function, *([self.memory] if self.memory else []))
 
     @property
     def options(self) -> dict[str, Any]:
         """The options it takes, with their defaults."""
-        sources = [self.function, *([self.memory] if self.memory else [])]
-        parameters = [p for source in sources for p in inspect.signature(source).parameters.values()]
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+        return {name: field.default for name, field in self.option_model.model_fields.items()}
 
     def make_memory(self, options: Mapping[str, Any]) -> Memory | None:
         """An empty memory, or None for an advantage without one."""
@@ -63,13 +71,25 @@ def register(
     needs_groups: bool = False,
     trains_on_first: bool = False,
     memory: Callable[..., Memory] | None = None,
+    unit_interval: bool = False,
 ) -> Callable[[AdvantageFunction], AdvantageFunction]:
-    """Make an advantage function choosable by name; a name taken already is a ValueError."""
+    """Make an advantage function choosable by name.
+
+    Args:
+        name: its name, as the key `advantage` has it.
+        needs_groups: it compares the rollouts of one query, so that there must be at least two.
+        trains_on_first: the first rollout of each query is trained on, the others are drawn for their rewards alone.
+        memory: makes what it remembers across rounds, handed to it as third argument and saved in checkpoints.
+        unit_interval: rewards outside [0, 1] are refused.
+
+    Raises:
+        ValueError: the name is taken already.
+    """
 
     def add(function: AdvantageFunction) -> AdvantageFunction:
         if name in ADVANTAGES:
             raise ValueError(f"an advantage named {name!r} is registered already")
-        ADVANTAGES[name] = Advantage(name, function, needs_groups, trains_on_first, memory)
+        ADVANTAGES[name] = Advantage(name, function, needs_groups, trains_on_first, memory, unit_interval)
         return function
 
     return add
@@ -82,11 +102,21 @@ def compute_advantages(
     memory: Memory | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> NDArray[np.float32]:
-    """Advantages [B] float32 of B rollouts with finite rewards [B] and query ids `groups` [B].
+    """Advantages of B rollouts.
 
-    memory: of the advantages that have one (`ADVANTAGES[name].make_memory`); today's rewards are added to it.
-    Raises ValueError for an unknown name or option, lengths that differ, rewards that are not finite (naming the
-    rollout), and a missing memory.
+    Args:
+        name: one of ADVANTAGES.
+        rewards: [B], finite.
+        groups: [B], the query of each rollout.
+        memory: of the advantages that have one (`ADVANTAGES[name].make_memory`); today's rewards are added to it.
+        options: the advantage's own.
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        ValueError: an unknown name, an unknown or impossible option, lengths that differ, rewards that are not finite
+            or not in the advantage's range (naming the rollout), a missing memory.
 
     >>> compute_advantages("group_mean", rewards=[1, 0, 0, 0], groups=[7, 7, 8, 8]).tolist()
     [0.5, -0.5, 0.0, 0.0]
@@ -94,11 +124,13 @@ def compute_advantages(
     [1.0, -0.5, -0.5]
     """
     if name not in ADVANTAGES:
-        raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}; got {name!r}")
+        raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}; got {name!r}{nearest(name, ADVANTAGES)}")
     advantage, options = ADVANTAGES[name], dict(options or {})
-    if unknown := set(options) - set(advantage.options):
-        known = ", ".join(advantage.options) or "none"
-        raise ValueError(f"advantage {name} has no option {sorted(unknown)[0]!r}; it has: {known}")
+    if unknown := sorted(options.keys() - advantage.options.keys()):
+        known, hint = ", ".join(advantage.options) or "none", nearest(unknown[0], advantage.options)
+        raise OptionError(f"advantage {name} has no option {unknown[0]!r}; it has: {known}{hint}")
+    if found := option_problems(advantage.option_model, options):
+        raise OptionError(f"advantage {name}: option {found[0]}")
     r, g = np.asarray(rewards, dtype=np.float64), np.asarray(groups, dtype=np.int64)
     if r.ndim != 1 or r.shape != g.shape:
         raise ValueError(f"rewards and groups must be two lists of one length; got {r.shape} and {g.shape}")
@@ -106,6 +138,8 @@ def compute_advantages(
         raise ValueError(f"rewards[{int(np.argmin(np.isfinite(r)))}] is not finite")
     if advantage.memory is not None and memory is None:
         raise ValueError(f"advantage {name} compares with the past: give the memory that make_memory() made")
+    if advantage.unit_interval and len(outside := np.flatnonzero((r < 0) | (r > 1))):
+        raise ValueError(f"advantage {name} takes rewards in [0, 1]; rewards[{outside[0]}] is {r[outside[0]]:g}")
     if not len(r):
         return np.zeros(0, dtype=np.float32)
     own = {k: v for k, v in options.items() if k in inspect.signature(advantage.function).parameters}
@@ -122,24 +156,22 @@ def reward(rewards: Floats, groups: Queries) -> Floats:
     return rewards
 
 
-@register("psr")
+@register("psr", unit_interval=True)
 def psr(rewards: Floats, groups: Queries) -> Floats:
     """A = r: positive samples alone (arXiv 2506.01347). For rewards in [0, 1], where it is what `reward` is."""
-    return _unit_interval("psr", rewards)
+    return rewards
 
 
-@register("nsr")
+@register("nsr", unit_interval=True)
 def nsr(rewards: Floats, groups: Queries) -> Floats:
     """A = r - 1: negative samples alone, a right answer counts nothing (arXiv 2506.01347). Rewards in [0, 1]."""
-    advantages: Floats = _unit_interval("nsr", rewards) - 1
-    return advantages
+    return rewards - 1
 
 
-@register("weighted")
-def weighted(rewards: Floats, groups: Queries, *, positive_weight: float = 0.1) -> Floats:
+@register("weighted", unit_interval=True)
+def weighted(rewards: Floats, groups: Queries, *, positive_weight: Annotated[float, Field(ge=0)] = 0.1) -> Floats:
     """A = positive_weight r + (r - 1): weighted REINFORCE (arXiv 2506.01347, weight 0.1). Rewards in [0, 1]."""
-    advantages: Floats = positive_weight * _unit_interval("weighted", rewards) + (rewards - 1)
-    return advantages
+    return positive_weight * rewards + (rewards - 1)
 
 
 # --- the batch --------------------------------------------------------------------------------------------------------
@@ -214,27 +246,18 @@ def history_norm(rewards: Floats, groups: Queries, memory: RewardHistory) -> Flo
     return _by_history(rewards, groups, memory, standardize=True)
 
 
-@register("spo", memory=ValueTracker)
+@register("spo", memory=ValueTracker, unit_interval=True)
 def spo(rewards: Floats, groups: Queries, memory: ValueTracker) -> Floats:
     """A = r - (the query's value before this round), then standardized over the batch (SPO, arXiv 2509.13232).
 
     Rewards in [0, 1]. How far the past counts depends on how far the policy moved since (history.ValueTracker).
     """
     values = np.array([memory.value(query) for query in groups.tolist()])
-    difference = _unit_interval("spo", rewards) - values
     memory.append(groups, rewards)
-    return _standardized(difference)
+    return _standardized(rewards - values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _unit_interval(name: str, rewards: Floats) -> Floats:
-    outside = (rewards < 0) | (rewards > 1)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise ValueError(f"advantage {name} takes rewards in [0, 1]; rewards[{row}] is {rewards[row]:g}")
-    return rewards
 
 
 def _constant(rewards: Floats) -> bool:

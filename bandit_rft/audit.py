@@ -10,7 +10,6 @@ from pathlib import Path
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.config import Config
 
-UNIT_INTERVAL = ("psr", "nsr", "weighted", "spo")
 NORMALIZERS = {
     "token-mean": "completion tokens of all scored rollouts of the round, zero-advantage ones included",
     "seq-mean-token-sum": "scored rollouts of the round",
@@ -77,7 +76,7 @@ def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
         yield "note", "reinforce has no ratio: after a round's first step its gradient is that of an older policy"
     if o.kind == "reinforce" and uncorrected:
         yield "note", "replay.correction=none with reinforce: old rollouts are trained on as if drawn today; biased"
-    if config.advantage in UNIT_INTERVAL:
+    if ADVANTAGES[config.advantage].unit_interval:
         yield "note", f"advantage={config.advantage} takes rewards in [0, 1]; any other stops the run"
     if ADVANTAGES[config.advantage].memory is not None:
         yield "note", "compares with a query's past: acts from the second epoch on; repeated prompts have pasts apart"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -14,51 +15,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-USAGE = """bandit-rft: reinforcement fine-tuning of language models as batched contextual bandit learning
-
-  bandit-rft train  [--preset paper|minimal|demo] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run]
-  bandit-rft eval   [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...]
-  bandit-rft report RUN_FOLDER
-  bandit-rft study  plan | run | status | report STUDY.yaml [--output_dir OUT]
-                    run: [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...]
-  bandit-rft env
-
-  bandit-rft train --preset demo
-  bandit-rft train --preset minimal --task gsm8k --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --seed 1
-  bandit-rft eval runs/gsm8k/checkpoints/checkpoint-100
-  bandit-rft train --help      lists every key
-"""
-
-
-class UsageError(Exception):
-    """A command line that cannot be run; its text is for the user."""
+from bandit_rft.arguments import UsageError, make_parser, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        make_parser(keys=False).print_help()
+        return 0
+    if arguments[0] == "--version":
+        print(_version("bandit_rft"))
+        return 0
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": train,
         "eval": evaluate,
         "report": report,
         "study": study,
         "env": env,
     }
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return 0
-    if arguments[0] == "--version":
-        print(_version("bandit_rft"))
-        return 0
-    name, *rest = arguments
     try:
-        if name not in commands:
-            import difflib
-
-            near = difflib.get_close_matches(name, commands, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UsageError(f"unknown command {name!r}{hint}; try bandit-rft --help")
-        return commands[name](rest)
+        given = parse(arguments)
+        return commands[given.command](given)
     except UsageError as error:
         return _fail(str(error), 2)
     except ModuleNotFoundError as error:
@@ -78,13 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
 
 
-def train(arguments: list[str]) -> int:
+def train(given: argparse.Namespace) -> int:
     """Train a policy as configured."""
-    overrides, file, flags, _ = _parse(arguments, flags=("dry_run",))
     from bandit_rft.config import build_config, to_yaml
 
-    config = build_config(overrides, file)
-    if "dry_run" in flags:
+    config = build_config(given.overrides, getattr(given, "config", None))
+    if "dry_run" in given:
         from bandit_rft.audit import design_audit
 
         print(to_yaml(config), end="")
@@ -92,12 +69,16 @@ def train(arguments: list[str]) -> int:
         for what, value in design_audit(config):
             print(f"# {what + ':':<17}{value}")
         return 0
+    from rich.console import Console
+
     from bandit_rft.listener import Listeners
     from bandit_rft.progress import ConsoleListener, show_result
     from bandit_rft.report import ReportWriter
 
-    _quiet_libraries()
-    listener, report = ConsoleListener(config), ReportWriter()
+    quiet = "quiet" in given
+    _quiet_libraries(logging.WARNING if quiet else logging.INFO)
+    console = Console(highlight=False, quiet=quiet)
+    listener, report = ConsoleListener(config, console), ReportWriter()
     with listener.loading():
         from bandit_rft.trainer import Trainer
 
@@ -116,7 +97,7 @@ def train(arguments: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    show_result(trainer.folder, lines, report.path)
+    show_result(trainer.folder, lines, report.path, console)
     if not trainer.finished:
         listener.say(
             f"stopped after round {trainer.round} of {config.max_rounds}; saved. Continue with\n"
@@ -126,13 +107,13 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def evaluate(arguments: list[str]) -> int:
+def evaluate(given: argparse.Namespace) -> int:
     """Evaluate a checkpoint (with its run's settings) or any model, and print the metrics as JSON lines."""
-    overrides, file, _, positional = _parse(arguments, positional=1)
     from bandit_rft.config import build_config
 
-    if positional:
-        checkpoint = Path(positional[0])
+    overrides, file = given.overrides, getattr(given, "config", None)
+    if "checkpoint" in given:
+        checkpoint = Path(given.checkpoint)
         if not any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UsageError(
                 f"{checkpoint} is no model folder: it has neither config.json nor adapter_config.json (name "
@@ -180,12 +161,9 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def report(arguments: list[str]) -> int:
+def report(given: argparse.Namespace) -> int:
     """Write the HTML report of a run folder."""
-    _, _, _, positional = _parse(arguments, positional=1, keys=False)
-    if not positional:
-        raise UsageError("bandit-rft report RUN_FOLDER: which run?")
-    folder = Path(positional[0])
+    folder = Path(given.folder)
     if not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder} is no run folder: it has no metrics.jsonl")
     from bandit_rft.report import write_report
@@ -194,21 +172,10 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
-def study(arguments: list[str]) -> int:
+def study(given: argparse.Namespace) -> int:
     """Plan, run, watch or report a study; OUT is runs/<name of the study file> by default."""
-    actions = ("plan", "run", "status", "report")
-    if not arguments or arguments[0] not in actions:
-        if arguments and arguments[0] in ("-h", "--help"):
-            print(USAGE, end="")
-            return 0
-        raise UsageError(f"bandit-rft study {' | '.join(actions)} STUDY.yaml: expected one of these; try --help")
-    action, *rest = arguments
-    known = ("jobs", "threads", "retry", "gpus") if action == "run" else ()
-    options, _, _, positional = _parse(rest, flags=("dry_run",), positional=1, only=("output_dir", *known))
-    if not positional:
-        raise UsageError(f"bandit-rft study {action} STUDY.yaml: which study?")
-    file = Path(positional[0])
-    folder = Path(options.get("output_dir") or (file if file.is_dir() else Path("runs") / file.stem))
+    action, file = given.action, Path(given.study)
+    folder = Path(getattr(given, "output_dir", None) or (file if file.is_dir() else Path("runs") / file.stem))
     if action in ("status", "report"):
         if not (folder / "plan.json").is_file():
             raise UsageError(f"{folder} is no study folder: it has no plan.json (study run makes one; or --output_dir)")
@@ -222,7 +189,7 @@ def study(arguments: list[str]) -> int:
     from bandit_rft.study import status
     from bandit_rft.study.plan import load_plan
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet="quiet" in given and "dry_run" not in given)
     if action == "status":
         status.show_status(folder, console)
         return 0
@@ -230,22 +197,22 @@ def study(arguments: list[str]) -> int:
     if action == "plan":
         status.show_plan(plan, console)
         return 0
-    return _run_study(plan, folder, options, console)
+    return _run_study(plan, folder, given, console)
 
 
-def _run_study(plan: Any, folder: Path, options: Mapping[str, str], console: Any) -> int:
+def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
     from bandit_rft.study.run import Runner
-    from bandit_rft.study.status import StudyProgress
+    from bandit_rft.study.status import StudyProgress, show_plan, show_status
 
-    gpus = [part for part in options.get("gpus", "").split(",") if part]
-    numbers: dict[str, Any] = {"jobs": len(gpus) or 1, "threads": 1, "retry": 0}
-    for key in numbers:
-        if key in options:
-            if not options[key].isdecimal():
-                raise UsageError(f"--{key} must be a whole number; got {options[key]!r}")
-            numbers[key] = int(options[key])
+    gpus = getattr(given, "gpus", [])
     listener = StudyProgress(plan, folder, console)
-    runner = Runner(plan, folder, **numbers, gpus=gpus, listener=listener)
+    runner = Runner(
+        plan, folder, jobs=getattr(given, "jobs", len(gpus) or 1), threads=getattr(given, "threads", 1),
+        retry=getattr(given, "retry", 0), gpus=gpus, listener=listener,
+    )  # fmt: skip
+    if "dry_run" in given:
+        show_plan(plan, console)
+        return 0
 
     def stop(number: int, frame: object) -> None:
         console.print("stopping: cells finish their round and save; once more to kill them")
@@ -258,8 +225,6 @@ def _run_study(plan: Any, folder: Path, options: Mapping[str, str], console: Any
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    from bandit_rft.study.status import show_status
-
     show_status(folder, console)
     if runner.stop_requested:
         console.print(f"stopped; run the same command again to continue in {folder}", markup=False)
@@ -271,9 +236,8 @@ def _run_study(plan: Any, folder: Path, options: Mapping[str, str], console: Any
     return 0 if complete else 1
 
 
-def env(arguments: list[str]) -> int:
+def env(given: argparse.Namespace) -> int:
     """Print what a bug report should contain."""
-    _parse(arguments, keys=False)
     import torch
 
     from bandit_rft import ops
@@ -292,74 +256,10 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(
-    arguments: list[str],
-    *,
-    flags: Sequence[str] = (),
-    positional: int = 0,
-    keys: bool = True,
-    only: Sequence[str] | None = None,
-) -> tuple[dict[str, Any], str | None, set[str], list[str]]:
-    """(dotted overrides, --config file, flags given, positional arguments). `--help` prints and exits."""
-    overrides: dict[str, Any] = {}
-    file: str | None = None
-    given: set[str] = set()
-    free: list[str] = []
-    rest = list(arguments)
-    while rest:
-        item = rest.pop(0)
-        if item in ("-h", "--help"):
-            print(USAGE, end="")
-            if keys:
-                _print_keys()
-            raise SystemExit(0)
-        if not item.startswith("--"):
-            if len(free) == positional:
-                raise UsageError(f"unexpected argument {item!r}; keys are written --key value")
-            free.append(item)
-            continue
-        key, has_value, value = item[2:].partition("=")
-        key = key.replace("-", "_")
-        if key in flags and not has_value:
-            given.add(key)
-            continue
-        if not keys or (only is not None and key not in only):
-            raise UsageError(f"unknown option {item!r}")
-        if not has_value:
-            if not rest or rest[0].startswith("--"):
-                if not _is_switch(key):
-                    raise UsageError(f"--{key} needs a value")
-                value = "true"
-            else:
-                value = rest.pop(0)
-        if key == "config":
-            file = value
-        elif key in overrides:
-            raise UsageError(f"--{key} is given twice")
-        else:
-            overrides[key] = value
-    return overrides, file, given, free
-
-
-def _is_switch(key: str) -> bool:
-    from bandit_rft.config import key_help
-
-    return any(name == key and kind == "bool" for name, kind, *_ in key_help())
-
-
-def _print_keys() -> None:
-    from bandit_rft.config import key_help
-
-    print("\nkeys (in a YAML file or as --key value; default in brackets):")
-    for name, _, default, help in key_help():
-        shown = "" if default in (None, "", [], {}) else f" [{default}]"
-        print(f"  {name:<28}{help}{shown}")
-
-
-def _quiet_libraries() -> None:
+def _quiet_libraries(level: int = logging.INFO) -> None:
     """Warnings of ours to stderr, chatter of the libraries to nowhere."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("bandit_rft").setLevel(logging.INFO)
+    logging.getLogger("bandit_rft").setLevel(level)
     try:
         from transformers.utils import logging as transformers_logging
 

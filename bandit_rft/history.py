@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ class Memory:
 class RewardHistory(Memory):
     """The last `window` rewards of every query, first in, first out (the paper's reward replay, arXiv 2601.22532)."""
 
-    def __init__(self, window: int = 8):
+    def __init__(self, window: Annotated[int, Field(ge=1)] = 8):
         if window < 1:
             raise ValueError(f"window must be at least 1 reward; got {window}")
         self.window = window
@@ -87,7 +88,12 @@ class ValueTracker(Memory):
     1/2, with the weight that the fastest forgetting settles at: 1 / (1 - decay_min).
     """
 
-    def __init__(self, half_life: float = 0.06, decay_min: float = 0.875, decay_max: float = 0.96):
+    def __init__(
+        self,
+        half_life: Annotated[float, Field(gt=0)] = 0.06,
+        decay_min: Annotated[float, Field(ge=0, lt=1)] = 0.875,
+        decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.96,
+    ):
         if half_life <= 0 or not 0 <= decay_min <= decay_max < 1:
             raise ValueError(
                 "half_life must be > 0 and 0 <= decay_min <= decay_max < 1; got "

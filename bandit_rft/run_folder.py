@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 
 from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints, read_state
-from bandit_rft.config import ConfigError
+from bandit_rft.config import MAY_CHANGE, ConfigError
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
 from bandit_rft.rollout_batch import RolloutBatch
 
@@ -30,13 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Rollouts of so many rounds go into one Parquet file, once they are there.
 ROUNDS_A_FILE = 50
-
-#: Keys that may change between a run and its continuation; any other would make it another run.
-MAY_CHANGE = {
-    "output_dir", "max_rounds", "save_steps", "save_total_limit", "eval_steps", "log_rollouts_steps", "resume",
-    "report_to", "device", "preset", "data_path", "model_name_or_path", "rollout.batch_size", "reward.timeout_s",
-    "reward.memory_mb", "reward.workers", "evaluation", "tokens_per_microbatch", "max_generated_tokens", "max_seconds",
-}  # fmt: skip
 
 
 class RunFolder:

@@ -197,7 +197,7 @@ class Trainer:
             rewards = rewards - config.reward.length_penalty * excess.clip(0, 1)
         if self.kl_reference is not None:
             reference = self._score(self.kl_reference, batch)
-            estimate = kl_estimate(config.objective.kl, batch.logprobs, reference)  # type: ignore[arg-type]
+            estimate = kl_estimate(config.objective.kl, batch.logprobs, reference)
             rewards = rewards - self.kl.coef * np.array([float(part.sum()) for part in batch.split(estimate)])
             metrics["kl"] = float(kl_estimate("k3", batch.logprobs, reference).mean())
         if config.reward.length_penalty or self.kl_reference is not None:
@@ -483,7 +483,7 @@ def make_scorer(task: Task, config: Config) -> RewardRunner:
     r = config.reward
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error,  # type: ignore[arg-type]
+        on_error=r.on_error,
     )  # fmt: skip
 
 

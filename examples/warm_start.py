@@ -93,7 +93,7 @@ def show_arithmetic(rng: random.Random, args: argparse.Namespace, at_once: float
 
 def show_countdown(rng: random.Random, args: argparse.Namespace, at_once: float) -> tuple[str, str]:
     """Draw a question of the train side; a guess or a solution in steps."""
-    dial = countdown.CountdownOptions(max_number=args.max_number)
+    dial = countdown.Options(max_number=args.max_number)
     while True:
         numbers, way = countdown.make_question(rng, dial, dial.numbers)
         if not countdown.is_held_out(numbers, way.value):

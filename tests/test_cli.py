@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +24,10 @@ from rich.console import Console
 from tiny_models import save_tiny_llama
 
 from bandit_rft import cli
+from bandit_rft.arguments import WITH_KEYS, Parser, make_parser, parse, subcommands
+from bandit_rft.config import build_config, keys
 from bandit_rft.metrics import read_metrics
+from bandit_rft.options import choices, read_value
 from bandit_rft.progress import printable, show_result
 
 
@@ -57,6 +67,30 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert time.perf_counter() - start < 3  # under 1 s on an idle machine; tests share theirs
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("train --help", 0),
+        ("train --objective.cliplow 1", 2),
+        ("train --preset demo --seed x", 2),
+        ("train --preset demo --objective.kind gspoo", 2),
+        ("train --preset demo --advantage spo --advantage_options.half_life -1", 2),
+        ("train --preset demo --task_options.digits 0", 2),
+        ("train --preset demo --dry_run", 0),
+        ("study run nowhere.yaml", 2),
+    ],
+)
+def test_what_a_command_line_says_is_checked_without_torch(line: str, status: int) -> None:
+    code = (
+        "import sys\nfrom bandit_rft.cli import main\n"
+        "try:\n    status = main(sys.argv[1:])\nexcept SystemExit as ended:\n    status = ended.code\n"
+        "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules), 'heavy import'\n"
+        "raise SystemExit(10 + status)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True)
+    assert result.returncode == 10 + status, result.stderr
+
+
 def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--help"])
@@ -77,6 +111,20 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("train --seed 1 --seed 2", "given twice"),
         ("train gsm8k", "unexpected argument 'gsm8k'"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --preset minimal --tsak gsm8k", "did you mean task?"),
+        ("train --preset minimal --dry-rn", "unknown key 'dry_rn'"),
+        ("train --config a.yaml --config b.yaml", "--config is given twice"),
+        ("train --dry_run=no", "--dry_run ignored explicit argument 'no'"),
+        ("env --jobs 3", "unknown option '--jobs'"),
+        ("env now", "unexpected argument 'now'"),
+        ("report --dry_run runs/x", "unknown option '--dry_run'"),
+        ("study", "plan | run | status | report"),
+        ("study paln x.yaml", "unknown action of study 'paln' (did you mean plan?)"),
+        ("study run x.yaml --job 3", "unknown option '--job' (did you mean --jobs?)"),
+        ("study run x.yaml --jobs 0", "--jobs must be a whole number >= 1; got '0'"),
+        ("study run x.yaml --jobs", "--jobs needs a value"),
+        ("study run x.yaml --jobs 1 --jobs 2", "--jobs is given twice"),
+        ("study status", "which study?"),
         ("report", "which run?"),
         ("report nowhere", "no run folder"),
         ("eval nowhere", "no model folder"),
@@ -87,8 +135,221 @@ def test_wrong_usage_is_status_2_with_a_hint(line: str, message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
+# --- every flag acts --------------------------------------------------------------------------------------------------
+
+
+def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Parser]]:
+    """Every command that can be run, by its words."""
+    for name, sub in subcommands(parser).items():
+        yield from commands(sub, (*words, name)) if subcommands(sub) else [(" ".join((*words, name)), sub)]
+
+
+COMMANDS = dict(commands(make_parser(keys=False)))
+FLAGS = [f"{name} {a.option_strings[-1]}" for name, sub in COMMANDS.items() for a in sub._actions if a.option_strings]
+
+
+class Stage:
+    """What the commands are run on, and what they said."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.capsys, self.monkeypatch = folder, capsys, monkeypatch
+        monkeypatch.chdir(folder)
+        (folder / "keys.yaml").write_text("model_name_or_path: nowhere/model\ntask: arithmetic\nbatch_size: 7\n")
+        settings = {
+            "baseline": {"preset": "demo", "max_rounds": 1}, "models": {"m": {"model_name_or_path": "arithmetic-base"}},
+            "tasks": {"t": {"task": "arithmetic"}}, "budget": {"rule": "rounds", "amount": 1},
+        }  # fmt: skip
+        (folder / "s.yaml").write_text(yaml.safe_dump(settings))
+
+    def says(self, line: str, status: int = 0) -> str:
+        try:
+            assert cli.main(line.split()) == status
+        except SystemExit as ended:
+            assert ended.code == status
+        captured = self.capsys.readouterr()
+        return captured.out + captured.err
+
+    def runner(self, line: str) -> dict[str, Any]:
+        """The runner that `study run` makes; it runs nothing."""
+        from bandit_rft.study import run
+
+        made: list[dict[str, Any]] = []
+        original = run.Runner.__init__
+
+        def note(self: Any, plan: Any, folder: Path, **options: Any) -> None:
+            made.append({"folder": folder, **options})
+            original(self, plan, folder, **options)
+
+        self.monkeypatch.setattr(run.Runner, "__init__", note)
+        self.monkeypatch.setattr(run.Runner, "run", lambda self: self.plan.write(self.folder))
+        self.says(line, status=1)
+        return made[0]
+
+
+def helps(name: str) -> Callable[[Stage], None]:
+    def check(stage: Stage) -> None:
+        text = stage.says(f"{name} --help")
+        own = {option for action in COMMANDS[name]._actions for option in action.option_strings}
+        others = {option for sub in COMMANDS.values() for a in sub._actions for option in a.option_strings} - own
+        assert text.startswith(f"usage: bandit-rft {name}") and all(option in text for option in own)
+        if name in WITH_KEYS:
+            others.remove("--output_dir")  # a key
+        assert not [option for option in others if re.search(rf"{option}\b", text)]
+        assert ("objective.clip_low" in text) == (name in WITH_KEYS)
+
+    return check
+
+
+def config_is_read(stage: Stage) -> None:
+    assert "batch_size: 7" in stage.says("train --config keys.yaml --dry_run")
+    assert yaml.safe_load(stage.says("train --config keys.yaml --batch_size 8 --dry_run"))["batch_size"] == 8
+
+
+def eval_config_is_read(stage: Stage) -> None:
+    (stage.folder / "keys.yaml").write_text("temperature: -1")
+    assert "--model_name_or_path is missing" in stage.says("eval --task arithmetic", 2)
+    assert "temperature must be > 0; got -1" in stage.says("eval --config keys.yaml --task arithmetic", 2)
+
+
+def train_runs_dry(stage: Stage) -> None:
+    assert "# design audit" in stage.says("train --preset demo --dry_run")
+    assert not (stage.folder / "runs").exists()
+
+
+def train_is_quiet(stage: Stage) -> None:
+    line = "train --preset demo --max_rounds 1 --batch_size 2 --evaluation.max_queries 2 --evaluation.splits test"
+    assert stage.says(f"{line} --quiet --output_dir silent") == ""
+    assert (stage.folder / "silent" / "report.html").is_file()
+    assert "round 1/1" in stage.says(f"{line} --output_dir loud")
+
+
+def study_is_quiet(stage: Stage) -> None:
+    from bandit_rft.study import run
+
+    stage.monkeypatch.setattr(run.Runner, "run", lambda self: self.plan.write(self.folder))
+    assert "1 waiting" in stage.says("study run s.yaml", 1)
+    assert stage.says("study run s.yaml --quiet", 1) == ""
+
+
+def study_runs_dry(stage: Stage) -> None:
+    text = stage.says("study run s.yaml --dry_run --jobs 2")
+    assert "GPU-hours" in text and "nothing has been run" in text and text == stage.says("study plan s.yaml")
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["keys.yaml", "s.yaml"]
+    assert "jobs=3 is more than the 2 gpus" in stage.says("study run s.yaml --dry_run --jobs 3 --gpus 0,1", 1)
+
+
+def study_plans_dry(stage: Stage) -> None:
+    assert stage.says("study plan s.yaml --dry_run") == stage.says("study plan s.yaml")
+
+
+def reaches_the_runner(option: str, text: str, value: object, before: object) -> Callable[[Stage], None]:
+    def check(stage: Stage) -> None:
+        assert stage.runner("study run s.yaml")[option] == before
+        stage.monkeypatch.undo()
+        stage.monkeypatch.chdir(stage.folder)
+        assert stage.runner(f"study run s.yaml --{option} {text}")[option] == value
+
+    return check
+
+
+def study_output_dir(stage: Stage) -> None:
+    assert stage.runner("study run s.yaml --output_dir out/of/it")["folder"] == Path("out/of/it")
+    assert (stage.folder / "out" / "of" / "it" / "plan.json").is_file()
+
+
+def of_output_dir(action: str, words: str) -> Callable[[Stage], None]:
+    def check(stage: Stage) -> None:
+        study_output_dir(stage)
+        assert "runs/s is no study folder" in stage.says(f"study {action} s.yaml", 2)
+        assert words in stage.says(f"study {action} s.yaml --output_dir out/of/it")
+
+    return check
+
+
+#: One check for every flag; test_every_flag_acts asks the parser which there are.
+ACTS: dict[str, Callable[[Stage], None]] = {
+    **{f"{name} --help": helps(name) for name in COMMANDS},
+    "train --config": config_is_read,
+    "train --dry_run": train_runs_dry,
+    "train --quiet": train_is_quiet,
+    "eval --config": eval_config_is_read,
+    "study plan --dry_run": study_plans_dry,
+    "study run --dry_run": study_runs_dry,
+    "study run --quiet": study_is_quiet,
+    "study run --jobs": reaches_the_runner("jobs", "3", 3, 1),
+    "study run --threads": reaches_the_runner("threads", "2", 2, 1),
+    "study run --retry": reaches_the_runner("retry", "4", 4, 0),
+    "study run --gpus": reaches_the_runner("gpus", "0,2", ["0", "2"], []),
+    "study run --output_dir": study_output_dir,
+    "study status --output_dir": of_output_dir("status", "1 cells: 1 waiting"),
+    "study report --output_dir": of_output_dir("report", "report.html"),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_acts(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ACTS[flag](Stage(tmp_path, capsys, monkeypatch))
+
+
+def test_no_check_is_of_a_flag_that_is_gone() -> None:
+    assert set(ACTS) == set(FLAGS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == metadata.version("bandit_rft")
+
+
+#: Values for keys where any other value of the type would not do, with what they need beside them.
+SAMPLES: dict[str, str] = {
+    "preset": "demo", "task": "countdown", "advantage": "weighted --advantage_options.positive_weight 0.2",
+    "advantage_options": "'{positive_weight: 1}' --advantage weighted", "task_options": "'{digits: 1}'",
+    "objective.kl": "k3 --objective.kl_coef 0.1",
+    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4", "kl.target": "0.1 --preset paper",
+    "objective.aggregation": "seq-mean-token-sum", "kl.where": "reward --preset paper",
+    "objective.norm_length": "9 --objective.aggregation seq-mean-token-sum-norm", "reward.memory_mb": "512",
+    "reward.length_penalty_from": "9 --reward.length_penalty 1", "report_to": "tensorboard,wandb",
+    "rollout.keep": "2 --num_generations 4", "rollout.dynamic_sampling": "1 --num_generations 4",
+    "num_generations": "4", "lora.dropout": "0", "reward.weights": "0.5,1", "objective.kind": "gspo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", keys())
+@pytest.mark.parametrize("command", WITH_KEYS)
+def test_every_key_acts(command: str, name: str) -> None:
+    key = keys()[name]
+    of_kind = {int: "3", float: "0.25", bool: str(not key.default).lower()}
+    usual = of_kind.get(key.kind) or next((c for c in choices(key.kind) if c != key.default), "3")
+    value, *more = shlex.split(SAMPLES.get(name, usual))
+    given = ["--preset", "minimal", "--model_name_or_path", "m", "--task", "arithmetic"]
+    for other in (name, *more[::2]):
+        if other.removeprefix("--") in ("preset", "model_name_or_path", "task"):
+            position = given.index(f"--{other.removeprefix('--')}")
+            del given[position : position + 2]
+    spelled = [[f"--{name}", value], [f"--{name}={value}"], [f"--{name.replace('_', '-')}", value]]
+    configs = [build_config(parse([command, *given, *more, *words]).overrides) for words in spelled]
+    assert configs[0] == configs[1] == configs[2]
+    assert attrgetter(name)(configs[0]) == read_value(key.kind, value)
+    if name not in ("lora.dropout",):
+        assert attrgetter(name)(configs[0]) != key.default
+
+
+def test_switches_and_values_that_look_like_options() -> None:
+    given = parse(["train", "--rollout.mask_truncated", "--evaluation.greedy", "no", "--kl.target", "-1e-3"])
+    assert given.overrides == {
+        "rollout.mask_truncated": "true", "evaluation.greedy": "no", "kl.target": "-1e-3",
+    }  # fmt: skip
+    given = parse(["train", "--task-options.answer-column", "the answer", "--data_path", "-"])
+    assert given.overrides == {"task_options.answer_column": "the answer", "data_path": "-"}
+    for line in ("eval --seed 3 runs/x/checkpoint-1", "eval runs/x/checkpoint-1 --seed=3"):
+        given = parse(line.split())
+        assert given.checkpoint == "runs/x/checkpoint-1" and given.overrides == {"seed": "3"}
+
+
 def test_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(arguments: list[str]) -> int:
+    def missing(given: argparse.Namespace) -> int:
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
     monkeypatch.setattr(cli, "train", missing)

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.config import NOT_DESIGN
 from bandit_rft.study.analyse import Level
 from bandit_rft.study.cells import BASELINE, Cell, Study
-
-#: Keys that say how a run is carried out, not what it does; batch_size and num_generations are the axes of the plane.
-NOT_DESIGN = {
-    "batch_size", "num_generations", "max_rounds", "max_generated_tokens", "max_seconds", "eval_steps", "save_steps",
-    "save_total_limit", "log_rollouts_steps", "tokens_per_microbatch", "rollout.batch_size", "output_dir", "resume",
-    "report_to", "device", "preset", "reward.workers",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

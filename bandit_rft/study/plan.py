@@ -6,7 +6,6 @@ of one. Levels that come out as the same configuration are one cell that stands 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import yaml
 
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.config import FREE, Config, ConfigError, build_config
+from bandit_rft.options import nearest, read_value
 
 #: budget.rule -> the key of a run that it sets.
 BUDGETS = {"rounds": "max_rounds", "tokens": "max_generated_tokens", "seconds": "max_seconds"}
@@ -110,11 +110,7 @@ def load_plan(file: str | Path) -> Plan:
         raise StudyError(f"study file {file}: expected keys and values")
     for key in settings:
         if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=1)
-            raise StudyError(
-                f"unknown key {key!r} in {file}"
-                + (f" (did you mean {near[0]}?)" if near else f"; known: {', '.join(KEYS)}")
-            )
+            raise StudyError(f"unknown key {key!r} in {file}{nearest(key, KEYS) or '; known: ' + ', '.join(KEYS)}")
     settings.setdefault("name", file.stem)
     for key in ("baseline", "models", "tasks"):
         if not isinstance(settings.get(key), dict) or not settings[key]:
@@ -236,8 +232,13 @@ def estimate_cost(plan: Plan, cell: PlannedCell) -> Cost:
     """
     of_study, of_task = plan.settings.get("cost") or {}, plan.settings["tasks"][cell.task].get("cost") or {}
     assumed = {**COST, **of_study, **of_task}
-    if unknown := set(assumed) - set(COST):
-        raise StudyError(f"cost.{sorted(unknown)[0]} is unknown; known: {', '.join(COST)}")
+    for name, value in assumed.items():
+        if name not in COST:
+            raise StudyError(f"cost.{name} is unknown{nearest(name, COST)}; known: {', '.join(COST)}")
+        assumed[name] = read_value(float, value)  # YAML 1.1 reads 4e14 as text
+        count = name.endswith(("_questions", "_tokens"))
+        if not isinstance(assumed[name], float) or not (assumed[name] > 0 or (count and assumed[name] == 0)):
+            raise StudyError(f"cost.{name} must be a number {'>=' if count else '>'} 0; got {value!r}")
     parameters = float(plan.settings["models"][cell.model].get("parameters", 0))
     c = plan.config(cell, plan.base)
     rollouts = c.batch_size * c.num_generations

@@ -4,16 +4,31 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, collate
 
-__all__ = ["TASKS", "Example", "Task", "collate", "load_task"]
+__all__ = ["TASKS", "Example", "Task", "collate", "load_task", "task_option_model"]
 
 # Name -> module. These make their own examples, the others read them from a file, a folder or the hub.
 GENERATED = {"arithmetic": "arithmetic", "countdown": "countdown", "reasoning_gym": "reasoning_gym"}
 READ = {"gsm8k": "gsm8k", "math": "math_problems", "summarize": "summarize", "dataset": "dataset"}
 SAME_AS_DATASET = ("jsonl", "json", "parquet", "csv")
 TASKS = (*GENERATED, *READ)
+
+
+def task_option_model(name: str) -> type[OptionModel] | None:
+    """The options of a task with their rules, as its module declares them; None for a task that is not of ours."""
+    key = "dataset" if _reads_a_dataset(name) else name.replace("-", "_")
+    if key not in TASKS:
+        return None
+    module = importlib.import_module(f"bandit_rft.tasks.{(GENERATED | READ)[key]}")
+    declared: type[OptionModel] = module.Options
+    return declared
+
+
+def _reads_a_dataset(name: str) -> bool:
+    return name in SAME_AS_DATASET or "/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv")
 
 
 def load_task(

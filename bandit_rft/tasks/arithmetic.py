@@ -13,18 +13,18 @@ its own choice, which is what reinforcement has to teach it.
 import random
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import Field, ValidationInfo, field_validator
+
+from bandit_rft.options import OptionModel
 from bandit_rft.tasks.base import Example, Task, read_options
 
 KINDS = ("sum", "mixed", "product")
 ALPHABET = "0123456789+-*=()"  # every character a question or a worked answer can hold
 
 
-@dataclass(frozen=True)
-class ArithmeticOptions:
+class Options(OptionModel):
     """The difficulty dial. Sizes count questions; a train or test question has min_terms to max_terms numbers.
 
     kinds: "sum" adds, "mixed" adds and subtracts, "product" starts with a product by one digit.
@@ -32,38 +32,33 @@ class ArithmeticOptions:
     extra_terms: a question of the "longer" split has 1 to extra_terms numbers more than max_terms.
     """
 
-    kinds: Sequence[str] = KINDS
-    min_terms: int = 3
-    max_terms: int = 3
-    digits: int = 2
-    extra_terms: int = 2
-    train_size: int = 2000
-    test_size: int = 500
-    longer_size: int = 200
+    kinds: tuple[str, ...] = KINDS
+    min_terms: int = Field(3, ge=2, le=32)
+    max_terms: int = Field(3, ge=2, le=32)
+    digits: int = Field(2, ge=1, le=9)
+    extra_terms: int = Field(2, ge=0, le=32)
+    train_size: int = Field(2000, ge=1, le=10**7)
+    test_size: int = Field(500, ge=1, le=10**7)
+    longer_size: int = Field(200, ge=0, le=10**7)
 
-    def __post_init__(self) -> None:
-        kinds = [self.kinds] if isinstance(self.kinds, str) else self.kinds
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _known_kinds(cls, value: Any) -> tuple[str, ...]:
+        kinds = [value] if isinstance(value, str) else value
         if not isinstance(kinds, list | tuple) or not kinds:
-            raise TypeError(f"arithmetic option kinds: expected a list out of {list(KINDS)}, got {self.kinds!r}")
+            raise ValueError(f"expected a list out of {list(KINDS)}, got {value!r}")
         if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise ValueError(f"arithmetic option kinds: unknown {unknown}, expected some of {list(KINDS)}")
+            raise ValueError(f"unknown {unknown}, expected some of {list(KINDS)}")
         if len(set(kinds)) < len(kinds):
-            raise ValueError(f"arithmetic option kinds: expected each at most once, got {list(kinds)}")
-        object.__setattr__(self, "kinds", tuple(kinds))
-        for name, low, high in (
-            ("min_terms", 2, 32),
-            ("max_terms", self.min_terms, 32),
-            ("digits", 1, 9),
-            ("extra_terms", 0, 32),
-            ("train_size", 1, 10**7),
-            ("test_size", 1, 10**7),
-            ("longer_size", 0, 10**7),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"arithmetic option {name}: expected a whole number, got {value!r}")
-            if not low <= value <= high:
-                raise ValueError(f"arithmetic option {name}: expected {low} to {high}, got {value}")
+            raise ValueError(f"expected each at most once, got {list(kinds)}")
+        return tuple(kinds)
+
+    @field_validator("max_terms")
+    @classmethod
+    def _not_below(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("min_terms", 0):
+            raise ValueError(f"expected {info.data['min_terms']} to 32, got {value}")
+        return value
 
 
 def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
@@ -75,7 +70,7 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     Errors: TypeError or ValueError, naming the option, for an unknown one, an impossible value, or options
     under which there are too few distinct questions.
     """
-    dial = ArithmeticOptions(**read_options("arithmetic", options, **asdict(ArithmeticOptions())))
+    dial = read_options("arithmetic", Options, options)
     trained = range(dial.min_terms, dial.max_terms + 1)
     longer = range(dial.max_terms + 1, dial.max_terms + dial.extra_terms + 1)
     splits = {
@@ -144,7 +139,7 @@ def is_held_out(question: str) -> bool:
     return zlib.crc32(question.encode()) % 8 == 0
 
 
-def _split(name: str, seed: int, dial: ArithmeticOptions, size: int, terms: range, held_out: bool) -> list[Example]:
+def _split(name: str, seed: int, dial: Options, size: int, terms: range, held_out: bool) -> list[Example]:
     """Draw `size` distinct questions of one side, kinds and numbers of terms in equal parts as far as they last."""
     rng = random.Random(f"arithmetic {name} {seed}")
     examples: dict[str, Example] = {}

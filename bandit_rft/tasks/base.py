@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from bandit_rft.options import OptionError, OptionModel, option_problems
 from bandit_rft.rewards.spec import RewardFunction, unknown_name
 
 
@@ -56,9 +57,17 @@ def collate(examples: Sequence[Example]) -> dict[str, list[Any]]:
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
-def read_options(task: str, options: Mapping[str, Any] | None, **defaults: Any) -> dict[str, Any]:
-    """Return a task's options over their defaults. Errors: ValueError with the nearest name for an unknown one."""
+Declared = TypeVar("Declared", bound=OptionModel)
+
+
+def read_options(task: str, model: type[Declared], options: Mapping[str, Any] | None) -> Declared:
+    """Return a task's options, as `model` declares and checks them.
+
+    Errors: OptionError, a ValueError and TypeError, naming the option: unknown, with the nearest name; or impossible.
+    """
     for name in options or {}:
-        if name not in defaults:
-            raise ValueError(unknown_name(f"option of task {task}:", name, list(defaults)))
-    return {**defaults, **(options or {})}
+        if name not in model.model_fields:
+            raise OptionError(unknown_name(f"option of task {task}:", name, list(model.model_fields)))
+    if found := option_problems(model, options or {}):
+        raise OptionError(f"{task} option {found[0].name}: {found[0].expectation()}")
+    return model(**(options or {}))

@@ -14,10 +14,13 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from pydantic import Field, field_validator
+
+from bandit_rft.options import OptionModel
 from bandit_rft.tasks.base import Example, Task, read_options
 
 OPERATORS = "+-*/"
@@ -26,8 +29,7 @@ TOKEN = re.compile(r"[0-9]{1,9}|[-+*/()]")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
-@dataclass(frozen=True)
-class CountdownOptions:
+class Options(OptionModel):
     """The difficulty dial. Sizes count questions.
 
     numbers: how many are given in a train or test question.
@@ -37,35 +39,23 @@ class CountdownOptions:
     extra_numbers: a question of the "harder" split has 1 to extra_numbers numbers more.
     """
 
-    numbers: int = 3
-    max_number: int = 20
-    max_target: int = 99
+    numbers: int = Field(3, ge=2, le=8)
+    max_number: int = Field(20, ge=1, le=10**6)
+    max_target: int = Field(99, ge=1, le=10**6)
     operators: str = "+-*"
-    extra_numbers: int = 1
-    train_size: int = 2000
-    test_size: int = 500
-    harder_size: int = 200
+    extra_numbers: int = Field(1, ge=0, le=8)
+    train_size: int = Field(2000, ge=1, le=10**7)
+    test_size: int = Field(500, ge=1, le=10**7)
+    harder_size: int = Field(200, ge=0, le=10**7)
 
-    def __post_init__(self) -> None:
-        operators = self.operators
-        if not isinstance(operators, str) or not operators or set(operators) - set(OPERATORS):
-            raise ValueError(f"countdown option operators: expected some of {OPERATORS!r}, got {operators!r}")
-        if len(set(operators)) < len(operators):
-            raise ValueError(f"countdown option operators: expected each at most once, got {operators!r}")
-        for name, low, high in (
-            ("numbers", 2, 8),
-            ("max_number", 1, 10**6),
-            ("max_target", 1, 10**6),
-            ("extra_numbers", 0, 8),
-            ("train_size", 1, 10**7),
-            ("test_size", 1, 10**7),
-            ("harder_size", 0, 10**7),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"countdown option {name}: expected a whole number, got {value!r}")
-            if not low <= value <= high:
-                raise ValueError(f"countdown option {name}: expected {low} to {high}, got {value}")
+    @field_validator("operators", mode="before")
+    @classmethod
+    def _known_operators(cls, value: Any) -> str:
+        if not isinstance(value, str) or not value or set(value) - set(OPERATORS):
+            raise ValueError(f"expected some of {OPERATORS!r}, got {value!r}")
+        if len(set(value)) < len(value):
+            raise ValueError(f"expected each at most once, got {value!r}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     Errors: TypeError or ValueError, naming the option, for an unknown one, an impossible value, or options
     under which there are too few distinct questions.
     """
-    dial = CountdownOptions(**read_options("countdown", options, **asdict(CountdownOptions())))
+    dial = read_options("countdown", Options, options)
     harder = range(dial.numbers + 1, dial.numbers + dial.extra_numbers + 1)
     splits = {
         "train": _split("train", seed, dial, dial.train_size, [dial.numbers], held_out=False),
@@ -130,7 +120,7 @@ def is_solution(completion: str, numbers: Sequence[int], target: int) -> bool:
     return left == Counter([target])
 
 
-def make_question(rng: random.Random, dial: CountdownOptions, count: int) -> tuple[list[int], Way]:
+def make_question(rng: random.Random, dial: Options, count: int) -> tuple[list[int], Way]:
     """Draw `count` numbers and one way to combine them to a target within the dial's limits."""
     while True:
         numbers = [rng.randint(1, dial.max_number) for _ in range(count)]
@@ -231,9 +221,7 @@ def _apply(operator: str, a: Fraction, b: Fraction) -> Fraction | None:
     return a / b if b else None
 
 
-def _split(
-    name: str, seed: int, dial: CountdownOptions, size: int, counts: Sequence[int], held_out: bool
-) -> list[Example]:
+def _split(name: str, seed: int, dial: Options, size: int, counts: Sequence[int], held_out: bool) -> list[Example]:
     """Draw `size` distinct questions of one side."""
     rng = random.Random(f"countdown {name} {seed}")
     examples: dict[tuple[int, ...], Example] = {}

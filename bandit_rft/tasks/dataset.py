@@ -3,18 +3,14 @@
 A row needs a prompt, a text or chat messages, and, unless your reward does without, an answer. Names understood, in
 this order: prompt, question, problem; answer, solution, ground_truth, label, and verl's reward_model.ground_truth.
 All other columns are handed to the rewards under their own names.
-
-Options:
-    prompt_column, answer_column: the names in your data, where they are others.
-    config, revision: of a dataset of the hub that has several.
-    test_path: a file for the split "test".
-    test_size: or this many rows of "train", drawn by the seed, where there is no such split.
-    suffix: text put behind each prompt (the last message's, in a chat), after a space.
 """
 
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import SUFFIXES, Row, read_hub, read_splits
@@ -23,26 +19,30 @@ PROMPT = ("prompt", "question", "problem")
 ANSWER = ("answer", "solution", "ground_truth", "label")
 
 
+class Options(OptionModel):
+    """Where things are in the data, and what is added to it."""
+
+    prompt_column: str | None = Field(None, description="the prompt's name in your data, where it is another")
+    answer_column: str | None = Field(None, description="the answer's")
+    config: str | None = Field(None, description="of a dataset of the hub that has several")
+    revision: str | None = Field(None, description="likewise")
+    test_path: str | None = Field(None, description="a file for the split test")
+    test_size: int = Field(
+        0, ge=0, description="or this many rows of train, drawn by the seed, where there is no such split"
+    )
+    suffix: str = Field("", description="text put behind each prompt (the last message's, in a chat), after a space")
+
+
 def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
     """Load a dataset; it brings no reward. Errors: ValueError, naming the argument, the columns and the row."""
-    chosen = read_options(
-        "dataset",
-        options,
-        prompt_column=None,
-        answer_column=None,
-        config=None,
-        revision=None,
-        test_path=None,
-        test_size=0,
-        suffix="",
-    )
+    chosen = read_options("dataset", Options, options)
     if data_path is None:
         raise ValueError("data_path: task 'dataset' needs a file, a folder or the name of a dataset of the hub")
-    held = {"test_path": chosen["test_path"], "test_size": chosen["test_size"], "seed": seed}
+    held: dict[str, Any] = {"test_path": chosen.test_path, "test_size": chosen.test_size, "seed": seed}
     if Path(data_path).expanduser().exists() or Path(data_path).suffix in SUFFIXES:
         rows = read_splits(data_path, **held)
     else:
-        rows = read_hub(data_path, chosen["config"], chosen["revision"], **held)
+        rows = read_hub(data_path, chosen.config, chosen.revision, **held)
     splits = {
         split: [_example(row, f"dataset {split} row {number}", chosen) for number, row in enumerate(split_rows)]
         for split, split_rows in rows.items()
@@ -54,14 +54,14 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
     return Task("dataset", splits, [])
 
 
-def _example(row: Row, where: str, options: dict[str, Any]) -> Example:
-    prompt_column = _column(row, options["prompt_column"], PROMPT, "prompt", where)
+def _example(row: Row, where: str, options: Options) -> Example:
+    prompt_column = _column(row, options.prompt_column, PROMPT, "prompt", where)
     if prompt_column is None:
         raise ValueError(
             f"{where}: no prompt; expected one of the columns {', '.join(PROMPT)}, or the option prompt_column; "
             f"got {sorted(row)}"
         )
-    answer_column = _column(row, options["answer_column"], ANSWER, "answer", where)
+    answer_column = _column(row, options.answer_column, ANSWER, "answer", where)
     columns = {name: value for name, value in row.items() if name not in (prompt_column, answer_column)}
     if clash := sorted({"prompt", "prompts", "completions"} & set(columns)):
         raise ValueError(
@@ -72,7 +72,7 @@ def _example(row: Row, where: str, options: dict[str, Any]) -> Example:
         columns["answer"] = row[answer_column]
     elif isinstance(nested, dict) and "ground_truth" in nested:
         columns["answer"] = nested["ground_truth"]
-    return Example(_prompt(row[prompt_column], options["suffix"], f"{where}, column {prompt_column}"), columns)
+    return Example(_prompt(row[prompt_column], options.suffix, f"{where}, column {prompt_column}"), columns)
 
 
 def _column(row: Row, chosen: str | None, names: tuple[str, ...], what: str, where: str) -> str | None:

@@ -1,10 +1,10 @@
-"""GSM8K (Cobbe et al. 2021): grade-school word problems, with the prompt and the reward of arXiv 2601.22532.
-
-Options: test_path (a file for the split "test").
-"""
+"""GSM8K (Cobbe et al. 2021): grade-school word problems, with the prompt and the reward of arXiv 2601.22532."""
 
 from typing import Any
 
+from pydantic import Field
+
+from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import builtin
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import Row, read_hub, read_splits
@@ -13,10 +13,17 @@ HUB = ("openai/gsm8k", "main")
 SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 
 
+class Options(OptionModel):
+    """What may be said about the data."""
+
+    test_path: str | None = Field(None, description="a file for the split test")
+
+
 def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
     """Load GSM8K: 7,473 train, 1,319 test; rows have `question` and `answer`, a solution that ends in "#### number"."""
-    chosen = read_options("gsm8k", options, test_path=None)
-    rows = read_hub(*HUB, **chosen) if data_path is None else read_splits(data_path, **chosen)
+    chosen = read_options("gsm8k", Options, options)
+    test = chosen.test_path
+    rows = read_hub(*HUB, test_path=test) if data_path is None else read_splits(data_path, test_path=test)
     splits = {
         split: [example(row, f"gsm8k {split} row {number}") for number, row in enumerate(split_rows)]
         for split, split_rows in rows.items()

@@ -1,14 +1,12 @@
-r"""MATH (Hendrycks et al. 2021): competition problems, with the prompt and the reward of arXiv 2601.22532.
+"""MATH (Hendrycks et al. 2021): competition problems, with the prompt and the reward of arXiv 2601.22532."""
 
-Options:
-    verify: "string" (the paper's normalized string equality) or "math_verify" (also equal by the math-verify library).
-    test_path: a file for the split "test", such as MATH-500's.
-"""
+from typing import Any, Literal
 
-from typing import Any
+from pydantic import Field
 
+from bandit_rft.options import OptionModel
 from bandit_rft.rewards.builtin import last_boxed
-from bandit_rft.rewards.spec import builtin, unknown_name
+from bandit_rft.rewards.spec import builtin
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import Row, read_hub, read_splits
 
@@ -17,18 +15,25 @@ SUFFIX = "Let's think step by step and output the final answer within \\boxed{}.
 VERIFY = {"string": "math", "math_verify": "math_verify"}
 
 
+class Options(OptionModel):
+    """How answers are compared, and what may be said about the data."""
+
+    verify: Literal["string", "math_verify"] = Field(
+        "string", description="the paper's normalized string equality, or also equal by the math-verify library"
+    )
+    test_path: str | None = Field(None, description="a file for the split test, such as MATH-500's")
+
+
 def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
     """Load MATH: 7,500 train and 5,000 test problems; rows have `problem` and `answer`, or a `solution` with a box."""
-    chosen = read_options("math", options, verify="string", test_path=None)
-    verify = chosen.pop("verify")
-    if verify not in VERIFY:
-        raise ValueError(unknown_name("value of option verify of task math:", verify, list(VERIFY)))
-    rows = read_hub(HUB, **chosen) if data_path is None else read_splits(data_path, **chosen)
+    chosen = read_options("math", Options, options)
+    test = chosen.test_path
+    rows = read_hub(HUB, test_path=test) if data_path is None else read_splits(data_path, test_path=test)
     splits = {
         split: [example(row, f"math {split} row {number}") for number, row in enumerate(split_rows)]
         for split, split_rows in rows.items()
     }
-    return Task("math", splits, [builtin(VERIFY[verify])])
+    return Task("math", splits, [builtin(VERIFY[chosen.verify])])
 
 
 def example(row: Row, where: str) -> Example:

@@ -1,14 +1,11 @@
-"""Procedurally generated reasoning problems by the reasoning-gym library (the extra of that name).
-
-Options:
-    dataset: one of the library's, such as "leg_counting"; must be given.
-    config: that dataset's own settings, a mapping.
-    train_size, test_size: numbers of problems; train is drawn with the seed, test with another made from it.
-"""
+"""Procedurally generated reasoning problems by the reasoning-gym library (the extra of that name)."""
 
 import functools
 from typing import Any
 
+from pydantic import Field
+
+from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 
@@ -16,21 +13,27 @@ SUFFIX = "Give the final answer between <answer> and </answer>."
 TEST_SEED_OFFSET = 2**30  # the library draws problem i with seed + i: far enough that no two splits share one
 
 
+class Options(OptionModel):
+    """Which problems, and how many; train is drawn with the seed, test with another made from it."""
+
+    dataset: str = Field(description="one of the library's, such as leg_counting")
+    config: dict[str, Any] | None = Field(None, description="that dataset's own settings")
+    train_size: int = Field(1000, ge=1, description="number of problems")
+    test_size: int = Field(200, ge=1, description="number of problems")
+
+
 def load(seed: int, options: dict[str, Any]) -> Task:
     """Generate a task. Errors: ImportError naming the extra; ValueError for unknown options, datasets and settings."""
-    chosen = read_options("reasoning_gym", options, dataset=None, config=None, train_size=1000, test_size=200)
-    name, config = chosen["dataset"], dict(chosen["config"] or {})
+    chosen = read_options("reasoning_gym", Options, options)
+    name, config = chosen.dataset, dict(chosen.config or {})
     library = _library()
     known = sorted(library.factory.DATASETS)
     if name not in known:
-        if name is None:
-            raise ValueError("option dataset of task reasoning_gym must be given, such as leg_counting")
         raise ValueError(unknown_name("value of option dataset of task reasoning_gym:", name, known))
     splits = {}
-    for split, first in (("train", seed), ("test", seed + TEST_SEED_OFFSET)):
-        size = chosen[f"{split}_size"]
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"option {split}_size of task reasoning_gym: expected at least 1, got {size!r}")
+    for split, first, size in (
+        ("train", seed, chosen.train_size), ("test", seed + TEST_SEED_OFFSET, chosen.test_size)
+    ):  # fmt: skip
         try:
             problems = library.create_dataset(name, seed=first, size=size, **config)
             entries = [problems[index] for index in range(size)]

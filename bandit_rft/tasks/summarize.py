@@ -1,16 +1,14 @@
 """SciTLDR (Cachola et al. 2020): a one-sentence summary of a paper from its abstract, scored by ROUGE-L in [0, 1].
 
 A paper of the validation and test splits has several references; the best match counts.
-
-Options:
-    length_penalty: a >= 0; a summary of c words scores exp(-a * max(0, c / r - 1)) times its ROUGE-L against a
-        reference of r words. 0, the default, is plain ROUGE-L.
-    test_path: a file for the split "test".
 """
 
 from dataclasses import replace
 from typing import Any
 
+from pydantic import Field
+
+from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import builtin
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import Row, read_hub, read_splits
@@ -21,20 +19,29 @@ PREFIX = "Summarize the following abstract in one sentence."
 SUFFIX = "TL;DR:"
 
 
+class Options(OptionModel):
+    """The reward's length penalty, and what may be said about the data.
+
+    With length_penalty a, a summary of c words scores exp(-a * max(0, c / r - 1)) times its ROUGE-L against a reference
+    of r words.
+    """
+
+    length_penalty: float = Field(0.0, ge=0, description="0: plain ROUGE-L")
+    test_path: str | None = Field(None, description="a file for the split test")
+
+
 def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
     """Load SciTLDR: 1,992 train, 619 validation, 618 test; rows have `source`, sentences, and `target`, references."""
-    chosen = read_options("summarize", options, length_penalty=0.0, test_path=None)
-    penalty = chosen.pop("length_penalty")
-    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty >= 0:
-        raise ValueError(f"option length_penalty of task summarize: expected a number of at least 0, got {penalty!r}")
-    rows = read_hub(*HUB, **chosen) if data_path is None else read_splits(data_path, **chosen)
+    chosen = read_options("summarize", Options, options)
+    test = chosen.test_path
+    rows = read_hub(*HUB, test_path=test) if data_path is None else read_splits(data_path, test_path=test)
     splits = {
         split: [example(row, f"summarize {split} row {number}") for number, row in enumerate(split_rows)]
         for split, split_rows in rows.items()
     }
     reward = builtin("rouge_l")
-    if penalty:
-        reward = replace(builtin("rouge_l_length_penalized"), options={"length_penalty": float(penalty)})
+    if chosen.length_penalty:
+        reward = replace(builtin("rouge_l_length_penalized"), options={"length_penalty": chosen.length_penalty})
     return Task("summarize", splits, [reward])
 
 

@@ -155,6 +155,27 @@ def test_seconds_of_a_model_of_unknown_size_buy_nobody_knows_how_much(
     assert re.search(r"all +2 +- +- +- +-", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("cost", "message"),
+    [
+        ({"flop": 1e12}, "cost.flop is unknown (did you mean flops?)"),
+        ({"flops": "fast"}, "cost.flops must be a number > 0; got 'fast'"),
+        ({"flops": 0}, "cost.flops must be a number > 0; got 0"),
+        ({"test_questions": -1}, "cost.test_questions must be a number >= 0; got -1"),
+    ],
+)
+def test_a_wrong_cost_is_named(tmp_path: Path, cost: dict[str, Any], message: str) -> None:
+    plan = plan_of(tmp_path, cost=cost)
+    with pytest.raises(StudyError, match=re.escape(message)):
+        estimate_cost(plan, plan.cells[0])
+
+
+def test_a_cost_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    """`flops: 1e12` in a study file is a text to YAML 1.1."""
+    of_text, of_number = (plan_of(tmp_path, cost={"flops": flops, "test_questions": 0}) for flops in ("1e12", 1e12))
+    assert estimate_cost(of_text, of_text.cells[0]) == estimate_cost(of_number, of_number.cells[0])
+
+
 def test_the_papers_grid() -> None:
     plan = load_plan(STUDIES / "paper.yaml")
     levels = places(plan)
