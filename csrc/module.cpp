@@ -32,11 +32,22 @@ cpu::Rows rows_of(const py::capsule& logits, float temperature, const OptionalCa
             temperature,  memory.floats(temperatures, "temperature", z.shape[0])};
 }
 
+// A target outside its row would be read, and written to, wherever it points.
+const int64_t* targets_of(const py::capsule& targets, const cpu::Rows& rows) {
+    const int64_t* t = memory.integers(targets, "targets", rows.count);
+    for (int64_t i = 0; i < rows.count; ++i)
+        require(t[i] >= 0 && t[i] < rows.vocabulary, [&] {
+            return "targets must lie in [0, " + std::to_string(rows.vocabulary) + "); targets[" + std::to_string(i) +
+                   "] is " + std::to_string(t[i]);
+        });
+    return t;
+}
+
 void logprob_rows(const py::capsule& logits, const py::capsule& targets, float temperature,
                   const OptionalCapsule& temperatures, float softcap, float logit_scale, const py::capsule& logprobs,
                   const py::capsule& entropy, int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
-    const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
+    const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
     py::gil_scoped_release release;
@@ -48,7 +59,7 @@ void gradient_rows(const py::capsule& logits, const py::capsule& targets, float 
                    const py::capsule& grad_logprobs, const OptionalCapsule& grad_entropy, const py::capsule& logprobs,
                    const py::capsule& entropy, int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
-    const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
+    const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
     cpu::PolicyInputs in{};
@@ -65,7 +76,7 @@ void policy_rows(const py::capsule& logits, const py::capsule& targets, float te
                  const OptionalCapsule& reference, const py::capsule& logprobs, const py::capsule& entropy,
                  int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
-    const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
+    const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
     require(kind >= 1 && kind <= 4 && kl >= 0 && kl <= 3, "kind or kl is out of range");

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bandit_rft {
@@ -86,6 +87,12 @@ inline TensorView view_of(const dlpack::Tensor& tensor, const char* name, int nd
 
 inline void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
+}
+
+// The message is put together only if it is needed.
+template <class Message, class = decltype(std::declval<Message>()())>
+void require(bool condition, const Message& message) {
+    if (!condition) throw std::invalid_argument(message());
 }
 
 }  // namespace bandit_rft

@@ -35,15 +35,18 @@ class Scaling(NamedTuple):
     """What is done to raw logits: z = softcap(logit_scale x) / temperature."""
 
     temperature: float = 1.0
-    temperatures: Tensor | None = None  # float32 [N], in place of the number above
+    temperatures: Tensor | None = None  # [N] in the computing dtype, in place of the number above
     softcap: float | None = None
     logit_scale: float = 1.0
 
     @classmethod
-    def of(cls, temperature: float | Tensor, softcap: float | None = None, logit_scale: float = 1.0) -> Scaling:
-        """From the arguments of an operation, whose temperature is a number or a vector."""
+    def of(
+        cls, temperature: float | Tensor, softcap: float | None = None, logit_scale: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Scaling:  # fmt: skip
+        """From the arguments of an operation, whose temperature is a number or a vector; `dtype` is computed in."""
         if isinstance(temperature, Tensor):
-            return cls(1.0, temperature.detach().to(torch.float32), softcap, logit_scale)
+            return cls(1.0, temperature.detach().to(dtype), softcap, logit_scale)
         return cls(float(temperature), None, softcap, logit_scale)
 
     @property

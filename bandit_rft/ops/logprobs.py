@@ -50,9 +50,10 @@ def linear_logprobs(
         ValueError, TypeError: naming the argument, before anything is computed.
     """
     checks.head(hidden, weight, bias, "N")
+    checks.no_forward_mode(hidden, weight, bias)
     checks.per_row("targets", targets, hidden.shape[0], "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "N", hidden)
-    scaling = Scaling.of(temperature, softcap, logit_scale)
+    scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
     logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *scaling)
     return (logp, entropy) if return_entropy else logp
 
@@ -65,9 +66,10 @@ def logprobs_from_logits(
     Beyond the gradient itself nothing of the logits' size is allocated. Shapes, returns, errors as `linear_logprobs`.
     """
     checks.logits(logits, "N")
+    checks.no_forward_mode(logits)
     checks.per_row("targets", targets, logits.shape[0], "N", logits, torch.int64)
     checks.scaling(temperature, None, 1.0, logits.shape[0], "N", logits)
-    logp, entropy = _logits_logprobs(logits, targets, *Scaling.of(temperature)[:2])
+    logp, entropy = _logits_logprobs(logits, targets, *Scaling.of(temperature, dtype=computing_dtype(logits))[:2])
     return (logp, entropy) if return_entropy else logp
 
 

@@ -23,7 +23,7 @@ from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .logprobs import rows_with_gradient, score, with_unit_columns
 from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients
 from .reference import computing_dtype
-from .registry import autograd, operation
+from .registry import autograd, once, operation
 from .token_arguments import ObjectiveFields, Selection, Sequences, check_weight_grad, token_arguments
 
 
@@ -83,15 +83,18 @@ def linear_policy_loss(
         ValueError, TypeError: naming the argument, before anything is computed.
     """
     checks.head(hidden, weight, bias, "N")
+    checks.no_forward_mode(hidden, weight, bias)
     n = hidden.shape[0]
     checks.per_row("targets", targets, n, "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, n, "N", hidden)
     inputs, sequences = token_arguments(
         objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, hidden, n
     )
+    if not isinstance(skip_zero_rows, bool):
+        raise TypeError(f"skip_zero_rows must be True or False; got {skip_zero_rows!r}")
     if not isinstance(gradient_threshold, (int, float)) or not 0 <= gradient_threshold < 1:
         raise ValueError(f"gradient_threshold must be a number >= 0 and < 1; got {gradient_threshold!r}")
-    scaling, fields = Scaling.of(temperature, softcap, logit_scale), ObjectiveFields.of(objective)
+    scaling, fields = Scaling.of(temperature, softcap, logit_scale, inputs.weights.dtype), ObjectiveFields.of(objective)
     selection = Selection(skip_zero_rows, float(gradient_threshold))
     arguments = (targets, *inputs, *sequences, *scaling, *fields, *selection)
     wanted = [_wants(hidden), _wants(weight), bias is not None and _wants(bias)]
@@ -122,13 +125,14 @@ def policy_loss_from_logits(
 ) -> PolicyLoss:
     """As `linear_policy_loss`, from logits [N, V] that exist already; beside them only their gradient is allocated."""
     checks.logits(logits, "N")
+    checks.no_forward_mode(logits)
     n = logits.shape[0]
     checks.per_row("targets", targets, n, "N", logits, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, n, "N", logits)
     inputs, sequences = token_arguments(
         objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, logits, n
     )
-    scaling, fields = Scaling.of(temperature, softcap, logit_scale), ObjectiveFields.of(objective)
+    scaling, fields = Scaling.of(temperature, softcap, logit_scale, inputs.weights.dtype), ObjectiveFields.of(objective)
     loss, stats, logprobs, _ = _logits_policy_loss(
         logits, targets, *inputs, *sequences, *scaling, *fields, _wants(logits)
     )
@@ -319,7 +323,7 @@ class _WithGradients(torch.autograd.Function):
             gradients[0] = scaled(of_hidden, unit, hidden_dtype)
         if ctx.needs_input_grad[2]:
             gradients[2] = scaled(of_bias, unit, bias_dtype)
-        return (*gradients, None, None, None, None)
+        return (*once(tuple(gradients)), None, None, None, None)
 
 
 def _unit_factor(grad_loss: Tensor, weight_grad: Tensor) -> Tensor:

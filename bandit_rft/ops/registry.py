@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("bandit_rft", "DEF")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -55,11 +56,15 @@ class Arguments:
         return own
 
     def taking_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as the operation calls it."""
+        """The function as the operation calls it, without autocast: products here choose their own dtypes."""
 
         def call(*flat: Any, **named: Any) -> Any:
             if named:
                 flat = self._signature.bind(*flat, **named).args
+            kind = flat[0].device.type
+            if kind != "meta" and torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return function(*self.together(flat))
             return function(*self.together(flat))
 
         return call
@@ -104,10 +109,40 @@ def autograd(name: str, backward: Callable[..., tuple[Any, ...]], setup_context:
     arguments = _arguments[name]
 
     def whole(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        found = backward(ctx, *gradients)
+        found = once(backward(ctx, *gradients))
         return (*found, *(None,) * (arguments.count - len(found)))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, arguments.together(inputs), output)
 
     torch.library.register_autograd(f"bandit_rft::{name}", whole, setup_context=setup, lib=_library)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that may be used, but not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> Any:
+        raise RuntimeError(
+            "bandit_rft's operations have no second derivative: their gradients are computed outside autograd. "
+            "bandit_rft.ops.reference has the same functions in plain PyTorch, which autograd can differentiate again"
+        )
+
+
+Gradients = TypeVar("Gradients", bound=tuple[Tensor | None, ...])
+
+
+def once(gradients: Gradients) -> Gradients:
+    """The gradients of a backward; where a graph of them is kept (create_graph=True), to differentiate it raises.
+
+    As constants of that graph, which they would be otherwise, they would make a second derivative silently wrong.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    anchor = torch.zeros((), requires_grad=True)
+    found: Any = tuple(_Once.apply(g.detach(), anchor) if type(g) is Tensor else g for g in gradients)  # type: ignore[no-untyped-call]
+    return found

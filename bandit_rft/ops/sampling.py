@@ -58,7 +58,8 @@ def linear_sample(
     checks.filters(top_k, top_p, min_p)
     of = Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
     filters = Filters(top_k, float(top_p), float(min_p))
-    return Sample(*_linear_sample(*of, *stream, *Scaling.of(temperature, softcap, logit_scale), *filters))
+    scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
+    return Sample(*_linear_sample(*of, *stream, *scaling, *filters))
 
 
 def sample_from_logits(
@@ -80,7 +81,8 @@ def sample_from_logits(
     stream = _stream(seed, sequence_ids, positions, logits)
     checks.filters(top_k, top_p, min_p)
     filters = Filters(top_k, float(top_p), float(min_p))
-    return Sample(*_logits_sample(logits.detach(), *stream, *Scaling.of(temperature, softcap, logit_scale), *filters))
+    scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(logits))
+    return Sample(*_logits_sample(logits.detach(), *stream, *scaling, *filters))
 
 
 def _stream(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: Tensor) -> Stream:

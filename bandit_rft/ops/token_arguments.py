@@ -81,23 +81,33 @@ def token_arguments(
         vectors.append(value)
     if objective.kl_coef and reference is None:
         raise ValueError(f"reference_logprobs must be given for kl={objective.kl!r} with kl_coef={objective.kl_coef}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"normalizer must be a number > 0 or a 0-d tensor; got shape {checks.shape_of(normalizer)}"
-            )
-    elif normalizer is not None:
-        checks.positive("normalizer", normalizer)
     if b == 0 and n > 0:
         raise ValueError(f"cu_seqlens must be increasing from 0 to N = {n}; got {checks.shape_of(cu)} (no sequence)")
     _check_sequences(cu, n)
     lengths = torch.diff(cu.long())
     sequence_of = torch.repeat_interleave(lengths, output_size=n)
     adv = adv.detach().to(dtype)
-    adv = adv if adv.shape[0] == n else adv[sequence_of]
-    weights = token_weights(objective, lengths, sequence_of, normalizer).to(dtype)
+    adv = _one_a_token(adv, lengths, sequence_of)
+    weights = token_weights(objective, lengths, sequence_of, checks.normalizer(normalizer)).to(dtype)
     inputs = TokenInputs(adv.contiguous(), weights.contiguous(), vectors[0], vectors[1])
     return inputs, Sequences(sequence_of, lengths, cu)
+
+
+def _one_a_token(advantages: Tensor, lengths: Tensor, sequence_of: Tensor) -> Tensor:
+    """[N], from [B] or [N]. With B = N both mean the same if every sequence has one token, and are refused if not."""
+    if advantages.shape[0] != sequence_of.shape[0]:
+        return advantages[sequence_of]
+    if advantages.shape[0] != lengths.shape[0]:
+        return advantages
+    same = (lengths == 1).all()
+    if not checks.readable(lengths):
+        return torch.where(same, advantages, torch.nan)
+    if not same:
+        raise ValueError(
+            f"advantages {checks.shape_of(advantages)} could be one a sequence or one a token: there are as many "
+            "sequences as tokens, and some are empty. Leave out the empty sequences, with their advantages"
+        )
+    return advantages
 
 
 def _check_sequences(cu_seqlens: Tensor, tokens: int) -> None:
@@ -113,3 +123,7 @@ def check_weight_grad(weight_grad: Tensor, weight: Tensor, hidden: Tensor) -> No
     if weight_grad.dtype != computing_dtype(hidden):
         raise TypeError(f"weight_grad must be {computing_dtype(hidden)}; got {weight_grad.dtype}")
     checks.same_device("weight_grad", weight_grad, "hidden", hidden)
+    if any(size > 1 and step == 0 for size, step in zip(weight_grad.shape, weight_grad.stride(), strict=True)):
+        raise ValueError("weight_grad must have memory of its own for every entry; got an expanded tensor")
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad must not require a gradient itself: it is a buffer that one is added into")
