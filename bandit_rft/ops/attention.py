@@ -35,7 +35,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
-        query, key, value = (x.contiguous() for x in (query, key, value))
+        query, key, value, cu_seqlens = (x.contiguous() for x in (query, key, value, cu_seqlens))
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
         inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
         _native().attention_forward(*inputs, _flat(out), to_dlpack(lse), torch.get_num_threads())

@@ -273,7 +273,8 @@ def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
 
     (Autograd's version counter refuses a second backward pass over a gradient that was scaled in place.)
     """
-    if type(grad_loss) is not Tensor or type(gradient) is not Tensor:  # being traced by torch.compile
+    traced = torch.compiler.is_compiling() or type(grad_loss) is not Tensor or type(gradient) is not Tensor
+    if traced:
         return (gradient * grad_loss.to(gradient.dtype)).to(dtype)
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
         return gradient.to(dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -109,7 +109,9 @@ def autograd(name: str, backward: Callable[..., tuple[Any, ...]], setup_context:
     arguments = _arguments[name]
 
     def whole(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        found = once(backward(ctx, *gradients))
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        found = once(found)
         return (*found, *(None,) * (arguments.count - len(found)))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -144,5 +146,5 @@ def once(gradients: Gradients) -> Gradients:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     anchor = torch.zeros((), requires_grad=True)
-    found: Any = tuple(_Once.apply(g.detach(), anchor) if type(g) is Tensor else g for g in gradients)  # type: ignore[no-untyped-call]
-    return found
+    found = tuple(_Once.apply(g.detach(), anchor) if type(g) is Tensor else g for g in gradients)  # type: ignore[no-untyped-call]
+    return cast(Gradients, found)

@@ -267,7 +267,7 @@ def test_compiles_with_a_temperature_that_changes(backend: str) -> None:
                 results = function(hidden, weight, temperature, buffer)
                 results[1].backward()
                 found.append([*results, hidden.grad, buffer])
-                assert weight.grad is None
+                assert weight.grad is None or weight.grad.eq(0).all()  # zeros: what AOT gives an unused output's input
             for want, got in zip(*found, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
