@@ -26,15 +26,16 @@ from bandit_rft.ops import use_backend
 N, H, V, B = 6, 8, 70, 2
 LOSS = {"objective": OBJECTIVES["ppo-kl3-entropy"]}
 TOKENS = ("targets", "advantages", "cu_seqlens", "behavior_logprobs", "reference_logprobs", "temperature")
+STREAM = ("seed", "sequence_ids", "positions")
 OPERATIONS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "linear_logprobs": (linear_logprobs, {"return_entropy": True}, ("hidden", "weight", "bias", *TOKENS[::5])),
     "logprobs_from_logits": (logprobs_from_logits, {"return_entropy": True}, ("logits", *TOKENS[::5])),
-    "linear_sample": (linear_sample, {}, ("hidden", "weight", "bias", "seed", "sequence_ids", "positions", "temperature")),
-    "linear_sample, filtered": (
-        linear_sample, {"top_k": 9, "top_p": 0.9}, ("hidden", "weight", "seed", "sequence_ids", "positions"),
+    "linear_sample": (linear_sample, {}, ("hidden", "weight", "bias", *STREAM, "temperature")),
+    "linear_sample, filtered": (linear_sample, {"top_k": 9, "top_p": 0.9}, ("hidden", "weight", *STREAM)),
+    "sample_from_logits": (sample_from_logits, {}, ("logits", *STREAM, "temperature")),
+    "linear_policy_loss": (
+        linear_policy_loss, LOSS, ("hidden", "weight", "bias", *TOKENS, "normalizer", "weight_grad"),
     ),
-    "sample_from_logits": (sample_from_logits, {}, ("logits", "seed", "sequence_ids", "positions", "temperature")),
-    "linear_policy_loss": (linear_policy_loss, LOSS, ("hidden", "weight", "bias", *TOKENS, "normalizer", "weight_grad")),
     "linear_policy_loss, gspo": (
         linear_policy_loss, {"objective": OBJECTIVES["gspo-entropy"]}, ("hidden", "weight", *TOKENS[:4]),
     ),
