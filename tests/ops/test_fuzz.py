@@ -320,7 +320,7 @@ BAD: dict[str, list[Any]] = {
     "softcap": [0.0, -3.0, math.nan, math.inf, 1e-46, 1e39, "1", torch.ones(1)],
     "logit_scale": [0.0, math.nan, math.inf, "2", None, torch.ones(1)],
     "advantages": [None, torch.zeros(3), torch.zeros(6).long(), torch.zeros(2, 1)],
-    "cu_seqlens": [None, torch.tensor([0, 7, 6]), torch.tensor([1, 2, 6]), torch.zeros(0).int(), torch.tensor([0.0, 6.0])],
+    "cu_seqlens": [None, torch.tensor([0, 7, 6]), torch.tensor([1, 2, 6]), torch.zeros(0).int(), torch.ones(3)],
     "behavior_logprobs": [torch.zeros(5), torch.zeros(6).long(), [0.0] * 6],
     "reference_logprobs": [torch.zeros(7), torch.zeros(6, 1)],
     "normalizer": [0, -1, math.nan, math.inf, torch.zeros(2), torch.tensor(-1.0), torch.tensor(math.nan), "3"],
