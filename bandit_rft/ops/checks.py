@@ -7,6 +7,7 @@ looking at them does not wait for a GPU: on a CPU always, elsewhere in checked m
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -178,19 +179,25 @@ def readable(value: Tensor) -> bool:
 
 def sequence_values(cu_seqlens: Tensor, tokens: int) -> None:
     if readable(cu_seqlens):
-        steps = torch.diff(cu_seqlens.long())  # int32 could overflow
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((steps < 0).any()):
-            shown = cu_seqlens.tolist()
-            shown = shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]]
+        values = cu_seqlens.tolist()  # a few numbers: cheaper to look at here than by operations of torch
+        if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
+            shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
             raise ValueError(f"cu_seqlens must be increasing from 0 to N = {tokens}; got {shown}")
 
 
 def target_values(targets: Tensor, vocabulary: int) -> None:
-    if readable(targets) and targets.numel():
-        outside = (targets < 0) | (targets >= vocabulary)
-        if bool(outside.any()):
-            where = int(outside.nonzero()[0, 0])
-            raise ValueError(f"targets must lie in [0, V = {vocabulary}); targets[{where}] is {int(targets[where])}")
+    if readable(targets):
+        within("targets", targets, vocabulary, f"[0, V = {vocabulary})")
+
+
+def within(name: str, values: Tensor, end: int, expected: str) -> None:
+    """Raise ValueError unless every integer lies in [0, end)."""
+    if values.numel() == 0:
+        return
+    low, high = values.aminmax()
+    if low.item() < 0 or high.item() >= end:
+        where = int(((values < 0) | (values >= end)).nonzero()[0, 0])
+        raise ValueError(f"{name} must lie in {expected}; {name}[{where}] is {int(values[where])}")
 
 
 def temperature_values(temperature: Tensor | None) -> None:

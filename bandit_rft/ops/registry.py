@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
@@ -30,7 +31,7 @@ class Arguments:
         flat: dict[str, Any] = {}
         for name in inspect.signature(function).parameters:
             fields = getattr(hints[name], "_fields", None)
-            self._groups.append((None, 1) if fields is None else (hints[name]._make, len(fields)))
+            self._groups.append((None, 1) if fields is None else (partial(tuple.__new__, hints[name]), len(fields)))
             flat.update({name: hints[name]} if fields is None else get_type_hints(hints[name]))
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self._signature = inspect.Signature(
@@ -109,9 +110,12 @@ def autograd(name: str, backward: Callable[..., tuple[Any, ...]], setup_context:
     arguments = _arguments[name]
 
     def whole(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            found = once(found)
+        else:
             found = backward(ctx, *gradients)
-        found = once(found)
         return (*found, *(None,) * (arguments.count - len(found)))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
