@@ -5,7 +5,7 @@ CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMak
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/native/*.h tests/native/*.cpp)
 
-.PHONY: help demo test test-fast lint pytest docs bench sanitize test-torch test-lowest gpu-check wheel wheels clean
+.PHONY: help demo test test-fast lint pytest docs bench sanitize fuzz test-torch test-lowest gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-lowest   the tests with the lowest versions that pyproject.toml names, likewise"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
+	@echo "make fuzz SECONDS=60 SEED=0   random calls of every operation, and of the compiled core under the sanitizers"
 	@echo "make sanitize  the compiled core under the address and undefined-behaviour sanitizers"
 	@echo "make wheel     a wheel for this machine in dist/"
 	@echo "make wheels    +cpu and +cu<version> wheels in dist/, each checked in an environment of its own (needs nvcc)"
@@ -73,6 +74,9 @@ test-lowest:
 
 bench: .venv/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+fuzz: .venv/.built
+	BANDIT_RFT_FUZZ_SECONDS=$(or $(SECONDS),60) BANDIT_RFT_FUZZ_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/ops/test_fuzz.py
 
 sanitize: .venv/.dependencies
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DBANDIT_RFT_SANITIZE=ON

@@ -150,6 +150,7 @@ class PolicyUpdater:
             behavior_logprobs=micro.logprobs if off_policy else None,
             reference_logprobs=reference, temperature=self.temperature, normalizer=normalizer,
             weight_grad=self.optimizer.grad_buffer(policy.weight) if policy.weight.requires_grad else None,
+            skip_zero_rows=False,  # `trained` left them out already, without asking the device
             **policy.head_options,
         )  # fmt: skip
         result.loss.backward()

@@ -1,4 +1,5 @@
 // pybind11 exports, nothing else: DLPack capsules in, checked views out, the GIL released while the kernels run.
+#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
 #include <numeric>
@@ -31,11 +32,22 @@ cpu::Rows rows_of(const py::capsule& logits, float temperature, const OptionalCa
             temperature,  memory.floats(temperatures, "temperature", z.shape[0])};
 }
 
+// A target outside its row would be read, and written to, wherever it points.
+const int64_t* targets_of(const py::capsule& targets, const cpu::Rows& rows) {
+    const int64_t* t = memory.integers(targets, "targets", rows.count);
+    for (int64_t i = 0; i < rows.count; ++i)
+        require(t[i] >= 0 && t[i] < rows.vocabulary, [&] {
+            return "targets must lie in [0, " + std::to_string(rows.vocabulary) + "); targets[" + std::to_string(i) +
+                   "] is " + std::to_string(t[i]);
+        });
+    return t;
+}
+
 void logprob_rows(const py::capsule& logits, const py::capsule& targets, float temperature,
                   const OptionalCapsule& temperatures, float softcap, float logit_scale, const py::capsule& logprobs,
                   const py::capsule& entropy, int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
-    const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
+    const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
     py::gil_scoped_release release;
@@ -47,7 +59,7 @@ void gradient_rows(const py::capsule& logits, const py::capsule& targets, float 
                    const py::capsule& grad_logprobs, const OptionalCapsule& grad_entropy, const py::capsule& logprobs,
                    const py::capsule& entropy, int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
-    const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
+    const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
     cpu::PolicyInputs in{};
@@ -64,7 +76,7 @@ void policy_rows(const py::capsule& logits, const py::capsule& targets, float te
                  const OptionalCapsule& reference, const py::capsule& logprobs, const py::capsule& entropy,
                  int threads) {
     const cpu::Rows rows = rows_of(logits, temperature, temperatures, softcap, logit_scale);
-    const auto* t = memory.vector(targets, "targets", DType::i64, rows.count).as<const int64_t>();
+    const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
     require(kind >= 1 && kind <= 4 && kl >= 0 && kl <= 3, "kind or kl is out of range");
@@ -281,30 +293,66 @@ py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t ke
     return py::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
 }
 
+float gumbel_from_word_of(uint32_t word) { return gumbel_from_word(word); }
+
+// The numbers that `kind` and `kl` of policy_rows are, as Python's IntEnum.
+void add_enumerations(py::module_& m) {
+    py::native_enum<ObjectiveKind>(m, "ObjectiveKind", "enum.IntEnum")
+        .value("given", ObjectiveKind::given)
+        .value("reinforce", ObjectiveKind::reinforce)
+        .value("importance", ObjectiveKind::importance)
+        .value("ppo", ObjectiveKind::ppo)
+        .value("cispo", ObjectiveKind::cispo)
+        .finalize();
+    py::native_enum<KlKind>(m, "KLKind", "enum.IntEnum")
+        .value("none", KlKind::none)
+        .value("k1", KlKind::k1)
+        .value("k2", KlKind::k2)
+        .value("k3", KlKind::k3)
+        .finalize();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    using py::arg;
     m.doc() = "Native kernels of bandit_rft: DLPack capsules in, results written to the tensors given.";
     m.attr("version") = BRFT_VERSION;
+    add_enumerations(m);
     m.def("instruction_set", &cpu::instruction_set);
-    m.def("use_openmp", &cpu::use_openmp);
-    m.def("use_instruction_set", &cpu::use_instruction_set);
-    m.def("logprob_rows", &logprob_rows);
-    m.def("gradient_rows", &gradient_rows);
-    m.def("policy_rows", &policy_rows);
-    m.def("sample_rows", &sample_rows);
-    m.def("head_logits", &head_logits);
-    m.def("attention_forward", &attention_forward);
-    m.def("attention_backward", &attention_backward);
+    m.def("use_openmp", &cpu::use_openmp, arg("library"));
+    m.def("use_instruction_set", &cpu::use_instruction_set, arg("name"));
+    m.def("logprob_rows", &logprob_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
+          arg("softcap"), arg("logit_scale"), arg("logprobs"), arg("entropy"), arg("threads"));
+    m.def("gradient_rows", &gradient_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
+          arg("softcap"), arg("logit_scale"), arg("grad_logprobs"), arg("grad_entropy"), arg("logprobs"),
+          arg("entropy"), arg("threads"));
+    m.def("policy_rows", &policy_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
+          arg("softcap"), arg("logit_scale"), arg("kind"), arg("ratio_low"), arg("ratio_high"), arg("dual_clip"),
+          arg("kl"), arg("kl_coef"), arg("entropy_coef"), arg("advantages"), arg("weights"), arg("behavior"),
+          arg("reference"), arg("logprobs"), arg("entropy"), arg("threads"));
+    m.def("sample_rows", &sample_rows, arg("logits"), arg("temperature"), arg("temperatures"), arg("softcap"),
+          arg("logit_scale"), arg("seed"), arg("sequence_ids"), arg("positions"), arg("top_k"), arg("top_p"),
+          arg("min_p"), arg("tokens"), arg("logprobs"), arg("sampling_logprobs"), arg("entropy"), arg("kept_mass"),
+          arg("threads"));
+    m.def("head_logits", &head_logits, arg("hidden"), arg("weight"), arg("bias"), arg("out"), arg("threads"));
+    m.def("attention_forward", &attention_forward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
+          arg("head_size"), arg("scaling"), arg("out"), arg("lse"), arg("threads"));
+    m.def("attention_backward", &attention_backward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
+          arg("head_size"), arg("scaling"), arg("out"), arg("lse"), arg("grad_out"), arg("grad_query"), arg("grad_key"),
+          arg("grad_value"), arg("threads"));
     py::class_<cpu::Decoder>(m, "Decoder")
-        .def(py::init(&decoder))
-        .def("read", &decoder_read)
-        .def("step", &decoder_step)
-        .def("select", &decoder_select)
+        .def(py::init(&decoder), arg("outside"), arg("layers"), arg("vocabulary"), arg("hidden_size"),
+             arg("intermediate_size"), arg("heads"), arg("key_value_heads"), arg("head_size"), arg("norm_eps"),
+             arg("scaling"), arg("norms_over_all_heads"))
+        .def("read", &decoder_read, arg("tokens"), arg("lengths"), arg("room"), arg("capacity"), arg("cos"), arg("sin"),
+             arg("hidden"), arg("threads"))
+        .def("step", &decoder_step, arg("tokens"), arg("positions"), arg("hidden"), arg("threads"))
+        .def("select", &decoder_select, arg("which"))
         .def_property_readonly("lanes", &cpu::Decoder::lanes);
 #if defined(BRFT_CUDA)
     cuda::add_exports(m.def_submodule("cuda"));
 #endif
-    m.def("philox", &philox);
-    m.def("gumbel", [](uint32_t word) { return gumbel_from_word(word); });
+    m.def("philox", &philox, arg("c0"), arg("c1"), arg("c2"), arg("c3"), arg("key"));
+    m.def("gumbel", &gumbel_from_word_of, arg("word"));
 }

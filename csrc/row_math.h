@@ -49,6 +49,8 @@ struct Scaling {
     float logit_scale = 1.0f, softcap = 0.0f;
 };
 
+// The numbers are those of kernels/enumerations.py (Python and Triton); the module exports them, and a test compares.
+// given: dL/dlogp is the caller's.
 enum class ObjectiveKind : int { given = 0, reinforce = 1, importance = 2, ppo = 3, cispo = 4 };
 enum class KlKind : int { none = 0, k1 = 1, k2 = 2, k3 = 3 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bandit_rft {
@@ -76,7 +77,8 @@ inline TensorView view_of(const dlpack::Tensor& tensor, const char* name, int nd
     view.shape.assign(tensor.shape, tensor.shape + ndim);
     if (ndim > 0) {
         const int64_t columns = view.shape[ndim - 1];
-        if (tensor.strides && columns > 1 && tensor.strides[ndim - 1] != 1)
+        const bool empty = ndim == 2 && view.shape[0] == 0;  // whatever its strides are
+        if (tensor.strides && columns > 1 && !empty && tensor.strides[ndim - 1] != 1)
             throw std::invalid_argument(who + " must be contiguous in its last dimension");
         // A single row has no next one, and torch 2.8 exports its stride as 1, whatever it was.
         view.row_stride = ndim == 2 && tensor.strides && view.shape[0] > 1 ? tensor.strides[0] : columns;
@@ -86,6 +88,12 @@ inline TensorView view_of(const dlpack::Tensor& tensor, const char* name, int nd
 
 inline void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
+}
+
+// The message is put together only if it is needed.
+template <class Message, class = decltype(std::declval<Message>()())>
+void require(bool condition, const Message& message) {
+    if (!condition) throw std::invalid_argument(message());
 }
 
 }  // namespace bandit_rft

@@ -14,8 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .enumerations import KLKind, ObjectiveKind
+
 #: Stands for -inf as a maximum: -inf - (-inf) would be NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+IMPORTANCE, PPO, CISPO = (
+    tl.constexpr(int(kind)) for kind in (ObjectiveKind.importance, ObjectiveKind.ppo, ObjectiveKind.cispo)
+)
+NO_KL, K2, K3 = (tl.constexpr(int(kind)) for kind in (KLKind.none, KLKind.k2, KLKind.k3))
 
 
 @triton.jit
@@ -66,24 +72,24 @@ def weighted(d, p):
 def token_coefficient(
     logp, ratio, advantage, weight, reference, low, high, dual_clip, kl_coef, KIND: tl.constexpr, KL: tl.constexpr
 ):
-    """dL/dlogp of one token. KIND: 1 reinforce, 2 importance, 3 ppo, 4 cispo; KL: 0 none, 1-3 the estimator."""
+    """dL/dlogp of one token. KIND and KL: their numbers in enumerations.py."""
     factor = tl.full((), 1.0, tl.float32)
-    if KIND == 2:
+    if KIND == IMPORTANCE:
         factor = tl.where(ratio > high, high, ratio)  # not minimum: a NaN must stay one
-    elif KIND == 3:
+    elif KIND == PPO:
         clipped = ((advantage < 0) & (ratio < low)) | ((advantage > 0) & (ratio > high))
         clipped = clipped | ((advantage < 0) & (dual_clip > 0) & (ratio > dual_clip))
         factor = tl.where(clipped, 0.0, ratio)
-    elif KIND == 4:
+    elif KIND == CISPO:
         factor = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     # An advantage of exactly zero says nothing, whatever the ratio: 0 * inf must not become NaN.
     c = tl.where((advantage == 0) | (factor == 0), 0.0, -advantage * weight * factor)
-    if KL != 0:
+    if KL != NO_KL:
         d = logp - reference
         slope = tl.full((), 1.0, tl.float32)
-        if KL == 2:
+        if KL == K2:
             slope = d
-        elif KL == 3:
+        elif KL == K3:
             slope = -expm1(-d)
         c += kl_coef * weight * slope
     return c

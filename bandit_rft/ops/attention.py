@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from . import backends
+from .registry import once
 
 
 def serves(query: Tensor) -> bool:
@@ -35,7 +35,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
-        query, key, value = (x.contiguous() for x in (query, key, value))
+        query, key, value, cu_seqlens = (x.contiguous() for x in (query, key, value, cu_seqlens))
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
         inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
         _native().attention_forward(*inputs, _flat(out), to_dlpack(lse), torch.get_num_threads())
@@ -44,7 +44,6 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -53,7 +52,7 @@ class _PackedAttention(torch.autograd.Function):
             *inputs, _flat(out), to_dlpack(lse), _flat(grad_out.contiguous()), *map(_flat, gradients),
             torch.get_num_threads(),
         )  # fmt: skip
-        return *gradients, None, None
+        return *once(gradients), None, None
 
 
 def _flat(x: Tensor) -> Any:

@@ -1,12 +1,14 @@
 """Which backend serves which call: one table, pure predicates. `describe()` prints it; BANDIT_RFT_BACKEND forces one.
 
+A backend is an object with one method an operation on rows of logits (backend.py):
+
     cpu     the compiled core (csrc/cpu): float32 and bfloat16 rows in CPU memory
     cuda    the compiled CUDA kernels (csrc/cuda): float32, bfloat16 and float16 rows on an NVIDIA GPU, sm_80 and later
     triton  the Triton kernels (kernels/): an NVIDIA GPU; CPU memory only if forced, in Triton's interpreter (tests)
     torch   plain PyTorch, chunked: any device, any floating dtype
 
-A backend computes rows of logits; the matrix products around them are the vendor's (or, for sampling on the cpu
-backend, the core's own batch-invariant product, and on triton the head fused with the softmax: `fused_head`).
+The matrix products around the rows are the vendor's (or, for sampling on the cpu backend, the core's own
+batch-invariant product, and on triton the head fused with the softmax: `fusing`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from .backend import Backend
+from .core_backend import CpuBackend, CudaBackend
+from .torch_backend import TorchBackend
+from .triton_backend import TritonBackend
 
 kernels = import_module("bandit_rft.kernels")  # imports no Triton
 native: ModuleType | None = None
@@ -50,8 +57,10 @@ class Call(NamedTuple):
     device_index: int = 0
 
 
-class Backend(NamedTuple):
-    name: str
+class Entry(NamedTuple):
+    """A row of the table."""
+
+    backend: Backend
     what: str
     #: None if the backend serves the call, otherwise the reason why not.
     refusal: Callable[[Call], str | None]
@@ -86,70 +95,96 @@ def _cuda_refusal(call: Call) -> str | None:
 
 
 def _triton_refusal(call: Call) -> str | None:
-    reason: str | None = kernels.refusal(call.device_type, call.dtype)
+    reason: str | None = kernels.refusal(call.device_type, call.dtype, call.device_index)
     return reason
 
 
+#: In the order in which they are asked.
 BACKENDS = (
-    Backend("cpu", "compiled core, float32 and bfloat16 in CPU memory", _cpu_refusal),
-    Backend("cuda", "compiled CUDA kernels, float32, bfloat16 and float16 on a GPU", _cuda_refusal),
-    Backend("triton", "Triton kernels, float32, bfloat16 and float16 on a GPU", _triton_refusal),
-    Backend("torch", "plain PyTorch, any device and floating dtype", lambda call: None),
+    Entry(CpuBackend(native), "compiled core, float32 and bfloat16 in CPU memory", _cpu_refusal),
+    Entry(CudaBackend(native), "compiled CUDA kernels, float32, bfloat16 and float16 on a GPU", _cuda_refusal),
+    Entry(TritonBackend(), "Triton kernels, float32, bfloat16 and float16 on a GPU", _triton_refusal),
+    Entry(TorchBackend(), "plain PyTorch, any device and floating dtype", lambda call: None),
 )
+_ENTRIES = {entry.backend.name: entry for entry in BACKENDS}
 
 _forced: ContextVar[str | None] = ContextVar("bandit_rft_backend", default=None)
 _checked: ContextVar[bool | None] = ContextVar("bandit_rft_checked", default=None)
 _told = False
 
 
-def select(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that serves tensors of this device and dtype.
+def serving(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that serves tensors of this device and dtype.
 
-    Raises ValueError if BANDIT_RFT_BACKEND (or `use_backend`) names one that cannot.
+    Raises:
+        ValueError: BANDIT_RFT_BACKEND (or `use_backend`) names one that cannot.
     """
-    global _told
-    call = Call(device.type, dtype, device.index or 0)
-    forced = _forced.get() or os.environ.get("BANDIT_RFT_BACKEND")
-    if forced:
-        named = {backend.name: backend for backend in BACKENDS}
-        if forced not in named:
-            raise ValueError(f"BANDIT_RFT_BACKEND must be one of {', '.join(named)}; got {forced!r}")
-        if reason := named[forced].refusal(call):
+    call = Call(device.type, dtype, _index(device))
+    if forced := _forced.get() or os.environ.get("BANDIT_RFT_BACKEND"):
+        entry = _ENTRIES.get(forced)
+        if entry is None:
+            raise ValueError(f"BANDIT_RFT_BACKEND must be one of {', '.join(_ENTRIES)}; got {forced!r}")
+        if reason := entry.refusal(call):
             raise ValueError(f"BANDIT_RFT_BACKEND={forced} cannot serve this call: {reason}")
-        return forced
-    if native is None and call.device_type == "cpu" and not _told:
+        return entry.backend
+    if not _told:
+        _tell(call)
+    for entry in BACKENDS:
+        interpreted = entry.backend.name == "triton" and call.device_type == "cpu"  # thousands of times slower
+        if not interpreted and entry.refusal(call) is None:
+            return entry.backend
+    raise AssertionError("unreachable: the torch backend serves every call")
+
+
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves tensors of this device and dtype (`serving`)."""
+    return serving(device, dtype).name
+
+
+def named(name: str) -> Backend:
+    """The backend of this name: the one that a forward call was served by, in its backward."""
+    return _ENTRIES[name].backend
+
+
+def fusing(device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """The backend that runs a forward through the head (scoring, or a draw from the whole softmax) as one kernel.
+
+    `dtype` is that of hidden and weight. Where triton can serve and no other backend is forced: bfloat16 and float16 on
+    a GPU; float32 only if triton is forced, since its exact float32 products are slower than the vendor's.
+    """
+    triton = _ENTRIES["triton"]
+    if forced := _forced.get() or os.environ.get("BANDIT_RFT_BACKEND"):
+        return serving(device, dtype) if forced == "triton" else None
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    return triton.backend if triton.refusal(Call(device.type, dtype, _index(device))) is None else None
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None or device.type != "cuda":
+        return device.index or 0
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _tell(call: Call) -> None:
+    """Warn, once, where the operations run on something slower than they might."""
+    global _told
+    if native is None and call.device_type == "cpu":
         _told = True
         warnings.warn(
             f"bandit_rft runs through PyTorch: the compiled module is missing ({native_error}). "
             "Results are the same, slower; `pip install .` in the source tree builds it.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
-    if call.device_type == "cuda" and not _told and torch.version.hip is None:
+    elif call.device_type == "cuda" and torch.version.hip is None:
         _told = True
         if reason := _cuda_module_refusal(call.device_index):
             warnings.warn(
                 f"bandit_rft goes on without its CUDA kernels, through Triton or PyTorch: {reason}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-    for backend in BACKENDS:
-        interpreted = backend.name == "triton" and call.device_type == "cpu"  # thousands of times slower than torch
-        if not interpreted and backend.refusal(call) is None:
-            return backend.name
-    raise AssertionError("unreachable: the torch backend serves every call")
-
-
-def fused_head(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a forward through the head (scoring, or a draw from the whole softmax) runs in one fused Triton kernel.
-
-    `dtype` is that of hidden and weight. Where triton can serve and no other backend is forced: bfloat16 and float16 on
-    a GPU; float32 only if triton is forced, since its exact float32 products are slower than the vendor's.
-    """
-    forced = _forced.get() or os.environ.get("BANDIT_RFT_BACKEND")
-    if forced:
-        return forced == "triton" and select(device, dtype) == "triton"
-    return device.type == "cuda" and dtype != torch.float32 and kernels.refusal(device.type, dtype) is None
 
 
 @contextmanager
@@ -181,17 +216,6 @@ def is_checked() -> bool:
     return os.environ.get("BANDIT_RFT_CHECKED", "0") not in ("", "0") if value is None else value
 
 
-def workspace_bytes(device: torch.device) -> int:
-    """How much memory an operation may use beyond its inputs and results; BANDIT_RFT_WORKSPACE_MIB overrides it."""
-    default = 64 if device.type == "cpu" else 1024
-    text = os.environ.get("BANDIT_RFT_WORKSPACE_MIB", "")
-    if not text:
-        return default << 20
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"BANDIT_RFT_WORKSPACE_MIB must be a positive whole number of MiB; got {text!r}")
-    return int(text) << 20
-
-
 def describe() -> str:
     """The table of backends on this machine, and what the compiled core was built and chosen for."""
     lines = []
@@ -207,6 +231,6 @@ def describe() -> str:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             serving = select(torch.device(device), dtype)
             lines.append(f"{device:<5}{str(dtype).removeprefix('torch.'):<10}-> {serving}")
-    for backend in BACKENDS:
-        lines.append(f"{backend.name:<15}{backend.what}")
+    for entry in BACKENDS:
+        lines.append(f"{entry.backend.name:<15}{entry.what}")
     return "\n".join(lines)

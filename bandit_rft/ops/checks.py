@@ -7,12 +7,16 @@ looking at them does not wait for a GPU: on a CPU always, elsewhere in checked m
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 
+#: What float32 holds in full precision; a reciprocal of these is finite.
+SMALLEST, LARGEST = float(torch.finfo(torch.float32).tiny), float(torch.finfo(torch.float32).max)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -95,29 +99,71 @@ def scaling(
         positive("temperature", temperature)
     if softcap is not None:
         positive("softcap", softcap)
-    if isinstance(logit_scale, Tensor) or not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"logit_scale must be a finite number other than 0; got {logit_scale}")
+    number("logit_scale", logit_scale, "a finite number other than 0")
+    if not SMALLEST <= abs(logit_scale) <= LARGEST:
+        raise ValueError(f"logit_scale must be a finite number other than 0 in float32; got {logit_scale}")
+
+
+def number(name: str, value: object, expected: str) -> None:
+    """A Python number, or what torch.compile(dynamic=True) puts in its place."""
+    # A tuple: torch.compile of torch 2.8 breaks on int | float.
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be {expected}; got {type(value).__name__}")
 
 
 def positive(name: str, value: float) -> None:
-    # A tuple: torch.compile of torch 2.8 breaks on int | float.
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number > 0; got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    """A number that float32 holds in full precision, as its reciprocal: kernels multiply by that."""
+    number(name, value, "a number > 0")
+    if not (value > 0 and value < math.inf):
         raise ValueError(f"{name} must be > 0 and finite; got {value}")
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{name} must be > 0 and finite in float32, from {SMALLEST:.2g} to {LARGEST:.2g}; got {value}")
 
 
 def filters(top_k: int, top_p: float, min_p: float) -> None:
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k must be a whole number >= 0 (0 keeps every token); got {top_k!r}")
-    if not 0 < top_p <= 1:
+    """top-k, top-p and min-p."""
+    if isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)) or not 0 <= top_k < 1 << 63:
+        raise ValueError(f"top_k must be a whole number >= 0 and < 2^63 (0 keeps every token); got {top_k!r}")
+    number("top_p", top_p, "a number in (0, 1]")
+    if not (top_p > 0 and top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1] (1 keeps every token); got {top_p!r}")
-    if not 0 <= min_p <= 1:
+    number("min_p", min_p, "a number in [0, 1]")
+    if not (min_p >= 0 and min_p <= 1):
         raise ValueError(f"min_p must lie in [0, 1] (0 keeps every token); got {min_p!r}")
+
+
+def no_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError for an input with a tangent: the results' would silently be zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "bandit_rft's operations have no forward-mode derivative (jvp); use reverse mode, or ops.reference"
+        )
+
+
+def normalizer(value: float | Tensor | None) -> float | Tensor | None:
+    """A number > 0 or such a 0-d tensor; a tensor that cannot be looked at becomes NaN where it is not."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        positive("normalizer", value)
+        return value
+    if value.dim() != 0:
+        raise ValueError(f"normalizer must be a number > 0 or a 0-d tensor; got shape {shape_of(value)}")
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"normalizer must be a real number; got a tensor of {_name(value.dtype)}")
+    if readable(value):
+        positive("normalizer", value.item())
+        return value.detach()
+    value = value.detach().to(torch.float64)
+    return torch.where((value >= SMALLEST) & (value <= LARGEST), value, math.nan).to(torch.float32)
 
 
 def sequences(cu_seqlens: object, tokens: int, like: Tensor) -> Tensor:
     cu = tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]")
+    if cu.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must be [B + 1], beginning with 0; got shape {shape_of(cu)}")
     if cu.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 (or int64); got {_name(cu.dtype)}")
     if cu.shape[0] == 0:
@@ -127,30 +173,36 @@ def sequences(cu_seqlens: object, tokens: int, like: Tensor) -> Tensor:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether looking at values is free: on a CPU, or asked for."""
-    return value.device.type == "cpu" or backends.is_checked()
+    """Whether looking at values is free: on a CPU, or asked for. Nothing has a value while it is traced."""
+    return not torch.compiler.is_compiling() and (value.device.type == "cpu" or backends.is_checked())
 
 
 def sequence_values(cu_seqlens: Tensor, tokens: int) -> None:
     if readable(cu_seqlens):
-        steps = torch.diff(cu_seqlens)
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((steps < 0).any()):
-            shown = cu_seqlens.tolist()
-            shown = shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]]
+        values = cu_seqlens.tolist()  # a few numbers: cheaper to look at here than by operations of torch
+        if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
+            shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
             raise ValueError(f"cu_seqlens must be increasing from 0 to N = {tokens}; got {shown}")
 
 
 def target_values(targets: Tensor, vocabulary: int) -> None:
-    if readable(targets) and targets.numel():
-        outside = (targets < 0) | (targets >= vocabulary)
-        if bool(outside.any()):
-            where = int(outside.nonzero()[0, 0])
-            raise ValueError(f"targets must lie in [0, V = {vocabulary}); targets[{where}] is {int(targets[where])}")
+    if readable(targets):
+        within("targets", targets, vocabulary, f"[0, V = {vocabulary})")
+
+
+def within(name: str, values: Tensor, end: int, expected: str) -> None:
+    """Raise ValueError unless every integer lies in [0, end)."""
+    if values.numel() == 0:
+        return
+    low, high = values.aminmax()
+    if low.item() < 0 or high.item() >= end:
+        where = int(((values < 0) | (values >= end)).nonzero()[0, 0])
+        raise ValueError(f"{name} must lie in {expected}; {name}[{where}] is {int(values[where])}")
 
 
 def temperature_values(temperature: Tensor | None) -> None:
     if temperature is not None and readable(temperature) and temperature.numel():
-        bad = ~(torch.isfinite(temperature) & (temperature > 0))
+        bad = ~((temperature >= SMALLEST) & (temperature <= LARGEST))
         if bool(bad.any()):
             where = int(bad.nonzero()[0, 0])
             raise ValueError(f"temperature must be > 0 and finite; temperature[{where}] is {float(temperature[where])}")

@@ -7,27 +7,38 @@ time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import backends
 from .reference import computing_dtype
 
 _TILE_BYTES = 8 << 20  # of widened weight at a time
 BLOCK = 128  # vocabulary entries that a sparse backward leaves out together
 
 
+def workspace_bytes(device: torch.device) -> int:
+    """How much memory an operation may use beyond its inputs and results; BANDIT_RFT_WORKSPACE_MIB overrides it."""
+    default = 64 if device.type == "cpu" else 1024
+    text = os.environ.get("BANDIT_RFT_WORKSPACE_MIB", "")
+    if not text:
+        return default << 20
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"BANDIT_RFT_WORKSPACE_MIB must be a positive whole number of MiB; got {text!r}")
+    return int(text) << 20
+
+
 def chunks(
-    rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype, backend: str, share: float = 0.85
+    rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype, copies: int, share: float = 0.85
 ) -> list[slice]:
-    """Equal stretches of rows whose logits (and what plain PyTorch needs beside them) fit a share of the workspace."""
+    """Equal stretches of rows whose logits, `copies` times, fit a share of the workspace."""
     if rows == 0:
         return []
-    copies = 10 if backend == "torch" else 1  # the torch rows hold z, log p, p, dz and temporaries beside the logits
     bytes_a_row = vocabulary * copies * (8 if dtype == torch.float64 else 4)
-    most = max(1, int(backends.workspace_bytes(device) * share) // bytes_a_row)
+    most = max(1, int(workspace_bytes(device) * share) // bytes_a_row)
     count = -(-rows // most)
     size = -(-rows // count)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -42,25 +53,25 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
     z = out[: hidden.shape[0]]
     if weight.dtype == z.dtype:
         torch.mm(hidden, weight.T, out=z)
-    elif weight.device.type == "cpu":
+    elif widens(weight):
         wide = hidden.to(z.dtype)
         for tile, wide_weight in _widened(weight, z.dtype):
             # Not out=: a slice of columns would be computed into a copy anyway.
             z[:, tile] = wide @ wide_weight.T
     else:
-        torch.mm(hidden, weight.T, out_dtype=z.dtype, out=z)
+        _mixed_product(hidden, weight.T, z, accumulate=False)
     if bias is not None:
         z += bias
     return z
 
 
-def narrow_gradient(z: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
-    """Where the cuda rows write dL/dz [n, V] in the weight's dtype: over the second half of each row of z [n, V].
+def narrow_gradient(z: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Where a backend that `writes_narrow` puts dL/dz [n, V] in the weight's dtype: over the second half of z's rows.
 
     The gradient products need it in 16 bits; written there it costs no memory and no visit of its own. None where dL/dz
     goes over z itself.
     """
-    if backend != "cuda" or dtype.itemsize != 2 or z.dtype != torch.float32:
+    if dtype.itemsize != 2 or z.dtype != torch.float32:
         return None
     return z.view(dtype)[:, z.shape[1] :]
 
@@ -81,27 +92,68 @@ def columns_that_count(dz: Tensor, floor: float) -> Tensor | None:
 
 
 def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [n, H] = dz [n, V] . weight [V, H]; out has weight's dtype."""
-    if weight.dtype == dz.dtype:
+    """out [n, H] = dz [n, V] . weight [V, H]; out has weight's dtype, or for float16 may be float32."""
+    if weight.dtype == dz.dtype == out.dtype:
         torch.mm(dz, weight, out=out)
-    elif weight.device.type == "cpu":
-        total = torch.zeros(out.shape, dtype=dz.dtype)
+    elif widens(weight):
+        total = torch.zeros(out.shape, dtype=dz.dtype, device=out.device)
         for tile, wide_weight in _widened(weight, dz.dtype):
             total.addmm_(dz[:, tile], wide_weight)
         out.copy_(total)
-    else:
+    elif weight.dtype == out.dtype:
         torch.mm(dz.to(weight.dtype), weight, out=out)
+    else:
+        _mixed_product(dz.to(weight.dtype), weight, out, accumulate=False)
 
 
 def add_weight_gradient(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
     """out [V, H] (+)= dz [n, V]^T . hidden [n, H]; out is in the computing dtype."""
-    beta = 1.0 if accumulate else 0.0
-    if hidden.dtype == out.dtype or hidden.device.type == "cpu":
-        out.addmm_(dz.T, hidden.to(out.dtype), beta=beta)
-    elif accumulate:
-        torch.addmm(out, dz.to(hidden.dtype).T, hidden, out_dtype=out.dtype, out=out)
+    if hidden.dtype == out.dtype or widens(hidden):
+        out.addmm_(dz.T, hidden.to(out.dtype), beta=1.0 if accumulate else 0.0)
     else:
-        torch.mm(dz.to(hidden.dtype).T, hidden, out_dtype=out.dtype, out=out)
+        _mixed_product(dz.to(hidden.dtype).T, hidden, out, accumulate)
+
+
+def widens(tensor: Tensor) -> bool:
+    """Whether 16-bit operands are made float32 before a product: on a CPU, whose products round to 16 bits."""
+    return tensor.device.type == "cpu"
+
+
+@cache
+def takes_out_dtype(product: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.mm or torch.addmm multiplies this dtype into float32 here. torch 2.8 and 2.9 refuse addmm's.
+
+    Asked by trying it once, on 16 x 16 zeros: no version is compared.
+    """
+    operand = torch.zeros((16, 16), dtype=dtype, device=device)
+    wide = torch.zeros((16, 16), dtype=torch.float32, device=device)
+    try:
+        if product == "mm":
+            torch.mm(operand, operand, out_dtype=torch.float32, out=wide)
+        else:
+            torch.addmm(wide, operand, operand, out_dtype=torch.float32, out=wide)
+    except (RuntimeError, TypeError):  # refused on the host, before anything is launched
+        return False
+    return True
+
+
+def _mixed_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out (float32) (+)= a . b of 16-bit operands, with float32 sums; the way that this torch has."""
+    if not accumulate and takes_out_dtype("mm", a.device, a.dtype):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif accumulate and takes_out_dtype("addmm", a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:  # a tile of out's rows at a time, so that what stands beside it is small
+        mixed = takes_out_dtype("mm", a.device, a.dtype)
+        size = max(1, _TILE_BYTES // (4 * max(a.shape[1], b.shape[1])))
+        wide_b = None if mixed else b.to(out.dtype)
+        for start in range(0, len(out), size):
+            tile = slice(start, min(start + size, len(out)))
+            if wide_b is None:
+                part = torch.mm(a[tile], b, out_dtype=out.dtype)
+            else:
+                part = torch.mm(a[tile].to(out.dtype), wide_b)
+            out[tile] = out[tile] + part if accumulate else part
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, head, rows
+from .backend import Head, RowStatistics, Scaling
+from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .reference import computing_dtype
 from .registry import autograd, operation
-from .rows import Scaling
 
 
 def linear_logprobs(
@@ -49,9 +50,11 @@ def linear_logprobs(
         ValueError, TypeError: naming the argument, before anything is computed.
     """
     checks.head(hidden, weight, bias, "N")
+    checks.no_forward_mode(hidden, weight, bias)
     checks.per_row("targets", targets, hidden.shape[0], "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "N", hidden)
-    logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *split(temperature), softcap, logit_scale)
+    scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
+    logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *scaling)
     return (logp, entropy) if return_entropy else logp
 
 
@@ -63,194 +66,100 @@ def logprobs_from_logits(
     Beyond the gradient itself nothing of the logits' size is allocated. Shapes, returns, errors as `linear_logprobs`.
     """
     checks.logits(logits, "N")
+    checks.no_forward_mode(logits)
     checks.per_row("targets", targets, logits.shape[0], "N", logits, torch.int64)
     checks.scaling(temperature, None, 1.0, logits.shape[0], "N", logits)
-    logp, entropy = _logits_logprobs(logits, targets, *split(temperature))
+    logp, entropy = _logits_logprobs(logits, targets, *Scaling.of(temperature, dtype=computing_dtype(logits))[:2])
     return (logp, entropy) if return_entropy else logp
-
-
-def split(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """A custom operation's argument has one type: (number, tensor or None)."""
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.detach().to(torch.float32)
-    return float(temperature), None
-
-
-def joined(temperature: float, temperatures: Tensor | None) -> float | Tensor:
-    return temperature if temperatures is None else temperatures
 
 
 # --- head -------------------------------------------------------------------------------------------------------------
 
 
-def _fake_linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    dtype = computing_dtype(hidden)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+def _fake_linear_logprobs(of: Head, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows_of, dtype = of.hidden.shape[0], computing_dtype(of.hidden)
+    return of.hidden.new_empty(rows_of, dtype=dtype), of.hidden.new_empty(rows_of, dtype=dtype)
 
 
 @operation("linear_logprobs", fake=_fake_linear_logprobs)
-def _linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-    temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    checks.target_values(targets, weight.shape[0])
-    checks.temperature_values(temperatures)
-    scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
-    if backends.fused_head(hidden.device, hidden.dtype):
-        logp, entropy = rows.fused_logprobs(hidden, weight, targets, bias, scaling)
-        checks.finite_values("the logits", logp)
-        return logp, entropy
-    dtype = computing_dtype(hidden)
-    logp, entropy = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
-    plan = head.chunks(len(hidden), len(weight), hidden.device, dtype, backends.select(hidden.device, dtype))
-    buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
-    for chunk in plan:
-        z = head.logits(hidden[chunk], weight, bias, buffer)
-        logp[chunk], entropy[chunk] = rows.logprobs(z, targets[chunk], scaling.rows(chunk))
-    checks.finite_values("the logits", logp)
-    return logp, entropy
+def _linear_logprobs(of: Head, targets: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    checks.target_values(targets, len(of.weight))
+    checks.temperature_values(scaling.temperatures)
+    return score(of, targets, scaling)
+
+
+def score(of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
+    """Log-probabilities and entropy of checked arguments, chunk by chunk or fused."""
+    hidden, weight, bias = of
+    if (fused := backends.fusing(hidden.device, hidden.dtype)) is not None:
+        seen = fused.linear_logprobs(of, targets, scaling, head.workspace_bytes(hidden.device))
+    else:
+        dtype = computing_dtype(hidden)
+        backend = backends.serving(hidden.device, dtype)
+        plan = head.chunks(len(hidden), len(weight), hidden.device, dtype, backend.copies_of_logits)
+        buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
+        seen = RowStatistics(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2)))
+        for chunk in plan:
+            z = head.logits(hidden[chunk], weight, bias, buffer)
+            seen.logprobs[chunk], seen.entropy[chunk] = backend.logprob_rows(z, targets[chunk], scaling.rows(chunk))
+    checks.finite_values("the logits", seen.logprobs)
+    return seen
 
 
 def _fake_linear_logprobs_backward(
-    hidden: Tensor, weight: Tensor, bias: Any, *rest: Any
+    of: Head, targets: Tensor, scaling: Scaling, given: GivenGradients, wanted: list[bool], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, bias, rest[-1])
+    return empty_gradients(of, wanted)
 
 
 @operation("linear_logprobs_backward", fake=_fake_linear_logprobs_backward)
 def _linear_logprobs_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-    temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    grad_logprobs: Tensor, grad_entropy: Tensor | None, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
-    gradients = HeadGradients(hidden, weight, bias, wanted)
-    counts = grad_logprobs != 0
-    if grad_entropy is not None:
-        counts |= grad_entropy != 0
-    index = counts.nonzero()[:, 0]
-    every = len(index) == len(counts)
-
-    def fill(z: Tensor, chunk: slice | Tensor, into: Tensor | None) -> None:
-        of_entropy = None if grad_entropy is None else grad_entropy[chunk]
-        rows.gradient_(z, targets[chunk], scaling.rows(chunk), grad_logprobs[chunk], of_entropy, into)
-
-    gradients.accumulate(None if every else index, fill)
+    of: Head, targets: Tensor, scaling: Scaling, given: GivenGradients, wanted: list[bool], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.target_values(targets, len(of.weight))  # as they are now, not as they were in the forward call
+    gradients = HeadGradients(of, wanted, backends.named(backend))
+    gradients.accumulate(rows_with_gradient(given), gradients.filling(given, targets, scaling))
     return gradients.results()
 
 
+def rows_with_gradient(given: GivenGradients) -> Tensor | None:
+    """The rows that anything flows back into (None: all of them), int64; on a GPU the host waits for their number."""
+    counts = given.logprobs != 0
+    if given.entropy is not None:
+        counts |= given.entropy != 0
+    index = counts.nonzero()[:, 0]
+    return None if len(index) == len(counts) else index
+
+
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, bias, targets, temperature, temperatures, softcap, logit_scale = inputs
+    of, targets, scaling = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, temperatures)
-    ctx.scaling = (temperature, softcap, logit_scale)
+    ctx.save_for_backward(*of, targets, scaling.temperatures)
+    ctx.scaling = scaling._replace(temperatures=None)
+    # Autograd may run the backward in a thread that knows nothing of `use_backend`.
+    ctx.backend = backends.select(of.hidden.device, computing_dtype(of.hidden))
 
 
-def _backward_linear(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-    hidden, weight, bias, targets, temperatures = ctx.saved_tensors
-    temperature, softcap, logit_scale = ctx.scaling
+def _backward_linear(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    if (given := _given(*gradients)) is None:
+        return ()
+    *of, targets, temperatures = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 8
-    if grad_logprobs is None:
-        assert grad_entropy is not None
-        grad_logprobs = torch.zeros_like(grad_entropy)
-    gradients = _linear_logprobs_backward(
-        hidden, weight, bias, targets, temperature, temperatures, softcap, logit_scale,
-        grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(), wanted,
-    )  # fmt: skip
-    return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 5)
+    scaling = ctx.scaling._replace(temperatures=temperatures)
+    found = _linear_logprobs_backward(*of, targets, *scaling, *given, wanted, ctx.backend)
+    return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
+
+
+def _given(logprobs: Tensor | None, entropy: Tensor | None) -> GivenGradients | None:
+    if logprobs is None and entropy is None:
+        return None
+    if logprobs is None:
+        assert entropy is not None
+        logprobs = torch.zeros_like(entropy)
+    return GivenGradients(logprobs.contiguous(), None if entropy is None else entropy.contiguous())
 
 
 autograd("linear_logprobs", _backward_linear, _setup_linear)
-
-
-class HeadGradients:
-    """dL/dhidden, dL/dweight and dL/dbias, summed over chunks of rows; those not wanted cost nothing.
-
-    weight and bias gradients are accumulated in float32 (float64 for float64 inputs) and rounded once, in `results`.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], weight_grad: Tensor | None = None
-    ) -> None:
-        self.inputs = hidden, weight, bias
-        dtype = computing_dtype(hidden)
-        want_hidden, want_weight, want_bias = wanted
-        self.hidden = torch.empty_like(hidden) if want_hidden else None
-        self.started = weight_grad is not None
-        if weight_grad is None and want_weight:
-            weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self.weight = weight_grad
-        self.bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if want_bias and bias is not None else None
-        self.floor = 0.0  # |dL/dlogit| below which a block of the vocabulary is left out of the products
-
-    def accumulate(self, index: Tensor | None, fill: Any) -> None:
-        """For the rows in `index` (None: all), `fill(z, chunk, into)` turns their logits into dL/dlogits in place.
-
-        Where `into` is not None it writes dL/dlogits there instead (head.narrow_gradient).
-        """
-        hidden, weight, bias = self.inputs
-        count = len(hidden) if index is None else len(index)
-        if self.hidden is not None and index is not None:
-            self.hidden.zero_()
-        dtype = computing_dtype(hidden)
-        backend = backends.select(hidden.device, dtype)
-        # A quarter is left for the rows gathered, their gradient, and what the products pack.
-        plan = head.chunks(count, len(weight), hidden.device, dtype, backend, share=0.75)
-        buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
-        for chunk in plan:
-            taken = chunk if index is None else index[chunk]
-            h = hidden[taken]
-            z = head.logits(h, weight, bias, buffer)
-            narrow = head.narrow_gradient(z, weight.dtype, backend)
-            fill(z, taken, narrow)
-            dz = z if narrow is None else narrow
-            columns = head.columns_that_count(dz, self.floor) if self.floor else None
-            of_hidden = (dz, weight) if columns is None else (dz[:, columns], weight[columns])
-            if self.hidden is not None:
-                if index is None:
-                    head.add_hidden_gradient(*of_hidden, self.hidden[chunk])
-                else:
-                    part = torch.empty_like(h)
-                    head.add_hidden_gradient(*of_hidden, part)
-                    self.hidden.index_copy_(0, taken, part)  # type: ignore[arg-type]
-            if self.weight is not None:
-                if columns is None:
-                    head.add_weight_gradient(dz, h, self.weight, accumulate=self.started)
-                else:
-                    some = self.weight.new_empty(len(columns), h.shape[1])
-                    head.add_weight_gradient(of_hidden[0], h, some, accumulate=False)
-                    self.weight = self.weight if self.started else self.weight.zero_()
-                    self.weight.index_add_(0, columns, some)
-                self.started = True
-            if self.bias is not None:
-                self.bias += dz.sum(0, dtype=self.bias.dtype)
-        if self.weight is not None and not self.started:
-            self.weight.zero_()
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden, weight, bias) gradients in their inputs' dtypes; an empty tensor for one that was not wanted."""
-        hidden, weight, bias = self.inputs
-        nothing = hidden.new_empty(0)
-        return (
-            nothing if self.hidden is None else self.hidden,
-            nothing.clone() if self.weight is None else self.weight.to(weight.dtype),
-            nothing.clone() if self.bias is None or bias is None else self.bias.to(bias.dtype),
-        )
-
-
-def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes of `HeadGradients.results`, for tracing."""
-    return (
-        torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape) if wanted[1] else hidden.new_empty(0),
-        bias.new_empty(bias.shape) if wanted[2] and bias is not None else hidden.new_empty(0),
-    )
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
@@ -269,9 +178,9 @@ def _logits_logprobs(
 ) -> tuple[Tensor, Tensor]:
     checks.target_values(targets, logits.shape[1])
     checks.temperature_values(temperatures)
-    logp, entropy = rows.logprobs(with_unit_columns(logits), targets, Scaling(joined(temperature, temperatures)))
-    checks.finite_values("the logits", logp)
-    return logp, entropy
+    seen = rows.logprobs(with_unit_columns(logits), targets, Scaling(temperature, temperatures))
+    checks.finite_values("the logits", seen.logprobs)
+    return seen
 
 
 def _fake_logits_logprobs_backward(logits: Tensor, *rest: Any) -> Tensor:
@@ -280,11 +189,12 @@ def _fake_logits_logprobs_backward(logits: Tensor, *rest: Any) -> Tensor:
 
 @operation("logits_logprobs_backward", fake=_fake_logits_logprobs_backward)
 def _logits_logprobs_backward(
-    logits: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None,
-    grad_logprobs: Tensor, grad_entropy: Tensor | None,
+    logits: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None, given: GivenGradients,
+    backend: str,
 ) -> Tensor:  # fmt: skip
+    checks.target_values(targets, logits.shape[1])
     gradient = logits.clone(memory_format=torch.contiguous_format)
-    rows.gradient_(gradient, targets, Scaling(joined(temperature, temperatures)), grad_logprobs, grad_entropy)
+    rows.gradient_(gradient, targets, Scaling(temperature, temperatures), *given, backend=backend)
     return gradient
 
 
@@ -293,20 +203,14 @@ def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, temperatures)
     ctx.temperature = temperature
+    ctx.backend = backends.select(logits.device, logits.dtype)
 
 
-def _backward_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+def _backward_logits(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    if (given := _given(*gradients)) is None:
+        return ()
     logits, targets, temperatures = ctx.saved_tensors
-    if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 4
-    if grad_logprobs is None:
-        assert grad_entropy is not None
-        grad_logprobs = torch.zeros_like(grad_entropy)
-    of_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    gradient = _logits_logprobs_backward(
-        logits, targets, ctx.temperature, temperatures, grad_logprobs.contiguous(), of_entropy
-    )
-    return gradient, None, None, None
+    return (_logits_logprobs_backward(logits, targets, ctx.temperature, temperatures, *given, ctx.backend),)
 
 
 autograd("logits_logprobs", _backward_logits, _setup_logits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class PolicyObjective:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         for name in ("clip_low", "clip_high", "importance_cap", "kl_coef", "entropy_coef"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not _is_number(value):
                 raise ValueError(f"{name} must be a finite number; got {value!r}")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(
@@ -75,14 +75,14 @@ class PolicyObjective:
         if self.dual_clip is not None:
             if self.kind not in ("ppo", "gspo"):
                 raise ValueError(f"dual_clip applies to kind 'ppo' or 'gspo'; got kind={self.kind!r}")
-            if not (math.isfinite(self.dual_clip) and self.dual_clip > 1):
+            if not _is_number(self.dual_clip) or self.dual_clip <= 1:
                 raise ValueError(f"dual_clip must be > 1; got {self.dual_clip}")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be >= 0; got {self.kl_coef}")
         if self.kl == "none" and self.kl_coef != 0:
             raise ValueError(f"kl_coef={self.kl_coef} has no effect with kl='none'; choose kl='k1', 'k2' or 'k3'")
         if self.aggregation == "seq-mean-token-sum-norm":
-            if self.norm_length is None or self.norm_length <= 0:
+            if not _is_number(self.norm_length) or self.norm_length <= 0:
                 raise ValueError(
                     f"norm_length must be a positive length for {self.aggregation}; got {self.norm_length}"
                 )
@@ -98,6 +98,11 @@ class PolicyObjective:
     def token_separable(self) -> bool:
         """Whether a token's coefficient depends on that token alone, so that one pass is enough."""
         return self.kind != "gspo"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def token_weights(

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, rows
-from .logprobs import HeadGradients, empty_gradients, joined, linear_logprobs, split, with_unit_columns
-from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients, token_weights
+from . import backends, checks, rows
+from .backend import Head, Scaling, TokenInputs
+from .head_gradients import GivenGradients, HeadGradients, empty_gradients
+from .logprobs import rows_with_gradient, score, with_unit_columns
+from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients
 from .reference import computing_dtype
-from .registry import autograd, operation
-from .rows import Scaling, TokenInputs
+from .registry import autograd, once, operation
+from .token_arguments import ObjectiveFields, Selection, Sequences, check_weight_grad, token_arguments
 
 
 class PolicyLoss(NamedTuple):
@@ -50,6 +52,7 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
     weight_grad: Tensor | None = None,
     gradient_threshold: float = 0.0,
+    skip_zero_rows: bool = True,
 ) -> PolicyLoss:
     """The policy-gradient loss of N completion tokens of B packed sequences, from the head, never building [N, V].
 
@@ -68,6 +71,9 @@ def linear_policy_loss(
         gradient_threshold: above 0, the products of hidden's and weight's gradient leave out every block of 128
             vocabulary entries in which no |dL/dlogit| of the chunk of tokens at hand reaches this share of the largest
             |advantage x token weight|. An approximation (docs/operations.md has its error); the loss stays exact.
+        skip_zero_rows: look for tokens of advantage 0 and do not compute them. On a GPU the host waits for their
+            number; False asks the device for nothing, and is the same loss and gradients: for callers who know on the
+            host which tokens count, and pass no others.
 
     Returns:
         PolicyLoss(loss, stats, logprobs). Gradients (hidden, weight, bias) are ready when this returns; .backward()
@@ -77,21 +83,28 @@ def linear_policy_loss(
         ValueError, TypeError: naming the argument, before anything is computed.
     """
     checks.head(hidden, weight, bias, "N")
+    checks.no_forward_mode(hidden, weight, bias)
     n = hidden.shape[0]
     checks.per_row("targets", targets, n, "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, n, "N", hidden)
-    tokens = _token_arguments(
+    inputs, sequences = token_arguments(
         objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, hidden, n
     )
+    if not isinstance(skip_zero_rows, bool):
+        raise TypeError(f"skip_zero_rows must be True or False; got {skip_zero_rows!r}")
     if not isinstance(gradient_threshold, (int, float)) or not 0 <= gradient_threshold < 1:
         raise ValueError(f"gradient_threshold must be a number >= 0 and < 1; got {gradient_threshold!r}")
-    arguments = (
-        targets, *tokens, *split(temperature), softcap, logit_scale, *_fields(objective), float(gradient_threshold)
-    )  # fmt: skip
-    if weight_grad is not None:
-        _check_weight_grad(weight_grad, weight, hidden)
-        return PolicyLoss(*_named(*_AccumulatingLoss.apply(hidden, weight, bias, weight_grad, *arguments)))  # type: ignore[no-untyped-call]
+    scaling, fields = Scaling.of(temperature, softcap, logit_scale, inputs.weights.dtype), ObjectiveFields.of(objective)
+    selection = Selection(skip_zero_rows, float(gradient_threshold))
+    arguments = (targets, *inputs, *sequences, *scaling, *fields, *selection)
     wanted = [_wants(hidden), _wants(weight), bias is not None and _wants(bias)]
+    if weight_grad is not None:
+        check_weight_grad(weight_grad, weight, hidden)
+        wanted[1] = False
+        detached = [None if t is None else t.detach() for t in (hidden, weight, bias)]
+        loss, stats, logprobs, *of = _linear_policy_loss_into(weight_grad, *detached, *arguments, wanted)
+        loss = _WithGradients.apply(hidden, weight, bias, weight_grad, loss, *of)  # type: ignore[no-untyped-call]
+        return PolicyLoss(*_named(loss, stats, logprobs))
     loss, stats, logprobs, *_ = _linear_policy_loss(hidden, weight, bias, *arguments, wanted)
     return PolicyLoss(*_named(loss, stats, logprobs))
 
@@ -112,14 +125,17 @@ def policy_loss_from_logits(
 ) -> PolicyLoss:
     """As `linear_policy_loss`, from logits [N, V] that exist already; beside them only their gradient is allocated."""
     checks.logits(logits, "N")
+    checks.no_forward_mode(logits)
     n = logits.shape[0]
     checks.per_row("targets", targets, n, "N", logits, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, n, "N", logits)
-    tokens = _token_arguments(
+    inputs, sequences = token_arguments(
         objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, logits, n
     )
-    arguments = (targets, *tokens, *split(temperature), softcap, logit_scale, *_fields(objective))
-    loss, stats, logprobs, _ = _logits_policy_loss(logits, *arguments, _wants(logits))
+    scaling, fields = Scaling.of(temperature, softcap, logit_scale, inputs.weights.dtype), ObjectiveFields.of(objective)
+    loss, stats, logprobs, _ = _logits_policy_loss(
+        logits, targets, *inputs, *sequences, *scaling, *fields, _wants(logits)
+    )
     return PolicyLoss(*_named(loss, stats, logprobs))
 
 
@@ -131,136 +147,59 @@ def _named(loss: Tensor, stats: Tensor, logprobs: Tensor) -> tuple[Tensor, dict[
     return loss, dict(zip(STATISTICS, stats.detach().unbind(), strict=True)), logprobs.detach()
 
 
-def _fields(o: PolicyObjective) -> tuple[Any, ...]:
-    """The objective as a custom operation can take it: what `_objective` puts together again."""
-    bounds = [o.clip_low, o.clip_high, o.dual_clip or 0.0, o.importance_cap]
-    return o.kind, bounds, o.kl if o.kl_coef else "none", [o.kl_coef, o.entropy_coef]
-
-
-def _objective(kind: str, bounds: list[float], kl: str, coefficients: list[float]) -> PolicyObjective:
-    # The aggregation is in the token weights by now.
-    return PolicyObjective(
-        kind=kind, clip_low=bounds[0], clip_high=bounds[1], dual_clip=bounds[2] or None, importance_cap=bounds[3],  # type: ignore[arg-type]
-        kl=kl, kl_coef=coefficients[0], entropy_coef=coefficients[1],  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def _token_arguments(
-    objective: PolicyObjective, advantages: Tensor, cu_seqlens: Tensor,
-    behavior: Tensor | None, reference: Tensor | None, normalizer: float | Tensor | None, like: Tensor, n: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Check what describes the tokens and bring it to one entry a token.
-
-    (advantages [N], weights [N], behavior, reference, sequence_of [N], lengths [B], cu_seqlens)
-    """
-    if not isinstance(objective, PolicyObjective):
-        raise TypeError(f"objective must be a PolicyObjective; got {type(objective).__name__}")
-    dtype = computing_dtype(like)
-    cu = checks.sequences(cu_seqlens, n, like)
-    b = cu.shape[0] - 1
-    adv = checks.tensor("advantages", advantages, 1, "[B] or [N]")
-    if adv.shape[0] not in (b, n):
-        raise ValueError(f"advantages must be [B] with B = {b} or [N] with N = {n}; got {checks.shape_of(adv)}")
-    checks.floating("advantages", adv)
-    checks.same_device("advantages", adv, "hidden", like)
-    vectors: list[Tensor | None] = []
-    for name, value in (("behavior_logprobs", behavior), ("reference_logprobs", reference)):
-        if value is not None:
-            value = checks.per_row(name, value, n, "N", like).detach().to(dtype).contiguous()
-        vectors.append(value)
-    if objective.kl_coef and reference is None:
-        raise ValueError(f"reference_logprobs must be given for kl={objective.kl!r} with kl_coef={objective.kl_coef}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"normalizer must be a number > 0 or a 0-d tensor; got shape {checks.shape_of(normalizer)}"
-            )
-    elif normalizer is not None:
-        checks.positive("normalizer", normalizer)
-    if b == 0 and n > 0:
-        raise ValueError(f"cu_seqlens must be increasing from 0 to N = {n}; got {checks.shape_of(cu)} (no sequence)")
-    _check_sequences(cu, n)
-    lengths = torch.diff(cu.long())
-    sequence_of = torch.repeat_interleave(lengths, output_size=n)
-    adv = adv.detach().to(dtype)
-    adv = adv if adv.shape[0] == n else adv[sequence_of]
-    weights = token_weights(objective, lengths, sequence_of, normalizer).to(dtype)
-    return adv.contiguous(), weights.contiguous(), vectors[0], vectors[1], sequence_of, lengths, cu
-
-
-def _check_sequences(cu_seqlens: Tensor, tokens: int) -> None:
-    # While tracing there are no values to see: the operation itself checks them when it runs.
-    if not torch.compiler.is_compiling():
-        checks.sequence_values(cu_seqlens, tokens)
-
-
-def _check_weight_grad(weight_grad: Tensor, weight: Tensor, hidden: Tensor) -> None:
-    checks.tensor("weight_grad", weight_grad, 2, "[V, H]")
-    if weight_grad.shape != weight.shape:
-        raise ValueError(f"weight_grad must be [V, H] = {checks.shape_of(weight)}; got {checks.shape_of(weight_grad)}")
-    if weight_grad.dtype != computing_dtype(hidden):
-        raise TypeError(f"weight_grad must be {computing_dtype(hidden)}; got {weight_grad.dtype}")
-    checks.same_device("weight_grad", weight_grad, "hidden", hidden)
-
-
 # --- head -------------------------------------------------------------------------------------------------------------
 
 
 def _compute(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
-    sequence_of: Tensor, lengths: Tensor, cu_seqlens: Tensor,
-    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    kind: str, bounds: list[float], kl: str, coefficients: list[float], gradient_threshold: float,
-    gradients: HeadGradients | None,
+    of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling, objective: PolicyObjective,
+    selection: Selection, gradients: HeadGradients | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, statistics, logprobs [N]); gradients, where wanted, are added to `gradients`."""
-    _check_values(targets, weight.shape[0], temperatures, advantages, behavior, reference)
-    objective = _objective(kind, bounds, kl, coefficients)
-    scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
-    inputs = TokenInputs(advantages, weights, behavior, reference)
+    _check_values(targets, len(of.weight), inputs, sequences, scaling)
+    advantages, weights = inputs.advantages, inputs.weights
     logp = torch.full_like(advantages, math.nan)
     entropy = torch.full_like(advantages, math.nan)
-    index = rows_that_count(objective, advantages, sequence_of, lengths)
+    index = rows_that_count(objective, advantages, *sequences[:2]) if selection.skip_zero_rows else None
     every: Tensor | slice = slice(None) if index is None else index
-    if gradients is not None and gradient_threshold and len(advantages):
-        gradients.floor = gradient_threshold * float((advantages * weights).abs().max())
+    if gradients is not None and selection.gradient_threshold and len(advantages):
+        gradients.floor = selection.gradient_threshold * float((advantages * weights).abs().max())
 
     if gradients is not None and objective.token_separable:
+        into_products = inputs
+        if gradients.narrow:  # what is multiplied is linear in the token weights
+            slopes = advantages.abs() + (objective.kl_coef + objective.entropy_coef)
+            into_products = inputs._replace(weights=weights * gradients.magnify(slopes * weights))
+        backend = gradients.backend
 
         def fill(z: Tensor, taken: slice | Tensor, into: Tensor | None) -> None:
-            logp[taken], entropy[taken] = rows.policy_(
-                z, targets[taken], scaling.rows(taken), objective, inputs.rows(taken), into
+            logp[taken], entropy[taken] = backend.policy_rows(
+                z, targets[taken], scaling.rows(taken), objective, into_products.rows(taken), into
             )
 
         gradients.accumulate(index, fill)
     else:
-        scored = linear_logprobs(
-            hidden[every], weight, targets[every], bias=bias, temperature=scaling.rows(every).temperature,
-            softcap=softcap, logit_scale=logit_scale, return_entropy=True,
-        )  # fmt: skip
-        logp[every], entropy[every] = scored
-    computed = inputs.rows(every)
+        some = Head(of.hidden[every], of.weight, of.bias)
+        logp[every], entropy[every] = score(some, targets[every], scaling.rows(every))
+    computed, sequence_of = inputs.rows(every), sequences.sequence_of[every]
     loss, statistics = loss_and_statistics(
-        objective, logp[every], entropy[every], *computed, sequence_of[every], lengths,
-        tokens_skipped=0 if index is None else len(hidden) - len(index),
+        objective, logp[every], entropy[every], *computed, sequence_of, sequences.lengths,
+        tokens_skipped=0 if index is None else len(of.hidden) - len(index),
     )  # fmt: skip
 
     if gradients is not None and not objective.token_separable:
         c = torch.zeros_like(logp)
-        c[every] = token_coefficients(objective, logp[every], *computed, sequence_of[every], lengths)
-        of_entropy = -objective.entropy_coef * weights if objective.entropy_coef else None
-        counts = c != 0 if of_entropy is None else torch.ones_like(c, dtype=torch.bool)
-        index = counts.nonzero()[:, 0]
-        still = None if len(index) == len(counts) else index
-
-        def fill_given(z: Tensor, taken: slice | Tensor, into: Tensor | None) -> None:
-            grad_entropy = None if of_entropy is None else of_entropy[taken]
-            rows.gradient_(z, targets[taken], scaling.rows(taken), c[taken], grad_entropy, into)
-
+        c[every] = token_coefficients(objective, logp[every], *computed, sequence_of, sequences.lengths)
+        given = GivenGradients(c, -objective.entropy_coef * weights if objective.entropy_coef else None)
+        still = rows_with_gradient(given) if selection.skip_zero_rows and given.entropy is None else None
+        fill_given = gradients.filling(given, targets, scaling)
         gradients.accumulate(still, fill_given)
     checks.finite_values("the logits", logp[every])
     return loss, statistics, logp
+
+
+def _head_gradients(of: Head, wanted: list[bool], weight_grad: Tensor | None = None) -> HeadGradients:
+    backend = backends.serving(of.hidden.device, computing_dtype(of.hidden))
+    return HeadGradients(of, wanted, backend, weight_grad)
 
 
 def rows_that_count(
@@ -273,142 +212,171 @@ def rows_that_count(
     if not objective.token_separable:  # one token moves the ratio that its whole sequence shares
         of_sequence = torch.zeros_like(lengths).index_add(0, sequence_of, counts.long())
         counts = (of_sequence > 0)[sequence_of]
-    index = counts.nonzero()[:, 0]  # on a GPU the one time the host waits: how many rows there are to compute
+    index = counts.nonzero()[:, 0]  # on a GPU the host waits here for how many rows there are to compute
     return None if len(index) == len(counts) else index
 
 
 def _check_values(
-    targets: Tensor, vocabulary: int, temperatures: Tensor | None, advantages: Tensor, behavior: Tensor | None,
-    reference: Tensor | None,
-) -> None:  # fmt: skip
+    targets: Tensor, vocabulary: int, inputs: TokenInputs, sequences: Sequences, scaling: Scaling
+) -> None:
+    checks.sequence_values(sequences.cu_seqlens, len(targets))
     checks.target_values(targets, vocabulary)
-    checks.temperature_values(temperatures)
-    for name, vector in (
-        ("advantages", advantages),
-        ("behavior_logprobs", behavior),
-        ("reference_logprobs", reference),
-    ):
-        checks.finite_values(name, vector)
+    checks.temperature_values(scaling.temperatures)
+    checks.finite_values("advantages", inputs.advantages)
+    checks.finite_values("behavior_logprobs", inputs.behavior)
+    checks.finite_values("reference_logprobs", inputs.reference)
 
 
 def _fake_linear_policy_loss(
-    hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, advantages: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    statistics = advantages.new_empty(len(STATISTICS))
-    seen = advantages.new_empty(()), statistics, torch.empty_like(advantages)
-    return (*seen, *empty_gradients(hidden, weight, bias, rest[-1]))
+    of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling, objective: ObjectiveFields,
+    selection: Selection, wanted: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    like = inputs.advantages
+    seen = like.new_empty(()), like.new_empty(len(STATISTICS)), torch.empty_like(like)
+    return (*seen, *empty_gradients(of, wanted, rounded=False))
 
 
 @operation("linear_policy_loss", fake=_fake_linear_policy_loss)
 def _linear_policy_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
-    sequence_of: Tensor, lengths: Tensor, cu_seqlens: Tensor,
-    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    kind: str, bounds: list[float], kl: str, coefficients: list[float], gradient_threshold: float,
-    wanted: list[bool],
+    of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling, objective: ObjectiveFields,
+    selection: Selection, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.sequence_values(cu_seqlens, len(hidden))
-    gradients = HeadGradients(hidden, weight, bias, wanted) if any(wanted) else None
-    seen = _compute(
-        hidden, weight, bias, targets, advantages, weights, behavior, reference, sequence_of, lengths, cu_seqlens,
-        temperature, temperatures, softcap, logit_scale, kind, bounds, kl, coefficients, gradient_threshold, gradients,
-    )  # fmt: skip
-    nothing = [hidden.new_empty(0) for _ in range(3)]
-    return (*seen, *(nothing if gradients is None else gradients.results()))
+    gradients = _head_gradients(of, wanted) if any(wanted) else None
+    seen = _compute(of, targets, inputs, sequences, scaling, objective.objective(), selection, gradients)
+    if gradients is None:
+        return *seen, of.hidden.new_empty(0), of.hidden.new_empty(0), of.hidden.new_empty(0)
+    return *seen, *gradients.results(rounded=False)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    of, wanted = inputs[0], inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.wanted = inputs[-1]
+    ctx.dtypes = [tensor.dtype if want else None for tensor, want in zip(of, wanted, strict=True)]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    gradients = [
-        scaled(gradient, grad_loss) if wanted and grad_loss is not None else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    ]
-    return (*gradients, *(None,) * 18)
+    if grad_loss is None:
+        return ()
+    return tuple(
+        None if dtype is None else scaled(gradient, grad_loss, dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
 
 
 autograd("linear_policy_loss", _backward, _setup)
 
 
-def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * grad_loss without a second [V, H]: in place, and not at all where the factor is seen to be 1.
 
     (Autograd's version counter refuses a second backward pass over a gradient that was scaled in place.)
     """
-    if type(grad_loss) is not Tensor or type(gradient) is not Tensor:  # being traced by torch.compile
-        return gradient * grad_loss.to(gradient.dtype)
+    traced = torch.compiler.is_compiling() or type(grad_loss) is not Tensor or type(gradient) is not Tensor
+    if traced:
+        return (gradient * grad_loss.to(gradient.dtype)).to(dtype)
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
-        return gradient
-    return gradient.mul_(grad_loss.to(gradient.dtype))
+        return gradient.to(dtype)
+    return gradient.mul_(grad_loss.to(gradient.dtype)).to(dtype)
 
 
-class _AccumulatingLoss(torch.autograd.Function):
-    """linear_policy_loss with the weight's gradient added straight into a buffer that exists."""
+# --- head, with the weight's gradient added straight into a buffer that exists ----------------------------------------
+
+
+def _fake_linear_policy_loss_into(weight_grad: Tensor, of: Head, *rest: Any) -> tuple[Tensor, ...]:
+    loss, statistics, logprobs, of_hidden, _, of_bias = _fake_linear_policy_loss(of, *rest)
+    return loss, statistics, logprobs, of_hidden, of_bias
+
+
+@operation("linear_policy_loss_into", fake=_fake_linear_policy_loss_into, mutates=("weight_grad",))
+def _linear_policy_loss_into(
+    weight_grad: Tensor, of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling,
+    objective: ObjectiveFields, selection: Selection, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = _head_gradients(of, wanted, weight_grad)
+    seen = _compute(of, targets, inputs, sequences, scaling, objective.objective(), selection, gradients)
+    gradients.weight = None  # it is where it belongs
+    of_hidden, _, of_bias = gradients.results(rounded=False)
+    return *seen, of_hidden, of_bias
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients were computed with it, as a function of what they are the gradients of."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor, *arguments: Any
-    ) -> Any:
-        wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
-        gradients = HeadGradients(hidden, weight, bias, wanted, weight_grad)
-        checks.sequence_values(arguments[7], len(hidden))
-        seen = _compute(hidden, weight, bias, *arguments, gradients)  # type: ignore[call-arg]
-        gradients.weight = None  # it is where it belongs
-        ctx.wanted = wanted
-        ctx.save_for_backward(*gradients.results())
-        ctx.mark_non_differentiable(*seen[1:])
-        return seen
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor, loss: Tensor,
+        of_hidden: Tensor, of_bias: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(of_hidden, of_bias)
+        ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
+        ctx.weight_grad = weight_grad
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> Any:
-        # The weight's gradient was added for a factor of 1; any other would leave the two gradients at odds.
-        torch._assert_async(grad_loss == 1)
-        of_hidden, _, of_bias = (g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-        return of_hidden, None, of_bias, *(None,) * 18
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        of_hidden, of_bias = ctx.saved_tensors
+        unit = _unit_factor(grad_loss, ctx.weight_grad)
+        hidden_dtype, bias_dtype = ctx.dtypes
+        gradients: list[Tensor | None] = [None, None, None]
+        if ctx.needs_input_grad[0]:
+            gradients[0] = scaled(of_hidden, unit, hidden_dtype)
+        if ctx.needs_input_grad[2]:
+            gradients[2] = scaled(of_bias, unit, bias_dtype)
+        return (*once(tuple(gradients)), None, None, None, None)
+
+
+def _unit_factor(grad_loss: Tensor, weight_grad: Tensor) -> Tensor:
+    """grad_loss, which must be 1: the weight's gradient was added for that factor, and cannot be scaled any more.
+
+    Raises RuntimeError where looking does not wait for a GPU; otherwise all gradients become NaN, weight_grad's first
+    entry with them, so that the step is seen to be wrong.
+    """
+    if type(grad_loss) is Tensor and checks.readable(grad_loss):
+        if (factor := grad_loss.item()) != 1.0:
+            raise RuntimeError(
+                "a loss computed with weight_grad must be backpropagated unscaled: the weight's gradient was added in "
+                f"the forward call, for a factor of 1; got {factor}. Scale through normalizer, or leave weight_grad out"
+            )
+        return grad_loss
+    unit = torch.where(grad_loss == 1, grad_loss, math.nan)
+    weight_grad[:1, :1].mul_(unit.to(weight_grad.dtype))
+    return unit
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
 def _fake_logits_policy_loss(
-    logits: Tensor, targets: Tensor, advantages: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    gradient = torch.empty_like(logits, memory_format=contiguous) if rest[-1] else logits.new_empty(0)
-    return advantages.new_empty(()), advantages.new_empty(len(STATISTICS)), torch.empty_like(advantages), gradient
+    logits: Tensor, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling,
+    objective: ObjectiveFields, wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like, contiguous = inputs.advantages, torch.contiguous_format
+    gradient = torch.empty_like(logits, memory_format=contiguous) if wanted else logits.new_empty(0)
+    return like.new_empty(()), like.new_empty(len(STATISTICS)), torch.empty_like(like), gradient
 
 
 @operation("logits_policy_loss", fake=_fake_logits_policy_loss)
 def _logits_policy_loss(
-    logits: Tensor, targets: Tensor,
-    advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
-    sequence_of: Tensor, lengths: Tensor, cu_seqlens: Tensor,
-    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    kind: str, bounds: list[float], kl: str, coefficients: list[float], wanted: bool,
+    logits: Tensor, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling,
+    objective: ObjectiveFields, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.sequence_values(cu_seqlens, len(logits))
-    _check_values(targets, logits.shape[1], temperatures, advantages, behavior, reference)
-    objective = _objective(kind, bounds, kl, coefficients)
-    scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
-    inputs = TokenInputs(advantages, weights, behavior, reference)
-    of_entropy = -objective.entropy_coef * weights if objective.entropy_coef else None
+    _check_values(targets, logits.shape[1], inputs, sequences, scaling)
+    o = objective.objective()
     gradient = logits.clone(memory_format=torch.contiguous_format) if wanted else logits.new_empty(0)
-    if wanted and objective.token_separable:
-        logp, entropy = rows.policy_(gradient, targets, scaling, objective, inputs)
+    if wanted and o.token_separable:
+        seen = rows.policy_(gradient, targets, scaling, o, inputs)
     else:
-        logp, entropy = rows.logprobs(with_unit_columns(logits), targets, scaling)
-    loss, statistics = loss_and_statistics(objective, logp, entropy, *inputs, sequence_of, lengths, tokens_skipped=0)
-    if wanted and not objective.token_separable:
-        c = token_coefficients(objective, logp, *inputs, sequence_of, lengths)
-        rows.gradient_(gradient, targets, scaling, c, of_entropy)
-    checks.finite_values("the logits", logp)
-    return loss, statistics, logp, gradient
+        seen = rows.logprobs(with_unit_columns(logits), targets, scaling)
+    loss, statistics = loss_and_statistics(
+        o, seen.logprobs, seen.entropy, *inputs, sequences.sequence_of, sequences.lengths, tokens_skipped=0
+    )
+    if wanted and not o.token_separable:
+        c = token_coefficients(o, seen.logprobs, *inputs, *sequences[:2])
+        rows.gradient_(gradient, targets, scaling, c, -o.entropy_coef * inputs.weights if o.entropy_coef else None)
+    checks.finite_values("the logits", seen.logprobs)
+    return loss, statistics, seen.logprobs, gradient
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -419,7 +387,7 @@ def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward_logits(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
-    return (None if grad_loss is None else scaled(gradient, grad_loss), *(None,) * 17)
+    return () if grad_loss is None else (scaled(gradient, grad_loss, gradient.dtype),)
 
 
 autograd("logits_policy_loss", _backward_logits, _setup_logits)

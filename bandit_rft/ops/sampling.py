@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, head, rows
-from .logprobs import joined, split, with_unit_columns
+from .backend import Filters, Head, Scaling, Stream
+from .logprobs import with_unit_columns
 from .reference import Sample, computing_dtype
 from .registry import operation
-from .rows import Scaling
 
 
 def linear_sample(
@@ -57,12 +57,10 @@ def linear_sample(
     checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "B", hidden)
     stream = _stream(seed, sequence_ids, positions, hidden)
     checks.filters(top_k, top_p, min_p)
-    return Sample(
-        *_linear_sample(
-            hidden.detach(), weight.detach(), None if bias is None else bias.detach(), *stream, *split(temperature),
-            softcap, logit_scale, top_k, float(top_p), float(min_p),
-        )
-    )  # fmt: skip
+    of = Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    filters = Filters(top_k, float(top_p), float(min_p))
+    scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
+    return Sample(*_linear_sample(*of, *stream, *scaling, *filters))
 
 
 def sample_from_logits(
@@ -83,14 +81,12 @@ def sample_from_logits(
     checks.scaling(temperature, softcap, logit_scale, logits.shape[0], "B", logits)
     stream = _stream(seed, sequence_ids, positions, logits)
     checks.filters(top_k, top_p, min_p)
-    return Sample(
-        *_logits_sample(
-            logits.detach(), *stream, *split(temperature), softcap, logit_scale, top_k, float(top_p), float(min_p)
-        )
-    )
+    filters = Filters(top_k, float(top_p), float(min_p))
+    scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(logits))
+    return Sample(*_logits_sample(logits.detach(), *stream, *scaling, *filters))
 
 
-def _stream(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: Tensor) -> Stream:
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed.dtype} {checks.shape_of(seed)}")
@@ -104,78 +100,57 @@ def _stream(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: T
         seed = torch.full((), signed, dtype=torch.int64, device=like.device)
     checks.per_row("sequence_ids", sequence_ids, like.shape[0], "B", like, torch.int64)
     checks.per_row("positions", positions, like.shape[0], "B", like, torch.int64)
-    return seed, sequence_ids, positions
+    return Stream(seed, sequence_ids, positions)
 
 
 def _check_values(positions: Tensor, temperatures: Tensor | None) -> None:
     checks.temperature_values(temperatures)
-    if checks.readable(positions) and positions.numel():
-        bad = (positions < 0) | (positions >= 1 << 32)
-        if bool(bad.any()):
-            where = int(bad.nonzero()[0, 0])
-            raise ValueError(f"positions must lie in [0, 2^32); positions[{where}] is {int(positions[where])}")
+    if checks.readable(positions):
+        checks.within("positions", positions, 1 << 32, "[0, 2^32)")
 
 
-def _fake_linear_sample(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_sample(hidden)
+def _fake_linear_sample(of: Head, *rest: Any) -> Sample:
+    return _empty_sample(of.hidden)
 
 
 @operation("linear_sample", fake=_fake_linear_sample)
 def _linear_sample(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
-    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    top_k: int, top_p: float, min_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(positions, temperatures)
-    scaling = Scaling(joined(temperature, temperatures), softcap, logit_scale)
-    filtered = top_k > 0 or top_p < 1 or min_p > 0
-    if not filtered and backends.fused_head(hidden.device, hidden.dtype):
-        drawn = rows.fused_sample(
-            hidden, weight, bias, scaling, seed=seed, sequence_ids=sequence_ids, positions=positions
-        )
-        checks.finite_values("the logits", drawn.logprobs)
-        return drawn.tokens, drawn.logprobs, drawn.sampling_logprobs, drawn.entropy, drawn.kept_mass
-    backend = backends.select(hidden.device, hidden.dtype)
-    plan = head.chunks(len(hidden), len(weight), hidden.device, computing_dtype(hidden), backend)
-    buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
-    parts = []
-    for chunk in plan or [slice(0, 0)]:
-        h = hidden[chunk]
-        if backend == "cpu":
-            z = rows.batch_invariant_logits(h, weight, bias, buffer[: len(h)])
-        else:
-            z = head.logits(h, weight, bias, buffer)
-        parts.append(
-            rows.sample(
-                z, scaling.rows(chunk), seed=seed, sequence_ids=sequence_ids[chunk], positions=positions[chunk],
-                top_k=top_k, top_p=top_p, min_p=min_p,
-            )
-        )  # fmt: skip
-    drawn = parts[0] if len(parts) == 1 else Sample(*map(torch.cat, zip(*parts, strict=True)))
+    of: Head, stream: Stream, scaling: Scaling, filters: Filters
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_values(stream.positions, scaling.temperatures)
+    hidden, weight, bias = of
+    fused = backends.fusing(hidden.device, hidden.dtype) if filters.keep_all else None
+    if fused is not None:
+        drawn = fused.linear_sample(of, scaling, stream, head.workspace_bytes(hidden.device))
+    else:
+        dtype = computing_dtype(hidden)
+        backend = backends.serving(hidden.device, dtype)
+        plan = head.chunks(len(hidden), len(weight), hidden.device, dtype, backend.copies_of_logits)
+        buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
+        parts = []
+        for chunk in plan or [slice(0, 0)]:
+            z = backend.sampling_logits(Head(hidden[chunk], weight, bias), buffer)
+            parts.append(backend.sample_rows(z, scaling.rows(chunk), stream.rows(chunk), filters))
+        drawn = parts[0] if len(parts) == 1 else Sample(*map(torch.cat, zip(*parts, strict=True)))
     checks.finite_values("the logits", drawn.logprobs)
-    return drawn.tokens, drawn.logprobs, drawn.sampling_logprobs, drawn.entropy, drawn.kept_mass
+    return drawn
 
 
-def _fake_logits_sample(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_logits_sample(logits: Tensor, *rest: Any) -> Sample:
     return _empty_sample(logits)
 
 
 @operation("logits_sample", fake=_fake_logits_sample)
 def _logits_sample(
-    logits: Tensor, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
-    temperature: float, temperatures: Tensor | None, softcap: float | None, logit_scale: float,
-    top_k: int, top_p: float, min_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(positions, temperatures)
-    drawn = rows.sample(
-        with_unit_columns(logits), Scaling(joined(temperature, temperatures), softcap, logit_scale),
-        seed=seed, sequence_ids=sequence_ids, positions=positions, top_k=top_k, top_p=top_p, min_p=min_p,
-    )  # fmt: skip
+    logits: Tensor, stream: Stream, scaling: Scaling, filters: Filters
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_values(stream.positions, scaling.temperatures)
+    drawn = rows.sample(with_unit_columns(logits), scaling, stream, filters)
     checks.finite_values("the logits", drawn.logprobs)
-    return drawn.tokens, drawn.logprobs, drawn.sampling_logprobs, drawn.entropy, drawn.kept_mass
+    return drawn
 
 
-def _empty_sample(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_sample(like: Tensor) -> Sample:
     size, dtype = like.shape[0], computing_dtype(like)
-    a, b, c, d = (like.new_empty(size, dtype=dtype) for _ in range(4))
-    return like.new_empty(size, dtype=torch.int64), a, b, c, d
+    statistics = (like.new_empty(size, dtype=dtype) for _ in range(4))
+    return Sample(like.new_empty(size, dtype=torch.int64), *statistics)

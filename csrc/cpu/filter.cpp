@@ -61,6 +61,9 @@ RankedToken reaching(double goal, Tokens& tokens, Weight weight) {
 
 void filter_row(float* z, int64_t vocabulary, float m, int64_t top_k, double top_p, double min_p, Tokens& scratch) {
     if (!std::isfinite(m)) return;
+    // The maximum of a row without a finite logit is finite as well (row_math.h: kLowest), and NaNs are never ranked.
+    const auto ranked = [](float logit) { return logit > -INFINITY; };
+    if (std::none_of(z, z + vocabulary, ranked)) return;
     // std::exp is slow where its result underflows, as it does for every logit that a mask has set to -1e9.
     const auto relative = [m](float logit) { return logit - m < -700.0f ? 0.0 : std::exp(double(logit - m)); };
     RankedToken last{-INFINITY, -1};  // the last token that stays: here, every finite one

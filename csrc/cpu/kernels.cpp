@@ -108,7 +108,9 @@ void row_gradient(const Row& row, void* out, int64_t target, const SoftmaxState<
     const float z_target = row_logit(row, target);
     // p_target - 1 through expm1: near certainty the subtraction would lose every digit.
     const float logp_target = row_logprob(state, z_target);
-    float at_target = (-c * expm1f(logp_target) + e * expf(logp_target) * (logp_target + entropy)) * chain;
+    const float p_target = expf(logp_target);  // 0 where the target's logit is -inf: 0 * -inf must not become NaN
+    const float pull = p_target == 0.0f ? 0.0f : e * p_target * (logp_target + entropy);
+    float at_target = (-c * expm1f(logp_target) + pull) * chain;
     if (cap != 0.0f) at_target *= 1.0f - (z_target * unit) * (z_target * unit);
     for (int64_t begin = 0; begin < row.vocabulary; begin += kBlock) {
         const int n = block_length(row.vocabulary, begin);

@@ -102,11 +102,21 @@ void add_exports(py::module_ m) {
     m.doc() = "The row kernels on a GPU: the arguments of the CPU's, with a raw CUDA stream handle last; none waits.";
     m.attr("version") = BRFT_CUDA_VERSION;
     m.attr("architectures") = BRFT_CUDA_NAMES;
-    m.def("refusal", &refusal);
-    m.def("logprob_rows", &py_logprob_rows);
-    m.def("gradient_rows", &py_gradient_rows);
-    m.def("policy_rows", &py_policy_rows);
-    m.def("sample_rows", &py_sample_rows);
+    using py::arg;
+    m.def("refusal", &refusal, arg("device"));
+    m.def("logprob_rows", &py_logprob_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
+          arg("softcap"), arg("logit_scale"), arg("logprobs"), arg("entropy"), arg("stream"));
+    m.def("gradient_rows", &py_gradient_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
+          arg("softcap"), arg("logit_scale"), arg("grad_logprobs"), arg("grad_entropy"), arg("logprobs"),
+          arg("entropy"), arg("out"), arg("stream"));
+    m.def("policy_rows", &py_policy_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
+          arg("softcap"), arg("logit_scale"), arg("kind"), arg("ratio_low"), arg("ratio_high"), arg("dual_clip"),
+          arg("kl"), arg("kl_coef"), arg("entropy_coef"), arg("advantages"), arg("weights"), arg("behavior"),
+          arg("reference"), arg("logprobs"), arg("entropy"), arg("out"), arg("stream"));
+    m.def("sample_rows", &py_sample_rows, arg("logits"), arg("temperature"), arg("temperatures"), arg("softcap"),
+          arg("logit_scale"), arg("seed"), arg("sequence_ids"), arg("positions"), arg("top_k"), arg("top_p"),
+          arg("min_p"), arg("tokens"), arg("logprobs"), arg("sampling_logprobs"), arg("entropy"), arg("kept_mass"),
+          arg("stream"));
 }
 
 }  // namespace bandit_rft::cuda

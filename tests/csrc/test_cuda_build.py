@@ -107,7 +107,7 @@ def test_mismatch_is_told_once_and_goes_on(native: Any, said: str, monkeypatch: 
     monkeypatch.setattr(backends, "native", native)
     monkeypatch.setattr(backends, "_told", False)
     monkeypatch.delenv("BANDIT_RFT_BACKEND", raising=False)
-    monkeypatch.setattr(backends.kernels, "refusal", lambda device_type, dtype: "Triton is not installed")
+    monkeypatch.setattr(backends.kernels, "refusal", lambda *call: "Triton is not installed")
     backends._cuda_module_refusal.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=said) as caught:
@@ -123,7 +123,7 @@ def test_mismatch_is_told_once_and_goes_on(native: Any, said: str, monkeypatch: 
 def test_cuda_serves_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "native", FakeNative(FakeCuda("")))
     monkeypatch.delenv("BANDIT_RFT_BACKEND", raising=False)
-    monkeypatch.setattr(backends.kernels, "refusal", lambda device_type, dtype: "Triton is not installed")
+    monkeypatch.setattr(backends.kernels, "refusal", lambda *call: "Triton is not installed")
     backends._cuda_module_refusal.cache_clear()
     try:
         for dtype, name in ((torch.float32, "cuda"), (torch.bfloat16, "cuda"), (torch.float64, "torch")):

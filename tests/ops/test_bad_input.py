@@ -116,6 +116,41 @@ CASES = [
     ),
     (lambda: loss(normalizer=0), ValueError, r"normalizer must be > 0"),
     (lambda: loss(normalizer=torch.ones(2)), ValueError, r"normalizer must be a number > 0 or a 0-d tensor"),
+    (lambda: loss(normalizer=torch.tensor(0.0)), ValueError, r"normalizer must be > 0 and finite; got 0.0"),
+    (lambda: loss(normalizer=torch.tensor(-2)), ValueError, r"normalizer must be > 0 and finite; got -2"),
+    (lambda: loss(normalizer=torch.tensor(math.nan)), ValueError, r"normalizer must be > 0 and finite; got nan"),
+    (lambda: loss(normalizer=math.inf), ValueError, r"normalizer must be > 0 and finite; got inf"),
+    (lambda: loss(normalizer=torch.tensor(True)), TypeError, r"normalizer must be a real number; got a tensor of bool"),
+    (lambda: loss(normalizer="6"), TypeError, r"normalizer must be a number > 0; got str"),
+    # what float32 does not hold: 1e-46 is 0 there
+    (lambda: logprobs(temperature=1e-46), ValueError, r"temperature must be > 0 and finite in float32.*got 1e-46"),
+    (lambda: logprobs(temperature=1e39), ValueError, r"temperature must be > 0 and finite in float32.*got 1e\+39"),
+    (lambda: logprobs(softcap=1e-46), ValueError, r"softcap must be > 0 and finite in float32.*got 1e-46"),
+    (lambda: logprobs(logit_scale=1e-46), ValueError, r"logit_scale must be a finite number.*got 1e-46"),
+    (lambda: logprobs(logit_scale="1"), TypeError, r"logit_scale must be a finite number.*got str"),
+    (
+        lambda: logprobs(temperature=torch.full((6,), 1e-46, dtype=torch.float64)),
+        ValueError,
+        r"temperature must be > 0 and finite; temperature\[0\] is 0.0",
+    ),
+    (lambda: sample(temperature=torch.full((6,), 1e-40)), ValueError, r"temperature must be > 0.*temperature\[0\]"),
+    (
+        lambda: sample(top_k=2**70),
+        ValueError,
+        r"top_k must be a whole number >= 0 and < 2\^63.*got 1180591620717411303424",
+    ),
+    (lambda: sample(top_p="0.9"), TypeError, r"top_p must be a number in \(0, 1\]; got str"),
+    (lambda: sample(top_p=math.nan), ValueError, r"top_p must lie in \(0, 1\].*got nan"),
+    (lambda: sample(min_p=None), TypeError, r"min_p must be a number in \[0, 1\]; got NoneType"),
+    (lambda: loss(skip_zero_rows=1), TypeError, r"skip_zero_rows must be True or False; got 1"),
+    (lambda: loss(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ValueError, r"cu_seqlens must be \[B \+ 1\]"),
+    (
+        lambda: loss(cu_seqlens=torch.tensor([0, 2**31 - 1, -(2**31), 6], dtype=torch.int32), advantages=torch.ones(3)),
+        ValueError,
+        r"cu_seqlens must be increasing",
+    ),
+    (lambda: loss(weight_grad=torch.zeros(1, 4).expand(10, 4)), ValueError, r"weight_grad must have memory of its own"),
+    (lambda: loss(weight_grad=W.clone().requires_grad_()), ValueError, r"weight_grad must not require a gradient"),
     (lambda: loss(objective="ppo"), TypeError, r"objective must be a PolicyObjective; got str"),
     (
         lambda: loss(objective=PolicyObjective(kl="k3", kl_coef=0.1)),
@@ -144,6 +179,12 @@ CASES = [
         ValueError,
         r"norm_length must be a positive length",
     ),
+    (
+        lambda: PolicyObjective(aggregation="seq-mean-token-sum-norm", norm_length=math.nan),  # type: ignore
+        ValueError,
+        r"norm_length must be a positive length.*got nan",
+    ),
+    (lambda: PolicyObjective("ppo", dual_clip="3"), ValueError, r"dual_clip must be > 1; got 3"),  # type: ignore
     (lambda: PolicyObjective(norm_length=5), ValueError, r"norm_length has no effect"),
 ]
 

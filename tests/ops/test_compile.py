@@ -44,7 +44,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         objective = (kind, [0.2, 0.2, 0.0, 2.0], kl, coefficients)
         torch.library.opcheck(
             OPS.linear_policy_loss.default,
-            (hidden, weight, bias, *tokens, *scaling, *objective, 0.0, [True, True, True]),
+            (hidden, weight, bias, *tokens, *scaling, *objective, True, 0.0, [True, True, True]),
         )
         torch.library.opcheck(OPS.logits_policy_loss.default, (logits, *tokens, *scaling, *objective, True))
 

@@ -263,7 +263,7 @@ def test_who_serves() -> None:
     token = backends._forced.set(None)
     try:
         assert backends.select(torch.device("cpu"), torch.float16) == "torch"
-        assert not backends.fused_head(torch.device("cpu"), torch.float32)
+        assert backends.fusing(torch.device("cpu"), torch.float32) is None
 
     finally:
         backends._forced.reset(token)

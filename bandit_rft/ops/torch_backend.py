@@ -1,0 +1,82 @@
+"""Rows of logits in plain PyTorch: the formulas of csrc/row_math.h, a tensor at a time. Any device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import Backend, Filters, RowStatistics, Scaling, Stream, TokenInputs
+from .objective import PolicyObjective, token_coefficients
+from .reference import Sample, computing_dtype
+
+
+class TorchBackend(Backend):
+    """Serves every call."""
+
+    name = "torch"
+    copies_of_logits = 10  # z, log p, p, dz and temporaries beside the logits
+
+    def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
+        return _statistics(_scaled(logits, scaling), targets)
+
+    def gradient_rows(
+        self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
+        into: Tensor | None = None,
+    ) -> RowStatistics:  # fmt: skip
+        z = _scaled(logits, scaling)
+        seen = _statistics(z, targets)
+        _write_gradient(logits if into is None else into, z, targets, scaling, seen, grad_logprobs, grad_entropy)
+        return seen
+
+    def policy_rows(
+        self, logits: Tensor, targets: Tensor, scaling: Scaling, objective: PolicyObjective, inputs: TokenInputs,
+        into: Tensor | None = None,
+    ) -> RowStatistics:  # fmt: skip
+        z = _scaled(logits, scaling)
+        seen = _statistics(z, targets)
+        nowhere = torch.empty(0, dtype=torch.int64, device=logits.device)  # only gspo looks at sequences
+        coefficients = token_coefficients(
+            objective, seen.logprobs, inputs.advantages, inputs.weights, inputs.behavior, inputs.reference,
+            nowhere, nowhere,
+        )  # fmt: skip
+        of_entropy = -objective.entropy_coef * inputs.weights if objective.entropy_coef else None
+        _write_gradient(logits if into is None else into, z, targets, scaling, seen, coefficients, of_entropy)
+        return seen
+
+    def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:
+        return reference.sample(_scaled(logits, scaling), **stream._asdict(), **filters._asdict())
+
+
+def _scaled(logits: Tensor, scaling: Scaling) -> Tensor:
+    return scaling.scaled(logits.to(computing_dtype(logits)))
+
+
+def _statistics(z: Tensor, targets: Tensor) -> RowStatistics:
+    """A target outside [0, V) gives NaN (and is counted as such) where it cannot raise: on a GPU, without waiting."""
+    inside = (targets >= 0) & (targets < z.shape[-1])
+    logp, entropy = reference.logprobs_and_entropy(z, targets.clamp(0, z.shape[-1] - 1))
+    return RowStatistics(torch.where(inside, logp, torch.nan), entropy)
+
+
+def _write_gradient(
+    out: Tensor, z: Tensor, targets: Tensor, scaling: Scaling, seen: RowStatistics,
+    grad_logprobs: Tensor, grad_entropy: Tensor | None,
+) -> None:  # fmt: skip
+    """dz = c ([j = target] - p) + e p (log p + entropy), through temperature, softcap and logit scale, into `out`."""
+    c = grad_logprobs.to(z.dtype)[:, None]
+    targets = targets.clamp(0, z.shape[-1] - 1)[:, None]
+    every_logp = z - torch.logsumexp(z, -1, keepdim=True)
+    p = every_logp.exp()
+    dz = -c * p
+    at_target = -c * torch.expm1(seen.logprobs[:, None])  # p_target - 1 without cancellation
+    if grad_entropy is not None:
+        e = -grad_entropy.to(z.dtype)[:, None]
+        pull = e * p * (every_logp.clamp(min=torch.finfo(z.dtype).min) + seen.entropy[:, None])
+        dz += pull
+        at_target += pull.gather(1, targets)
+    dz.scatter_(1, targets, at_target)
+    divisor = scaling.temperature if scaling.temperatures is None else scaling.temperatures[:, None]
+    if scaling.softcap is not None:
+        dz *= 1 - (z * divisor / scaling.softcap) ** 2
+    out.copy_(dz * (scaling.logit_scale / divisor))
