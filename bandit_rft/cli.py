@@ -17,7 +17,7 @@ from typing import Any
 USAGE = """bandit-rft: reinforcement fine-tuning of language models as batched contextual bandit learning
 
   bandit-rft train  [--preset paper|minimal|demo] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run]
-  bandit-rft eval   [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...]
+  bandit-rft eval   [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...] [--allow_code]
   bandit-rft report RUN_FOLDER
   bandit-rft study  plan | run | status | report STUDY.yaml [--output_dir OUT]
                     run: [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...]
@@ -126,9 +126,10 @@ def train(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a checkpoint (with its run's settings) or any model, and print the metrics as JSON lines."""
-    overrides, file, _, positional = _parse(arguments, positional=1)
+    overrides, file, flags, positional = _parse(arguments, flags=("allow_code",), positional=1)
     from bandit_rft.config import build_config
 
+    found = ""  # the run's own configuration, which came with the checkpoint
     if positional:
         checkpoint = Path(positional[0])
         if not any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -139,8 +140,12 @@ def evaluate(arguments: list[str]) -> int:
         overrides["model_name_or_path"] = str(checkpoint)
         run = checkpoint.absolute().parent.parent / "config.yaml"
         if file is None and run.is_file():
-            file = str(run)
+            file = found = str(run)
     config = build_config(overrides, file)
+    if found and "reward.functions" not in overrides:
+        from bandit_rft.rewards.spec import refuse_foreign_code
+
+        refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in flags)
     _quiet_libraries()
     from bandit_rft.data import PromptSet
     from bandit_rft.evaluate import evaluate as evaluate_split

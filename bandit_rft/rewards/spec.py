@@ -19,10 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from bandit_rft.text import LIMIT, printable, shown_error
+
 Kind = Literal["batch", "sample", "verl", "openrlhf"]
 Entry = float | None | str  # the score of one completion, None where not scored, or a text that says what went wrong
 
-BUILTIN = "bandit_rft.rewards.builtin"
+OUT_OF_MEMORY = 77  # the exit status by which a worker process says so
 _DEFAULT_NAMES: dict[str, str] = {"verl": "compute_score", "openrlhf": "reward_func"}
 _VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
@@ -140,7 +142,7 @@ class RewardFunction:
         try:
             getattr(module, "PREPARE", {}).get(path, lambda: None)()
         except Exception as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from error
+            raise RewardError(f"reward {self.name!r}: {printable(str(error), LIMIT)}") from error
         return found  # type: ignore[no-any-return]
 
     def check_columns(self, function: Callable[..., Any], columns: Collection[str]) -> None:
@@ -221,17 +223,43 @@ def builtin(name: str) -> RewardFunction:
     return BUILTINS[name]
 
 
+#: The rewards that come with the package, by the names that configurations give. Those of a task live in its module.
 BUILTINS: dict[str, RewardFunction] = {
-    "exact_match": RewardFunction(f"{BUILTIN}:exact_match", "sample"),
-    "gsm8k": RewardFunction(f"{BUILTIN}:gsm8k", "sample"),
-    "math": RewardFunction(f"{BUILTIN}:math", "sample"),
+    "exact_match": RewardFunction("bandit_rft.rewards.builtin:exact_match", "sample"),
+    "gsm8k": RewardFunction("bandit_rft.tasks.gsm8k:gsm8k", "sample"),
+    "math": RewardFunction("bandit_rft.tasks.math_problems:math", "sample"),
     # Some answers send a computer algebra system off for hours: such an answer is simply not verified.
-    "math_verify": RewardFunction(f"{BUILTIN}:math_verify", "sample", timeout_s=5.0, killed_score=0.0),
-    "rouge_l": RewardFunction(f"{BUILTIN}:rouge_l", "sample"),
+    "math_verify": RewardFunction(
+        "bandit_rft.tasks.math_problems:math_verify", "sample", timeout_s=5.0, killed_score=0.0
+    ),
+    "rouge_l": RewardFunction("bandit_rft.tasks.summarize:rouge_l", "sample"),
     "rouge_l_length_penalized": RewardFunction(
-        f"{BUILTIN}:rouge_l", "sample", options={"length_penalty": 1.0}, name="rouge_l_length_penalized"
+        "bandit_rft.tasks.summarize:rouge_l",
+        "sample",
+        options={"length_penalty": 1.0},
+        name="rouge_l_length_penalized",
     ),
 }
+
+
+def refuse_foreign_code(functions: Iterable[str], *, source: str, allowed: bool = False) -> None:
+    """Refuse rewards that are somebody's code, where they were named by a file that may be somebody's, too.
+
+    Args:
+        functions: rewards as a configuration names them.
+        source: the file that names them, for the message.
+        allowed: whether the user said that such code may be run.
+
+    Raises:
+        ValueError: naming the functions that do not come with this package.
+    """
+    foreign = [name for name in functions if name not in BUILTINS]
+    if foreign and not allowed:
+        named = printable(", ".join(map(repr, foreign)), LIMIT, one_line=True)
+        raise ValueError(
+            f"reward.functions: {printable(source)} names code that scoring would run: {named}. If you trust it, "
+            "say so with --allow_code, or name rewards of your own with --reward.functions"
+        )
 
 
 def unknown_name(what: str, name: object, known: Collection[str]) -> str:
@@ -333,12 +361,12 @@ def _short(value: Any) -> str:
         text = repr(value)
     except Exception:
         text = "a value that cannot be shown"
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+    return f"{printable(text, 80, one_line=True)} ({type(value).__name__})"
 
 
 def _describe(error: BaseException) -> str:
-    """Say what was raised and where, with the traceback from the reward function on."""
+    """Say what was raised and where, with the traceback from the reward function on; printable, whatever it quotes."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    trace = "".join(traceback.format_list(frames))[-2000:]
-    return f"{type(error).__name__}: {error}{where}" + (f"\n{trace.rstrip()}" if trace else "")
+    trace = printable("".join(traceback.format_list(frames))[-2000:]).rstrip()
+    return shown_error(error) + printable(where, one_line=True) + (f"\n{trace}" if trace else "")

@@ -19,35 +19,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from bandit_rft.rewards.spec import Entry, RewardError, RewardFunction
-from bandit_rft.rewards.worker_main import OUT_OF_MEMORY
+from bandit_rft.rewards.spec import OUT_OF_MEMORY, Entry, RewardError, RewardFunction
+from bandit_rft.text import printable
 
 log = logging.getLogger(__name__)
 
 # A worker's limit to import its functions: a large library's first import from a cold disk is slow.
 STARTUP_S = 120.0
 SLICE = 256  # completions sent to a worker at once, at most: workers then finish at about the same time
-# What a worker runs. The package's own __init__ imports torch, two seconds and hundreds of MB that few rewards need, so
-# it is run when something asks the package for one of its names, and not before.
-_BOOT = """
-import importlib.util, json, sys
-sys.path[:], init = json.loads(sys.argv[1])
-spec = importlib.util.spec_from_file_location("bandit_rft", init)
-package = sys.modules["bandit_rft"] = importlib.util.module_from_spec(spec)
-def load(name):
-    if name.startswith("__") and name != "__version__":
-        raise AttributeError(name)
-    del package.__getattr__
-    spec.loader.exec_module(package)
-    return getattr(package, name)
-package.__getattr__ = load
-from bandit_rft.rewards.worker_main import main
-main()
-"""
-_INIT = str(Path(__file__).parent.parent / "__init__.py")
+_ROOT = str(Path(__file__).parents[2])  # where this package lies
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ class RewardRunner:
                 "functions": [_fields(f) for f in self.functions],
             }
             label = ", ".join(function.target for function in self.functions)
-            self._workers = [_Worker(_encode(set_up), label) for _ in range(workers)]
+            self._workers = [_Worker(set_up, label) for _ in range(workers)]
         self._killed: list[list[str]] = []  # a function: why calls were killed that a killed_score settles
         self._lock = threading.Lock()
 
@@ -242,14 +226,20 @@ class RewardRunner:
         limit = function.timeout_s or self.timeout_s
         while rows:
             pick = slice(rows.start, rows.stop)
-            request = {"function": index, "prompts": list(prompts[pick]), "completions": list(completions[pick])}
-            message = _encode({**request, "columns": {name: list(values[pick]) for name, values in columns.items()}})
+            request = {
+                "function": index,
+                "prompts": list(prompts[pick]),
+                "completions": list(completions[pick]),
+                "columns": {name: list(values[pick]) for name, values in columns.items()},
+            }
             worker.start()
             deadline = time.monotonic() + limit
             try:
-                worker.send(message, deadline)
+                worker.ask(request, deadline)
+                first = rows.start
                 while rows:
-                    entries: list[Entry] = worker.receive(deadline)
+                    reply = worker.answer(deadline, row=rows.start - first)
+                    entries: list[Entry] = reply["entries"]
                     yield entries
                     rows = rows[len(entries) :]
                     deadline = time.monotonic() + limit
@@ -302,42 +292,56 @@ class _WorkerLost(Exception):
 class _Worker:
     """The parent's side of one worker process."""
 
-    def __init__(self, set_up: bytes, label: str) -> None:
+    def __init__(self, set_up: dict[str, Any], label: str) -> None:
         self._set_up, self._label = set_up, label
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipes: tuple[FileIO, FileIO]  # our ends: to read replies from, to write requests to
         self._received = bytearray()
+        self._asked = 0  # the number of the last request, never used again
 
     def start(self) -> None:
         """Start the process unless it runs already. Errors: RewardError with what kept a function from being loaded."""
         if self._process is not None and not self._exited():
             return
         self.kill()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps([sys.path, _INIT])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
-            env={"PYTHONHASHSEED": "0", **os.environ},  # the order of sets, on which sympy's results can depend
-        )
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
+        path = [entry or os.getcwd() for entry in sys.path]
+        environment = {
+            "PYTHONHASHSEED": "0",  # the order of sets, on which sympy's results can depend
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*path, *([] if _ROOT in path else [_ROOT])]),
+        }
+        child_read, write = os.pipe()
+        read, child_write = os.pipe()
+        self._pipes = FileIO(read, "rb"), FileIO(write, "wb")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "bandit_rft.rewards.worker_main", str(child_read), str(child_write)],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what is printed goes to standard error, and never between the replies
+                pass_fds=(child_read, child_write),
+                start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
+                env=environment,
+            )
+        finally:
+            os.close(child_read)
+            os.close(child_write)
+        os.set_blocking(write, False)
         deadline = time.monotonic() + STARTUP_S
         try:
-            self.send(self._set_up, deadline)
-            answer = self.receive(deadline)
+            self.ask({**self._set_up, "path": sys.path, "python_path": os.environ.get("PYTHONPATH")}, deadline)
+            answer = self.answer(deadline)
         except _WorkerLost as lost:
             self.kill()
             raise RewardError(f"the worker that imports {self._label} {lost} before it had done so") from None
-        if answer != "ready":
+        if "error" in answer:
             self.kill()
             raise RewardError(answer["error"])
 
-    def send(self, message: bytes, deadline: float) -> None:
-        """Write one line. Errors: _WorkerLost."""
-        assert self._process is not None and self._process.stdin is not None
-        pipe = self._process.stdin.fileno()
-        view = memoryview(message)
+    def ask(self, request: dict[str, Any], deadline: float) -> None:
+        """Send a request under a new number. Errors: _WorkerLost; ValueError for what JSON cannot hold."""
+        self._asked += 1
+        pipe = self._pipes[1].fileno()
+        view = memoryview(_encode({"id": self._asked, **request}))
         while view:
             self._wait(pipe, select.POLLOUT, deadline)
             try:
@@ -347,10 +351,23 @@ class _Worker:
             except OSError:
                 raise _WorkerLost(self._cause_of_death()) from None
 
-    def receive(self, deadline: float) -> Any:
-        """Read one line. Errors: _WorkerLost."""
-        assert self._process is not None and self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
+    def answer(self, deadline: float, row: int = 0) -> dict[str, Any]:
+        """Read the reply to the last request that starts at a row of it; no other is taken for it.
+
+        Errors: _WorkerLost, also where something that is no such reply was written to the pipe.
+        """
+        line = self._line(deadline)
+        try:
+            reply = json.loads(line)
+            if reply["id"] == self._asked and reply.get("row", 0) == row:
+                return dict(reply)
+        except (ValueError, TypeError, KeyError):
+            pass
+        found = printable(line.decode(errors="replace"), 80, one_line=True)
+        raise _WorkerLost(f"wrote into its worker's pipe: {found!r} is no reply to what was asked")
+
+    def _line(self, deadline: float) -> bytes:
+        pipe = self._pipes[0].fileno()
         while (end := self._received.find(b"\n")) < 0:
             self._wait(pipe, select.POLLIN, deadline)
             data = os.read(pipe, 1 << 16)
@@ -359,7 +376,7 @@ class _Worker:
             self._received += data
         line = bytes(self._received[:end])
         del self._received[: end + 1]
-        return json.loads(line)
+        return line
 
     def kill(self) -> int:
         """End the process and whatever it started; return its exit status, its own if it had already ended."""
@@ -371,9 +388,8 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
+        for pipe in self._pipes:
+            pipe.close()
         return status
 
     def _exited(self) -> bool:

@@ -5,9 +5,11 @@ Options:
     test_path: a file for the split "test", such as MATH-500's.
 """
 
+import functools
+import logging
+import re
 from typing import Any
 
-from bandit_rft.rewards.builtin import last_boxed
 from bandit_rft.rewards.spec import builtin, unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import Row, read_hub, read_splits
@@ -52,3 +54,97 @@ def example(row: Row, where: str) -> Example:
             "data_source": HUB,
         },
     )
+
+
+def math(completion: str, answer: str) -> float:
+    r"""1.0 if what the last `\boxed{...}` holds equals the answer after normalize_math(); 0.0 otherwise."""
+    boxed = last_boxed(completion)
+    return float(boxed is not None and normalize_math(boxed) == normalize_math(answer))
+
+
+def math_verify(completion: str, answer: str) -> float:
+    r"""1.0 if what the last `\boxed{...}` holds equals the answer, as strings or by the math-verify library; else 0.0.
+
+    The library's own limits use SIGALRM, which does nothing outside a main thread: they are off, the worker's holds.
+    """
+    if math(completion, answer):
+        return 1.0
+    boxed = last_boxed(completion)
+    if boxed is None:
+        return 0.0
+    parse, verify = _math_verify_functions()
+    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    target = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
+    return float(bool(verify(gold, target, timeout_seconds=None)))
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return what the last `\boxed{...}` of a text holds, or None where there is none or its braces never close.
+
+    `\boxed 7`, which some references write, counts too: it holds what follows, up to a dollar sign or the line's end.
+    """
+    _, found, rest = text.rpartition("\\boxed")
+    if not found:
+        return None
+    if rest.startswith(" ") and not rest.lstrip(" ").startswith("{"):
+        return re.split(r"[$\n]", rest, maxsplit=1)[0].strip()
+    rest = rest.lstrip(" ")
+    if not rest.startswith("{"):
+        return None
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace, like any escaped character, is no brace
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0 and brace.group() == "}":
+            return rest[1 : brace.start()]
+    return None
+
+
+# Spellings that make no difference to what an answer says, in the order in which they are removed.
+_SPELLINGS: tuple[tuple[str, str], ...] = (
+    (r"\n", ""),
+    (r"\\!", ""),  # negative space
+    (r"\\\\", r"\\"),  # a line break, as a doubled backslash
+    (r"\\[td]frac", r"\\frac"),
+    (r"\\(left|right)(?![a-zA-Z])", ""),
+    (r"\^\s*(\{\s*\\circ\s*\}|\\circ)", ""),  # degrees
+    (r"\\\$", ""),
+    (r"\\text\{ [^{}]*\}(\^(\d|\{\d\}))?$", ""),  # a unit at the end, which starts with a space: \text{ cm}^2
+    (r"\\%", ""),
+    (r"(^|[ {])\.(?=\d)", r"\g<1>0."),  # .5 is 0.5
+    (r"^[^=]{1,2}=([^=]*)$", r"\1"),  # x = 5 is 5
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r" ", ""),
+    (r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}"),  # \frac12
+    (r"\\frac([^{\\])\{", r"\\frac{\1}{"),  # \frac1{72}
+    (r"\\frac(\{[^{}]*\})([^{\\])", r"\\frac\1{\2}"),  # \frac{1}2
+    (r"^0\.5$", r"\\frac{1}{2}"),
+    (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+)
+_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
+
+
+def normalize_math(answer: str) -> str:
+    r"""Return an answer with the spellings removed that say nothing: two equal answers are then equal strings.
+
+    Removed or unified: white space, \left and \right, degrees, \$ and \%, a unit in \text{ ...} at the end, \dfrac and
+    \tfrac, missing braces of \frac and \sqrt, a missing zero before the point, a leading `x =`, 0.5 and a/b.
+    Commas stay: they part the elements of an answer.
+    """
+    answer = answer.strip()
+    for pattern, replacement in _COMPILED:
+        answer = pattern.sub(replacement, answer)
+    return answer
+
+
+@functools.cache
+def _math_verify_functions() -> tuple[Any, Any]:
+    """Import math-verify, and quiet its warning, once for every answer, that its limits are off."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("the math-verify library is missing: pip install 'bandit_rft[train]'") from error
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    return parse, verify
+
+
+PREPARE = {"math_verify": _math_verify_functions}

@@ -14,9 +14,15 @@ import pytest
 from paths import ROOT
 
 import bandit_rft.rewards as rewards_module
-from bandit_rft.rewards import BUILTINS, RewardError, RewardFunction, RewardRunner, builtin
-from bandit_rft.rewards.builtin import exact_match, gsm8k, last_boxed, normalize_math, rouge_l
-from bandit_rft.rewards.builtin import math as math_reward
+from bandit_rft.rewards import BUILTINS, RewardError, RewardFunction, RewardRunner
+from bandit_rft.rewards.builtin import exact_match
+from bandit_rft.rewards.spec import refuse_foreign_code
+from bandit_rft.tasks import math_problems
+from bandit_rft.tasks.gsm8k import gsm8k
+from bandit_rft.tasks.math_problems import last_boxed, normalize_math
+from bandit_rft.tasks.math_problems import math as math_reward
+from bandit_rft.tasks.summarize import rouge_l
+from bandit_rft.text import printable
 
 REWARDS = """
 import asyncio, os, sys, time
@@ -95,6 +101,51 @@ def spawns(prompts, completions, **columns):
     child = subprocess.Popen(["sleep", "60"])
     open(columns["answer"][0], "w").write(str(child.pid))
     time.sleep(60)
+
+def _fork(child):
+    # The child runs on as if it were the worker; wait until it is gone.
+    pid = os.fork()
+    if pid == 0:
+        return child()
+    os.waitpid(pid, 0)
+
+def forks(prompts, completions, answer):
+    stray = _fork(lambda: [0.25] * len(completions))
+    return stray or [float(text == right) for text, right in zip(completions, answer)]
+
+def forks_each(completion, answer):
+    stray = _fork(lambda: 0.25)
+    return stray or completion == answer
+
+def forks_and_raises(prompts, completions, answer):
+    def child():
+        raise ValueError("from the child")
+    _fork(child)
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+def _scribble():
+    for number in range(3, 64):
+        try:
+            os.write(number, b"[0.25, 0.25, 0.25]\\n")
+        except OSError:
+            pass
+
+def forks_and_scribbles(prompts, completions, answer):
+    _fork(lambda: (_scribble(), os._exit(0)))
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+def scribbles(prompts, completions, **columns):
+    _scribble()
+    return [1.0] * len(completions)
+
+def quotes(prompts, completions, **columns):
+    raise ValueError("cannot read " + completions[0])
+
+def unspeakable(prompts, completions, **columns):
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise RuntimeError("no")
+    raise Unspeakable
 
 def picky(completion, answer):
     if completion == "hang":
@@ -465,6 +516,88 @@ def _alive(pid: int) -> bool:
     return True
 
 
+# ---------------------------------------------------------------- strays
+
+
+@pytest.mark.parametrize("spec", ["{}:forks", "sample:{}:forks_each", "{}:forks_and_raises", "{}:forks_and_scribbles"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_child_that_a_reward_forked_answers_nothing(rewards, spec, workers):
+    """Its reply would be taken for the worker's, and every later reply for that to the request before."""
+    with RewardRunner([spec.format(rewards)], timeout_s=5.0, workers=workers) as runner:
+        for completions, answers in (("aba", "aaa"), ("bab", "bbb"), ("aaa", "bbb"), ("a", "a")):
+            result = runner.score(["q"] * len(completions), list(completions), {"answer": list(answers)})
+            assert result.total == [float(x == y) for x, y in zip(completions, answers, strict=True)]
+
+
+def test_what_is_no_reply_is_never_taken_for_one(rewards):
+    with RewardRunner([f"{rewards}:scribbles", f"{rewards}:length"], on_error="none") as runner:
+        for _ in range(2):
+            result = runner.score(["q"] * 3, ["a", "bb", "a"], {})
+            assert result.per_function == {"scribbles": [None] * 3, "length": [1, 2, 1]}
+    with pytest.raises(RewardError, match=r"'scribbles' wrote into its worker's pipe: '\[0.25, .*' is no reply"):
+        score(f"{rewards}:scribbles")
+
+
+def test_a_worker_leaves_no_pipe_open(rewards):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        score(f"{rewards}:length")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_reward_starts_finds_the_users_environment(rewards, monkeypatch, tmp_path):
+    script = tmp_path / "environment.py"
+    script.write_text(
+        "import os, sys\ndef path(prompts, completions, **columns):\n"
+        "    return [float(os.environ.get('PYTHONPATH') == columns['answer'][0])] * len(completions)\n"
+    )
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert score(f"{script}:path", answers=[None] * 3).total == [1, 1, 1]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert score(f"{script}:path", answers=[str(tmp_path)] * 3).total == [1, 1, 1]
+
+
+# ---------------------------------------------------------------- what a model or a reward wrote
+
+
+@pytest.mark.parametrize("isolation", ["process", "none"])
+def test_an_exception_that_quotes_a_completion_is_shown_as_text(rewards, isolation, caplog):
+    """A terminal obeys control codes: this one would retitle the window, clear the screen and forge a line of ours."""
+    nasty = "\x1b]0;owned\x07\x1b[2J\x9b1m\u202e\nINFO reward 1.0\ud800" + "x" * 5000
+    with pytest.raises(RewardError) as caught:
+        score(f"{rewards}:quotes", [nasty], isolation=isolation)
+    headline = str(caught.value).splitlines()[0]
+    assert headline.isprintable() and len(headline) < 1000
+    assert r"cannot read \x1b]0;owned\x07\x1b[2J\x9b1m\u202e\nINFO reward 1.0\ud800xxx" in headline
+    assert "more characters" in headline and "on completion 0" in headline
+    assert all(c.isprintable() or c == "\n" for c in str(caught.value))
+    score(f"{rewards}:quotes", [nasty], isolation=isolation, on_error="none")
+    assert all(c.isprintable() or c in "\n" for c in caplog.text)
+
+
+def test_an_exception_without_words(rewards):
+    with pytest.raises(RewardError, match="Unspeakable: a message that cannot be shown"):
+        score(f"{rewards}:unspeakable")
+
+
+def test_printable():
+    assert printable("plain \tüñ 漢字\n🙂") == "plain \tüñ 漢字\n🙂"
+    assert printable("a\nb", one_line=True) == r"a\nb"
+    assert printable("\x00\x1b\x7f\x85\u200b\u2066\ud800\U000e0041") == r"\x00\x1b\x7f\x85\u200b\u2066\ud800\U000e0041"
+    assert printable("x" * 10, 10) == "x" * 10 and printable("x" * 11, 10) == "x" * 10 + " ... (1 more characters)"
+    assert printable("", 0) == "" and printable("xx", 0) == " ... (2 more characters)"
+
+
+def test_code_named_by_somebodys_configuration_is_refused():
+    refuse_foreign_code([], source="config.yaml")
+    refuse_foreign_code(list(BUILTINS), source="config.yaml")
+    for name in ("rewards.py:f", "os:system", "sample:os:system", "verl:score.py", "bandit_rft.cli:main", "nothing"):
+        with pytest.raises(ValueError, match=r"reward.functions: run/config.yaml names code .*--allow_code") as caught:
+            refuse_foreign_code(["gsm8k", name], source="run/config.yaml")
+        assert name in str(caught.value) and "gsm8k" not in str(caught.value)
+        refuse_foreign_code(["gsm8k", name], source="run/config.yaml", allowed=True)
+
+
 # ---------------------------------------------------------------- the processes
 
 
@@ -558,7 +691,7 @@ def test_an_import_that_dies_or_a_library_that_is_missing(tmp_path, monkeypatch)
         RewardRunner([f"{path}:f"]),
     ):
         pass
-    builtin._math_verify_functions.cache_clear()
+    math_problems._math_verify_functions.cache_clear()
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with (
         pytest.raises(RewardError, match="'math_verify': the math-verify library is missing: pip install"),

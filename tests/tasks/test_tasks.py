@@ -11,9 +11,9 @@ import pytest
 from paths import ROOT
 
 from bandit_rft.rewards import RewardRunner
-from bandit_rft.rewards.builtin import last_boxed
 from bandit_rft.tasks import TASKS, Example, Task, collate, load_task
 from bandit_rft.tasks.gsm8k import gold_answer
+from bandit_rft.tasks.math_problems import last_boxed
 
 ROWS = [{"prompt": f"What is {n}+1?", "answer": str(n + 1), "level": n} for n in range(10)]
 
