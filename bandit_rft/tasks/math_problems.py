@@ -57,9 +57,12 @@ def example(row: Row, where: str) -> Example:
 
 
 def math(completion: str, answer: str) -> float:
-    r"""1.0 if what the last `\boxed{...}` holds equals the answer after normalize_math(); 0.0 otherwise."""
-    boxed = last_boxed(completion)
-    return float(boxed is not None and normalize_math(boxed) == normalize_math(answer))
+    r"""1.0 if what the last `\boxed{...}` holds equals the answer after normalize_math(); 0.0 otherwise.
+
+    An answer that says nothing is never earned: MATH has two (train rows 5341 and 5343), which `\boxed{}` would match.
+    """
+    boxed, right = last_boxed(completion), normalize_math(answer)
+    return float(boxed is not None and right != "" and normalize_math(boxed) == right)
 
 
 def math_verify(completion: str, answer: str) -> float:
@@ -70,12 +73,49 @@ def math_verify(completion: str, answer: str) -> float:
     if math(completion, answer):
         return 1.0
     boxed = last_boxed(completion)
-    if boxed is None:
+    if boxed is None or not normalize_math(answer):
         return 0.0
+    left, equals, right = boxed.partition("=")
+    if equals and "=" not in answer and "=" not in right and not _is_name(left):
+        # The library compares the right side alone: 3x=15 and 2=15 would earn the answer 15.
+        return float(_verify(answer, left) and _verify(answer, right))
+    return float(_verify(answer, boxed))
+
+
+def _verify(answer: str, boxed: str) -> bool:
+    """Tell whether the library finds two answers equal."""
     parse, verify = _math_verify_functions()
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    target = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
-    return float(bool(verify(gold, target, timeout_seconds=None)))
+    parsed = [parse(f"\\boxed{{{_readable(text)}}}", parsing_timeout=None) for text in (answer, boxed)]
+    return bool(verify(*parsed, timeout_seconds=None))
+
+
+def _is_name(text: str) -> bool:
+    r"""Tell whether the left side of an equation names what it is equal to: x, f(2), a_1, \angle ABC; not 3x or x+y."""
+    bare = re.sub(r"\([^()]*\)|_\{[^{}]*\}|_\w|\\text\{[^{}]*\}", "", text)
+    return re.fullmatch(r"(\\(?!sqrt|frac|cdot|times|div|pm)|[A-Za-z'|\s])+", bare) is not None
+
+
+# Spellings that the library misreads, as it reads them: a macro as an argument without braces, thousands parted by a
+# thin space, degrees, the other signs of the empty set.
+_MACRO = r"(\\(?!d?frac|tfrac|sqrt|text|math|operatorname|left|right)[A-Za-z]+)"
+_READABLE = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\sqrt\s*" + _MACRO, r"\\sqrt{\1}"),
+        (r"\\([dt]?)frac\s*" + _MACRO, r"\\\1frac{\2}"),
+        (r"(\\[dt]?frac\{[^{}]*\})\s*" + _MACRO, r"\1{\2}"),
+        (r"(?<=\d)(\\[,;:! ]|~|\{[, ]?\}|\{\\[,;:! ]\})(?=\d{3}(?!\d))", ""),
+        (r"\^\s*(\{\s*\\circ\s*\}|\\circ)", ""),
+        (r"\\varnothing(?![A-Za-z])|\\(text|mathrm|rm)\{\\[Oo]\}|[\u00d8\u2205]", r"\\emptyset"),
+    )
+]
+
+
+def _readable(answer: str) -> str:
+    """Rewrite an answer for the library."""
+    for pattern, replacement in _READABLE:
+        answer = pattern.sub(replacement, answer)
+    return answer
 
 
 def last_boxed(text: str) -> str | None:
@@ -108,10 +148,13 @@ _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"\\(left|right)(?![a-zA-Z])", ""),
     (r"\^\s*(\{\s*\\circ\s*\}|\\circ)", ""),  # degrees
     (r"\\\$", ""),
-    (r"\\text\{ [^{}]*\}(\^(\d|\{\d\}))?$", ""),  # a unit at the end, which starts with a space: \text{ cm}^2
+    (
+        r"(?<=\S)\s*\\text\{ [^{}]*\}(\^(\d|\{\d\}))?$",
+        "",
+    ),  # a unit behind a value; it starts with a space: \text{ cm}^2
     (r"\\%", ""),
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."),  # .5 is 0.5
-    (r"^[^=]{1,2}=([^=]*)$", r"\1"),  # x = 5 is 5
+    (r"^[A-Za-z]{1,2}\s*=([^=]*)$", r"\1"),  # x = 5 is 5, but -x = 5 and 2x = 5 are not
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
     (r" ", ""),
     (r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}"),  # \frac12

@@ -19,7 +19,7 @@ from bandit_rft.rewards.builtin import exact_match
 from bandit_rft.rewards.spec import refuse_foreign_code
 from bandit_rft.tasks import math_problems
 from bandit_rft.tasks.gsm8k import gsm8k
-from bandit_rft.tasks.math_problems import last_boxed, normalize_math
+from bandit_rft.tasks.math_problems import last_boxed, math_verify, normalize_math
 from bandit_rft.tasks.math_problems import math as math_reward
 from bandit_rft.tasks.summarize import rouge_l
 from bandit_rft.text import printable
@@ -272,11 +272,72 @@ def test_math_equal(one, other):
         ("1/3", r"\frac{1}{2}"),
         ("f(x) = 5", "5"),
         (r"\text{east}", ""),
+        (r"\text{ A}", r"\text{ B}"),  # a unit stands behind a value
+        ("-x=5", "x=5"),
+        ("-x=5", "5"),
+        ("2x=5", "5"),
+        ("2=5", "5"),
     ],
 )
 def test_math_different(one, other):
     assert normalize_math(one) != normalize_math(other)
     assert math_reward(rf"\boxed{{{one}}}", other) == 0
+
+
+@pytest.mark.parametrize("completion", [r"\boxed{}", r"\boxed{ }", r"\boxed{\%}", r"\boxed{5}", "", r"\boxed{x=}"])
+@pytest.mark.parametrize("answer", ["", " ", r"\%", "x="])
+def test_an_empty_answer_is_never_earned(completion, answer):
+    assert math_reward(completion, answer) == 0
+    assert math_verify(completion, answer) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "boxed"),
+    [
+        (r"\sqrt{\pi}", r"\sqrt\pi"),
+        (r"2\sqrt{\pi}", r"2\sqrt \pi"),
+        (r"\frac{\pi}{2}", r"\frac\pi2"),
+        (r"\frac{2}{\pi}", r"\dfrac{2}\pi"),
+        ("90", r"90^\circ"),
+        (r"90^\circ", "90.0"),
+        ("1000", r"1\,000"),
+        ("1234567", r"1\,234\,567"),
+        (r"1\,000", "1{,}000"),
+        ("12000", r"12{\,}000"),
+        (r"\emptyset", r"\varnothing"),
+        (r"\emptyset", r"\{\}"),
+        (r"\varnothing", "\u2205"),
+        ("5", r"f(2)=5"),
+        ("60", r"\angle ABC = 60^\circ"),
+        ("15", "x_{1} = 15.0"),
+        ("5", "2+3=5"),
+        ("x=5", "5=x"),
+    ],
+)
+def test_what_math_verify_misread_is_written_for_it(answer, boxed):
+    assert math_verify(rf"So \boxed{{{boxed}}}.", answer) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "boxed"),
+    [
+        ("x=5", "-x=5"),
+        ("5", "-x=5"),
+        ("15", "3x=15"),  # the library compares what stands right of the sign
+        ("15", "2=15"),
+        ("15", "x+y=15"),
+        ("25", "x^2=25"),
+        ("5", r"\sqrt x=5"),
+        (r"\text{ A}", r"\text{ B}"),
+        (r"\sqrt{\pi}", r"\sqrt\theta"),
+        ("1000", r"1\,001"),
+        ("10", r"1\,0"),
+        (r"5,\,-11", "5"),
+        (r"\emptyset", "0"),
+    ],
+)
+def test_math_verify_different(answer, boxed):
+    assert math_verify(rf"So \boxed{{{boxed}}}.", answer) == 0
 
 
 def test_math_demands_a_box():
