@@ -35,3 +35,12 @@ def shown_error(error: BaseException, limit: int = LIMIT) -> str:
     except Exception:
         message = "a message that cannot be shown"
     return f"{type(error).__name__}: {printable(message, limit, one_line=True)}"
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Return where a text first holds half of a surrogate pair, which UTF-8 cannot encode; None where it does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None

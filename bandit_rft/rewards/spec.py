@@ -48,6 +48,8 @@ class RewardFunction:
     timeout_s: seconds a call may take, where the runner's own limit does not fit.
     killed_score: what a completion earns whose call had to be killed, or died, over it (time, memory); None means that
       this is an error. For verifiers that can be driven into a hang by what a model writes.
+    reference: a completion that must earn the reward, with {answer} for the right answer; None where there is no such
+      form. Tasks score every answer of their data in this form when they are loaded, and refuse data that cannot earn.
     name: what metrics call it; the function's name unless given.
     function: the callable itself, for what cannot be imported by name (a lambda, a closure); needs isolation="none".
     """
@@ -57,6 +59,7 @@ class RewardFunction:
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float | None = None
     killed_score: float | None = None
+    reference: str | None = None
     name: str = ""
     function: Callable[..., Any] | None = None
 
@@ -116,11 +119,12 @@ class RewardFunction:
         """Whether a call scores one completion, so that a batch may be divided among workers."""
         return self.kind in ("sample", "verl")
 
-    def load(self) -> Callable[..., Any]:
+    def load(self, prepare: bool = True) -> Callable[..., Any]:
         """Import the function. Errors: RewardError, naming the function and the reason.
 
-        Its module may hold PREPARE, a mapping from a function's name to one without arguments that is called here: what
-        takes long, or may be missing, is then found out at the start, outside the time limit of a first call.
+        Its module may hold PREPARE, a mapping from a function's name to one without arguments that is called here,
+        unless `prepare` is off: what takes long, or may be missing, is then found out at the start, outside the time
+        limit of a first call.
         """
         if self.function is not None:
             return self.function
@@ -140,7 +144,8 @@ class RewardFunction:
         if not callable(found):
             raise RewardError(f"reward {self.name!r}: {self.target} is a {type(found).__name__}, not a function")
         try:
-            getattr(module, "PREPARE", {}).get(path, lambda: None)()
+            if prepare:
+                getattr(module, "PREPARE", {}).get(path, lambda: None)()
         except Exception as error:
             raise RewardError(f"reward {self.name!r}: {printable(str(error), LIMIT)}") from error
         return found  # type: ignore[no-any-return]
@@ -178,6 +183,8 @@ class RewardFunction:
             yield _entries(lambda: self._call_batch(function, prompts, completions, columns), len(completions))
             return
         names = _wanted(function, _VERL_ARGUMENTS if self.kind == "verl" else ["prompt", *columns])
+        if self.kind == "sample":  # the completion is the first argument; a column of that name is not meant
+            names = [name for name in names if name != _first_parameter(function)]
         for row, completion in enumerate(completions):
             values = {name: column[row] for name, column in columns.items()}
             call = functools.partial(self._call_one, function, names, prompts[row], completion, values)
@@ -225,12 +232,16 @@ def builtin(name: str) -> RewardFunction:
 
 #: The rewards that come with the package, by the names that configurations give. Those of a task live in its module.
 BUILTINS: dict[str, RewardFunction] = {
-    "exact_match": RewardFunction("bandit_rft.rewards.builtin:exact_match", "sample"),
-    "gsm8k": RewardFunction("bandit_rft.tasks.gsm8k:gsm8k", "sample"),
-    "math": RewardFunction("bandit_rft.tasks.math_problems:math", "sample"),
+    "exact_match": RewardFunction("bandit_rft.rewards.builtin:exact_match", "sample", reference="{answer}"),
+    "gsm8k": RewardFunction("bandit_rft.tasks.gsm8k:gsm8k", "sample", reference="#### {answer}"),
+    "math": RewardFunction("bandit_rft.tasks.math_problems:math", "sample", reference=r"\boxed{{answer}}"),
     # Some answers send a computer algebra system off for hours: such an answer is simply not verified.
     "math_verify": RewardFunction(
-        "bandit_rft.tasks.math_problems:math_verify", "sample", timeout_s=5.0, killed_score=0.0
+        "bandit_rft.tasks.math_problems:math_verify",
+        "sample",
+        timeout_s=5.0,
+        killed_score=0.0,
+        reference=r"\boxed{{answer}}",
     ),
     "rouge_l": RewardFunction("bandit_rft.tasks.summarize:rouge_l", "sample"),
     "rouge_l_length_penalized": RewardFunction(
@@ -331,6 +342,15 @@ def _keywords(function: Callable[..., Any], positional: int) -> dict[str, inspec
         return {}
     positional_only = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
     return {parameter.name: parameter for parameter in parameters[positional:] if parameter.kind not in positional_only}
+
+
+def _first_parameter(function: Callable[..., Any]) -> str | None:
+    """Return the name of a function's first parameter, where it can be known and takes one value."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except (TypeError, ValueError):
+        return None
+    return None if first is None or first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD) else first.name
 
 
 def _wanted(function: Callable[..., Any], names: Iterable[str]) -> list[str]:

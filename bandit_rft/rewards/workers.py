@@ -145,7 +145,7 @@ class RewardRunner:
         for name, values in {"prompts": prompts, **columns}.items():
             if len(values) != count:
                 raise ValueError(f"{name}: expected {count} entries, one a completion, got {len(values)}")
-        if reserved := {"prompts", "completions", "prompt"} & set(columns):
+        if reserved := {"prompts", "completions", "prompt", "completion"} & set(columns):
             raise ValueError(f"columns: {sorted(reserved)} cannot be names of columns, the rewards get these apart")
         with self._lock:
             self._killed = [[] for _ in self.functions]

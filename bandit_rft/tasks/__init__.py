@@ -6,6 +6,7 @@ from typing import Any
 
 from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, collate
+from bandit_rft.tasks.checks import check_task
 
 __all__ = ["TASKS", "Example", "Task", "collate", "load_task"]
 
@@ -35,7 +36,7 @@ def load_task(
     options: the task's own, see its module.
 
     Errors: ValueError, naming the argument, for unknown names and options, missing files, columns or rewards, broken
-    rows; ImportError, naming the extra, for a library that is not installed.
+    rows, answers of which none can earn the reward; ImportError, naming the extra, for a library that is not installed.
     """
     key = "dataset" if name in SAME_AS_DATASET else name.replace("-", "_")
     if key not in TASKS and ("/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv")):
@@ -62,4 +63,6 @@ def load_task(
             f"reward: task {task.name!r} brings none; give a list such as ['rewards.py:my_reward'], or a built-in: "
             "exact_match, gsm8k, math, math_verify, rouge_l, rouge_l_length_penalized"
         )
+    if key in READ:  # what a task makes itself is right by construction, and its tests say so
+        check_task(task)
     return task

@@ -26,12 +26,15 @@ class Task:
     splits: examples by split: "train", "test", maybe more ("validation", "longer"). A file or dataset may lack one.
     rewards: functions, or texts that RewardFunction.parse reads; RewardFunctions once the task is made.
     reward_weights: one a reward; 1 each if left empty.
+    reference_rates: by "split/reward", the share of answers that earn the reward when written as it reads them; set by
+      load_task.
     """
 
     name: str
     splits: dict[str, list[Example]]
     rewards: Sequence[RewardFunction | Callable[..., Any] | str]
     reward_weights: list[float] = field(default_factory=list)
+    reference_rates: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self.rewards = [RewardFunction.of(reward) for reward in self.rewards]

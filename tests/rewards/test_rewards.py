@@ -147,6 +147,9 @@ def unspeakable(prompts, completions, **columns):
             raise RuntimeError("no")
     raise Unspeakable
 
+def about(text, **columns):
+    return len(text) + len(columns)
+
 def picky(completion, answer):
     if completion == "hang":
         time.sleep(60)
@@ -399,6 +402,11 @@ def test_conventions(rewards):
     assert score(f"{rewards}:trl_style").total == [2, 3, 2]  # arguments go by name
     assert score(f"{rewards}:asynchronous").total == [2, 2, 2]
     assert score(f"sample:{rewards}:picky").total == [1, 0, 1]
+
+
+def test_a_column_named_like_the_first_argument_is_not_passed_twice(rewards):
+    with RewardRunner([f"sample:{rewards}:about"]) as runner:
+        assert runner.score(["q"], ["abc"], {"text": ["x"], "other": ["y"]}).total == [5]  # prompt and other
 
 
 def test_verl(rewards):
