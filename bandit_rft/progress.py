@@ -163,7 +163,7 @@ def _show_completions(folder: Path, before: int, after: int, console: Console) -
         return
     gain = {query: (new[query]["reward"] or 0.0) - (old[query]["reward"] or 0.0) for query in both}
     query = max(both, key=lambda q: (gain[q], -q))
-    answer = f"   (answer: {printable(new[query]['answer'])})" if new[query]["answer"] is not None else ""
+    answer = f"   (answer: {_short(new[query]['answer'])})" if new[query]["answer"] is not None else ""
     console.print(Text(f"question: {_short(new[query]['prompt'])}{answer}"))
     for label, row in (("before", old[query]), ("after", new[query])):
         console.print(Text(f"{label}, reward {row['reward']}: {_short(row['completion'])}"))

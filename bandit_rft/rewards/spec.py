@@ -277,7 +277,9 @@ def unknown_name(what: str, name: object, known: Collection[str]) -> str:
     """Say that a name is unknown, which one is nearest and which there are."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (there are: {', '.join(map(str, known)) or 'none'})"
+    return (
+        f"unknown {what} {name!r}{hint} (there are: {printable(', '.join(map(str, known)), one_line=True) or 'none'})"
+    )
 
 
 def text_of(content: Any, whole: bool = False) -> str:

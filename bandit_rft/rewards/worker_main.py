@@ -2,12 +2,13 @@
 
 Started as `python -m bandit_rft.rewards.worker_main READ WRITE`, the numbers of two inherited pipes. Requests and
 replies are lines of JSON on these. Standard output is the parent's standard error: nothing that is printed, by a reward
-or by what starts with the interpreter, is taken for a reply. A reply names its request and the row it starts at, and
-comes from the process that was asked: a child that a reward forks has no pipe, and ends where it would reply.
-Nothing here, nor what it imports, imports torch.
+or by what starts with the interpreter, is taken for a reply, and what a reward prints has its control codes escaped.
+A reply names its request and the row it starts at, and comes from the process that was asked: a child that a reward
+forks has no pipe, and ends where it would reply. Nothing here, nor what it imports, imports torch.
 """
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bandit_rft.rewards.spec import OUT_OF_MEMORY, RewardError, RewardFunction
+from bandit_rft.text import printable
 
 
 class Pipe:
@@ -50,10 +52,20 @@ class Pipe:
                 os.close(pipe)
 
 
+class PrintableStream(io.TextIOWrapper):
+    """Standard error for text that may quote what a model wrote."""
+
+    def write(self, text: str) -> int:
+        """Write a text with its control codes escaped."""
+        super().write(printable(text))
+        return len(text)
+
+
 def main(read: int, write: int) -> None:
     """Serve requests: the first line holds the set-up, every other one a function's number and what it is to score."""
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     pipe = Pipe(read, write)
+    sys.stdout = sys.stderr = PrintableStream(sys.stderr.buffer, "utf-8", "backslashreplace", line_buffering=True)
     # A thread of its own reads on while a reward computes, so the parent never waits to write, and the end of the
     # input, which is also what a killed parent leaves behind, ends the worker in the middle of whatever it does.
     threading.Thread(target=pipe.lines, args=(requests,), daemon=True).start()

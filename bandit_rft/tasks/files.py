@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.text import printable
+
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "dev": "validation"}
@@ -66,7 +68,7 @@ def read_hub(
     except Exception as error:
         raise ValueError(
             f"data_path: the dataset {name!r} could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error)[:300]}); give data_path to read local files"
+            f"({type(error).__name__}: {printable(str(error), 300)}); give data_path to read local files"
         ) from error
     splits = {_SPLITS.get(str(split), str(split)): [dict(row) for row in rows] for split, rows in loaded.items()}
     return hold_out(splits, test_path, test_size, seed)

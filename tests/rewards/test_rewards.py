@@ -90,6 +90,11 @@ def chatty(prompts, completions, **columns):
     os.write(1, b'"ready"\\n')
     return [float(sys.stdin.read() == "")] * len(completions)
 
+def debugs(prompts, completions, **columns):
+    print(completions[0])
+    print(completions[0], file=sys.stderr)
+    return [1.0] * len(completions)
+
 def process(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
 
@@ -642,6 +647,11 @@ def test_an_exception_that_quotes_a_completion_is_shown_as_text(rewards, isolati
     assert all(c.isprintable() or c == "\n" for c in str(caught.value))
     score(f"{rewards}:quotes", [nasty], isolation=isolation, on_error="none")
     assert all(c.isprintable() or c in "\n" for c in caplog.text)
+
+
+def test_what_a_reward_prints_is_shown_as_text(rewards, capfd):
+    assert score(f"{rewards}:debugs", ["\x1b[2J\ud800 and ü"]).total == [1]
+    assert capfd.readouterr().err.splitlines() == [r"\x1b[2J\ud800 and ü"] * 2
 
 
 def test_an_exception_without_words(rewards):
