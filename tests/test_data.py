@@ -103,6 +103,14 @@ def test_padding_token_ids() -> None:
     assert padding_token_ids(tokenizer, 6) == [1, 3, 5]
 
 
+def test_the_real_models_have_no_padding(data_dir: Path) -> None:
+    for name in ("model-stories260K", "model-babyllama936K"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(data_dir / name / "hf")
+        size = json.loads((data_dir / name / "hf" / "config.json").read_text())["vocab_size"]
+        assert padding_token_ids(tokenizer, size) == []
+        assert padding_token_ids(tokenizer, size + 2) == [size, size + 1]
+
+
 # --- the same data ----------------------------------------------------------------------------------------------------
 
 

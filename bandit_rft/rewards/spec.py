@@ -264,7 +264,7 @@ def refuse_foreign_code(functions: Iterable[str], *, source: str, allowed: bool 
     Raises:
         ValueError: naming the functions that do not come with this package.
     """
-    foreign = [name for name in functions if name not in BUILTINS]
+    foreign = [name for name in functions if name.removeprefix("sample:") not in BUILTINS]
     if foreign and not allowed:
         named = printable(", ".join(map(repr, foreign)), LIMIT, one_line=True)
         raise ValueError(

@@ -10,7 +10,7 @@ from bandit_rft.text import lone_surrogate, printable
 
 log = logging.getLogger(__name__)
 
-MAX_REFERENCES = 10_000  # answers of a split that are scored, evenly spaced: a tenth of a second
+MAX_REFERENCES = 10_000  # answers of a split that are scored, evenly spaced
 
 
 def check_task(task: Task) -> None:

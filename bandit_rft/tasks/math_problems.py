@@ -166,6 +166,7 @@ _SPELLINGS: tuple[tuple[str, str], ...] = (
 _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 
 
+@functools.lru_cache(maxsize=4096)  # an answer is asked for by each of its completions
 def normalize_math(answer: str) -> str:
     r"""Return an answer with the spellings removed that say nothing: two equal answers are then equal strings.
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -667,9 +668,18 @@ def test_printable():
     assert printable("", 0) == "" and printable("xx", 0) == " ... (2 more characters)"
 
 
+def test_printable_leaves_nothing_that_a_terminal_obeys():
+    everything = "".join(
+        map(chr, [*range(0x3000), *range(0xD7F0, 0xE010), *range(0xFE00, 0x1F000), *range(0xE0000, 0xE0200)])
+    )
+    shown = printable(everything)
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") and c not in "\n\t"]
+    assert printable(shown) == shown and shown.encode()
+
+
 def test_code_named_by_somebodys_configuration_is_refused():
     refuse_foreign_code([], source="config.yaml")
-    refuse_foreign_code(list(BUILTINS), source="config.yaml")
+    refuse_foreign_code([*BUILTINS, "sample:gsm8k"], source="config.yaml")
     for name in ("rewards.py:f", "os:system", "sample:os:system", "verl:score.py", "bandit_rft.cli:main", "nothing"):
         with pytest.raises(ValueError, match=r"reward.functions: run/config.yaml names code .*--allow_code") as caught:
             refuse_foreign_code(["gsm8k", name], source="run/config.yaml")
