@@ -75,11 +75,12 @@ def math_verify(completion: str, answer: str) -> float:
     boxed = last_boxed(completion)
     if boxed is None or not normalize_math(answer):
         return 0.0
-    left, equals, right = boxed.partition("=")
-    if equals and "=" not in answer and "=" not in right and not _is_name(left):
-        # The library compares the right side alone: 3x=15 and 2=15 would earn the answer 15.
-        return float(_verify(answer, left) and _verify(answer, right))
-    return float(_verify(answer, boxed))
+    if "=" in answer:
+        return float(_verify(answer, boxed))
+    # The library compares what stands on the right alone: 3x=15 and 2=15 would earn the answer 15.
+    first, *sides = boxed.split("=")
+    sides = sides if sides and _is_name(first) else [first, *sides]
+    return float(all(_verify(answer, side) for side in sides))
 
 
 def _verify(answer: str, boxed: str) -> bool:

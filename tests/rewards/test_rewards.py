@@ -320,6 +320,7 @@ def test_an_empty_answer_is_never_earned(completion, answer):
         ("60", r"\angle ABC = 60^\circ"),
         ("15", "x_{1} = 15.0"),
         ("5", "2+3=5"),
+        ("5", "x = 2+3 = 5.0"),
         ("x=5", "5=x"),
     ],
 )
@@ -335,6 +336,9 @@ def test_what_math_verify_misread_is_written_for_it(answer, boxed):
         ("15", "3x=15"),  # the library compares what stands right of the sign
         ("15", "2=15"),
         ("15", "x+y=15"),
+        ("15", "2=3=15"),
+        ("15", "x=3=15"),
+        ("15", "15=16"),
         ("25", "x^2=25"),
         ("5", r"\sqrt x=5"),
         (r"\text{ A}", r"\text{ B}"),
