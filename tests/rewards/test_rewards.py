@@ -123,6 +123,14 @@ def forks_each(completion, answer):
     stray = _fork(lambda: 0.25)
     return stray or completion == answer
 
+def forks_in_c(prompts, completions, answer):
+    import ctypes
+    pid = ctypes.PyDLL(None).fork()  # Python is not told: the child still has the pipe
+    if pid == 0:
+        return [0.25] * len(completions)
+    os.waitpid(pid, 0)
+    return [float(text == right) for text, right in zip(completions, answer)]
+
 def forks_and_raises(prompts, completions, answer):
     def child():
         raise ValueError("from the child")
@@ -598,7 +606,9 @@ def _alive(pid: int) -> bool:
 # ---------------------------------------------------------------- strays
 
 
-@pytest.mark.parametrize("spec", ["{}:forks", "sample:{}:forks_each", "{}:forks_and_raises", "{}:forks_and_scribbles"])
+@pytest.mark.parametrize(
+    "spec", ["{}:forks", "sample:{}:forks_each", "{}:forks_and_raises", "{}:forks_in_c", "{}:forks_and_scribbles"]
+)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_child_that_a_reward_forked_answers_nothing(rewards, spec, workers):
     """Its reply would be taken for the worker's, and every later reply for that to the request before."""
