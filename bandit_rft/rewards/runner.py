@@ -25,10 +25,11 @@ SLICE = 256  # completions sent to a worker at once, at most: workers then finis
 class RewardResult:
     """The scores of N completions.
 
-    total: [N], the weighted sum over functions. A function that returned None for a completion is left out of its sum;
-      the total is None if all did so, or if one of them failed there.
-    per_function: [N] a function, by name; None where it returned None or failed.
-    failures: how many completions each function failed on, by name; 0 is listed too.
+    Attributes:
+        total: [N], the weighted sum over functions. A function that returned None for a completion is left out of its
+            sum; the total is None if all did so, or if one of them failed there.
+        per_function: [N] a function, by name; None where it returned None or failed.
+        failures: how many completions each function failed on, by name; 0 is listed too.
     """
 
     total: list[float | None]
@@ -39,19 +40,25 @@ class RewardResult:
 class RewardRunner:
     """Scores completions with reward functions; a context manager.
 
-    functions: RewardFunctions, functions, or texts that RewardFunction.parse reads.
-    weights: one number a function; 1 each by default.
-    timeout_s: seconds that one call of a function may take. A function that scores one completion at a time is called
-      once for each, so the limit is for one completion; a function of a whole batch has it for the batch.
-    memory_mb: MiB of private memory that a worker process may use.
-    workers: processes. Functions that score one completion at a time are divided among them.
-    on_error: what a failure leads to: a function that raised, hung, died, or returned the wrong count, NaN, infinity or
-      something that is no number. "raise": RewardError. "none": None for the completions of that call, counted.
-    isolation: "process", or "none" to call the functions here, without limits: for trusted and cheap functions.
-    columns: names of the columns score() will get. If given, a function that needs another one is refused at the start.
+    Workers start with the context, or with the first score().
 
-    Workers start with the context, or with the first score(). Errors: ValueError or TypeError for impossible arguments;
-    RewardError at the start for a function that cannot be loaded.
+    Args:
+        functions: RewardFunctions, functions, or texts that RewardFunction.parse reads.
+        weights: one number a function; 1 each by default.
+        timeout_s: seconds that one call of a function may take. A function that scores one completion at a time is
+            called once for each, so the limit is for one completion; a function of a whole batch has it for the batch.
+        memory_mb: MiB of private memory that a worker process may use.
+        workers: processes. Functions that score one completion at a time are divided among them.
+        on_error: what a failure leads to: a function that raised, hung, died, or returned the wrong count, NaN,
+            infinity or something that is no number. "raise": RewardError. "none": None for the completions of that
+            call, counted.
+        isolation: "process", or "none" to call the functions here, without limits: for trusted and cheap functions.
+        columns: names of the columns score() will get. If given, a function that needs another one is refused at the
+            start.
+
+    Raises:
+        ValueError, TypeError: for impossible arguments.
+        RewardError: at the start, for a function that cannot be loaded.
     """
 
     def __init__(
@@ -123,10 +130,19 @@ class RewardRunner:
     def score(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> RewardResult:
-        """Score N completions. prompts: [N], texts or message lists; completions: [N], alike; columns: [N] each.
+        """Score N completions.
 
-        Errors: ValueError for lengths that differ or a column that cannot be sent to a worker; RewardError where a
-        function fails and on_error is "raise".
+        Args:
+            prompts: [N], texts or message lists.
+            completions: [N], alike.
+            columns: [N] each.
+
+        Returns:
+            The scores of each completion, weighted and by function.
+
+        Raises:
+            ValueError: for lengths that differ, or a column that cannot be sent to a worker.
+            RewardError: where a function fails and on_error is "raise".
         """
         count = len(completions)
         for name, values in {"prompts": prompts, **columns}.items():

@@ -37,21 +37,24 @@ class RewardError(RuntimeError):
 class RewardFunction:
     """A function to score completions with, named so that a worker process can import it.
 
-    target: "package.module:function" or "path/to/file.py:function".
-    kind: how it is called.
-        "batch": f(prompts=, completions=, **columns) -> one score a completion; the ecosystem's convention.
-        "sample": f(completion, **columns) -> the score of one completion, given as text; `prompt` is there by name too.
-        "verl": f(data_source=, solution_str=, ground_truth=, extra_info=) -> a number, or a dict with "score".
-        "openrlhf": f(queries, prompts, labels) -> scores, or a dict with "rewards"; a query is prompt + completion.
-      Any of them may be async. Only the columns in its signature are passed, all of them if it takes **columns.
-    options: keyword arguments added to every call; what JSON can hold.
-    timeout_s: seconds a call may take, where the runner's own limit does not fit.
-    killed_score: what a completion earns whose call had to be killed, or died, over it (time, memory); None means that
-      this is an error. For verifiers that can be driven into a hang by what a model writes.
-    reference: a completion that must earn the reward, with {answer} for the right answer; None where there is no such
-      form. Tasks score every answer of their data in this form when they are loaded, and refuse data that cannot earn.
-    name: what metrics call it; the function's name unless given.
-    function: the callable itself, for what cannot be imported by name (a lambda, a closure); needs isolation="none".
+    Attributes:
+        target: "package.module:function" or "path/to/file.py:function".
+        kind: how it is called; any of them may be async, and only the columns in its signature are passed, all of them
+            if it takes **columns.
+            "batch": f(prompts=, completions=, **columns) -> one score a completion; the ecosystem's convention.
+            "sample": f(completion, **columns) -> the score of one completion, a text; `prompt` is there by name too.
+            "verl": f(data_source=, solution_str=, ground_truth=, extra_info=) -> a number, or a dict with "score".
+            "openrlhf": f(queries, prompts, labels) -> scores, or a dict with "rewards"; a query is prompt + completion.
+        options: keyword arguments added to every call; what JSON can hold.
+        timeout_s: seconds a call may take, where the runner's own limit does not fit.
+        killed_score: what a completion earns whose call had to be killed, or died, over it (time, memory); None means
+            that this is an error. For verifiers that can be driven into a hang by what a model writes.
+        reference: a completion that must earn the reward, with {answer} for the right answer; None where there is no
+            such form. A task scores the answers of its data in this form when it is loaded, and refuses data that
+            cannot earn anything.
+        name: what metrics call it; the function's name unless given.
+        function: the callable itself, for what cannot be imported by name (a lambda, a closure); needs
+            isolation="none".
     """
 
     target: str
@@ -76,7 +79,8 @@ class RewardFunction:
     def parse(cls, spec: str) -> "RewardFunction":
         """Read "file.py:function" or "module:function", maybe after "sample:", "verl:" or "openrlhf:", or a built-in.
 
-        Errors: ValueError for anything else, for a file that is not there, and for an unknown built-in name.
+        Raises:
+            ValueError: for anything else, for a file that is not there, and for an unknown built-in name.
         """
         head, colon, rest = spec.partition(":")
         kind: Any = head if colon and head in ("batch", "sample", *_DEFAULT_NAMES) else "batch"
@@ -120,11 +124,14 @@ class RewardFunction:
         return self.kind in ("sample", "verl")
 
     def load(self, prepare: bool = True) -> Callable[..., Any]:
-        """Import the function. Errors: RewardError, naming the function and the reason.
+        """Import the function.
 
         Its module may hold PREPARE, a mapping from a function's name to one without arguments that is called here,
         unless `prepare` is off: what takes long, or may be missing, is then found out at the start, outside the time
         limit of a first call.
+
+        Raises:
+            RewardError: naming the function and the reason.
         """
         if self.function is not None:
             return self.function
@@ -151,7 +158,11 @@ class RewardFunction:
         return found  # type: ignore[no-any-return]
 
     def check_columns(self, function: Callable[..., Any], columns: Collection[str]) -> None:
-        """Refuse a function that needs a column the data do not have. Errors: RewardError, naming it."""
+        """Refuse a function that needs a column the data do not have.
+
+        Raises:
+            RewardError: naming the column.
+        """
         if self.kind in _DEFAULT_NAMES:
             needed = ["answer"]
         else:
@@ -224,7 +235,11 @@ class RewardFunction:
 
 
 def builtin(name: str) -> RewardFunction:
-    """Return a reward that comes with the package, by name. Errors: ValueError with the nearest name."""
+    """Return a reward that comes with the package, by name.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
     if name not in BUILTINS:
         raise ValueError(unknown_name("reward", name, list(BUILTINS)) + "; your own is given as file.py:function")
     return BUILTINS[name]

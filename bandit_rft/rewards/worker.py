@@ -160,6 +160,7 @@ class Worker:
 
 
 def encode(message: Any) -> bytes:
+    """Write a message as one line of JSON."""
     return json.dumps(message, default=_plain).encode() + b"\n"
 
 

@@ -27,16 +27,19 @@ def load_task(
 ) -> Task:
     """Load a task.
 
-    name: one of TASKS, or what "dataset" would take as data_path: a file (.jsonl, .json, .parquet, .csv) or a dataset
-      of the Hugging Face hub as owner/name.
-    data_path: a file, or a folder with train.jsonl and test.jsonl (or .json, .parquet, .csv); for "dataset" a dataset
-      of the hub, too. Without it gsm8k, math and summarize are loaded from the hub.
-    seed: of what a task draws: made examples, held-out rows.
-    reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
-    options: the task's own, see its module.
+    Args:
+        name: one of TASKS, or what "dataset" would take as data_path: a file (.jsonl, .json, .parquet, .csv) or a
+            dataset of the Hugging Face hub as owner/name.
+        data_path: a file, or a folder with train.jsonl and test.jsonl (or .json, .parquet, .csv); for "dataset" a
+            dataset of the hub, too. Without it gsm8k, math and summarize are loaded from the hub.
+        seed: of what a task draws: made examples, held-out rows.
+        reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
+        options: the task's own, see its module.
 
-    Errors: ValueError, naming the argument, for unknown names and options, missing files, columns or rewards, broken
-    rows, answers of which none can earn the reward; ImportError, naming the extra, for a library that is not installed.
+    Raises:
+        ValueError: naming the argument, for unknown names and options, missing files, columns or rewards, broken rows,
+            answers of which none can earn the reward.
+        ImportError: naming the extra, for a library that is not installed.
     """
     key = "dataset" if name in SAME_AS_DATASET else name.replace("-", "_")
     if key not in TASKS and ("/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv")):

@@ -20,12 +20,15 @@ def read_splits(
 ) -> dict[str, list[Row]]:
     """Read the rows of each split.
 
-    data_path: a file is the split of its name (train, test, validation, dev), or else "train"; of a folder every file
-      named like a split is read.
-    test_path: a file with the split "test", in place of any other.
-    test_size: where there is no "test" split, this many rows of "train", drawn by the seed, become it.
+    Args:
+        data_path: a file is the split of its name (train, test, validation, dev), or else "train"; of a folder every
+            file named like a split is read.
+        test_path: a file with the split "test", in place of any other.
+        test_size: where there is no "test" split, this many rows of "train", drawn by the seed, become it.
+        seed: of that draw.
 
-    Errors: ValueError, naming the argument.
+    Raises:
+        ValueError: naming the argument.
     """
     path = Path(data_path).expanduser()
     if path.is_dir():
