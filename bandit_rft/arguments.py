@@ -66,9 +66,10 @@ def make_parser(keys: bool = True) -> Parser:
     train.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
     evaluate = command(
         "eval", "evaluate a checkpoint with its run's settings, or any model; JSON lines",
-        "eval [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...]",
+        "eval [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...] [--allow_code]",
     )  # fmt: skip
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder checkpoint-<round>")
+    evaluate.add_argument("--allow_code", action="store_true", help="run rewards that the checkpoint's own run names")
     for sub in (train, evaluate):
         sub.add_argument("--config", metavar="FILE.yaml", action=_Once, help="keys and values, nested or dotted")
         if keys:

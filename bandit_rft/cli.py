@@ -112,6 +112,7 @@ def evaluate(given: argparse.Namespace) -> int:
     from bandit_rft.config import build_config
 
     overrides, file = given.overrides, getattr(given, "config", None)
+    found = ""  # the run's own configuration, which came with the checkpoint
     if "checkpoint" in given:
         checkpoint = Path(given.checkpoint)
         if not any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -122,8 +123,12 @@ def evaluate(given: argparse.Namespace) -> int:
         overrides["model_name_or_path"] = str(checkpoint)
         run = checkpoint.absolute().parent.parent / "config.yaml"
         if file is None and run.is_file():
-            file = str(run)
+            file = found = str(run)
     config = build_config(overrides, file)
+    if found and "reward.functions" not in overrides:
+        from bandit_rft.rewards.spec import refuse_foreign_code
+
+        refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in given)
     _quiet_libraries()
     from bandit_rft.data import PromptSet
     from bandit_rft.evaluate import evaluate as evaluate_split
@@ -277,7 +282,9 @@ def _version(package: str) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"bandit-rft: {message}", file=sys.stderr)
+    from bandit_rft.text import printable  # a message may quote what a model or a reward wrote
+
+    print(f"bandit-rft: {printable(message)}", file=sys.stderr)
     return status
 
 

@@ -1,20 +1,29 @@
-"""Examples as the engine takes them (token ids) and as rewards take them (text or messages)."""
+"""Examples as the engine takes them (token ids) and as rewards take them (text or messages), and what data they are."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.rewards import RewardResult, RewardRunner
 from bandit_rft.tasks import Example, collate
+from bandit_rft.text import LIMIT, lone_surrogate, printable
 
 logger = logging.getLogger(__name__)
+
+#: The share of a split's prompts that may be left out for their length; above it the data are not what was meant.
+MAX_FILTERED = 0.5
+BLOCKS = 64  # of rows whose digests a fingerprint keeps
 
 
 class PromptSet:
@@ -22,7 +31,11 @@ class PromptSet:
 
     Attributes:
         indices: index in the split of each example kept; tokens: its prompt's token ids; examples: the example itself.
-        filtered: how many were left out.
+        filtered: how many were left out, for a length of 0 or more than max_prompt_length tokens.
+
+    Raises:
+        ValueError: where more than MAX_FILTERED of the prompts would be left out, or a row has a prompt that cannot be
+            tokenized; the message names it.
     """
 
     def __init__(
@@ -40,16 +53,28 @@ class PromptSet:
         self.tokens: list[list[int]] = []
         self.examples: list[Example] = []
         self.filtered = 0
+        lengths: list[int] = []
         for index, example in enumerate(examples):
             if limit is not None and len(self.indices) == limit:
                 break
-            ids = prompt_tokens(example.prompt, tokenizer, chat_template)
+            try:
+                ids = prompt_tokens(example.prompt, tokenizer, chat_template)
+            except ValueError as error:
+                raise ValueError(f"{name} row {index}: {error}") from error
+            lengths.append(len(ids))
             if not 0 < len(ids) <= max_prompt_length:
                 self.filtered += 1
                 continue
             self.indices.append(index)
             self.tokens.append(ids)
             self.examples.append(example)
+        if self.filtered > MAX_FILTERED * len(lengths):
+            half, most = np.quantile(lengths, [0.5, 0.95], method="higher").tolist()
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length} leaves out {self.filtered:,} of {len(lengths):,} prompts of "
+                f"{name}, more than {MAX_FILTERED:.0%}. Raise it: half of them have up to {half} tokens, 95% up to "
+                f"{most}; or take the long ones out of the data"
+            )
         if self.filtered:
             logger.warning(
                 "%s: %d of %d prompts are longer than max_prompt_length=%d (or empty) and were left out",
@@ -65,14 +90,77 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids of a prompt: chat messages, or text that becomes a user message where the model is a chat model.
 
-    Raises ValueError for chat messages and a tokenizer without a chat template.
+    Where the last message is the assistant's, the completion continues it. An end-of-text token that the tokenizer puts
+    behind every text is left out: nothing can continue a text that has ended.
+
+    Raises:
+        ValueError: for chat messages and a tokenizer without a chat template, messages that the template refuses, and
+            text that cannot be encoded.
     """
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        if (found := lone_surrogate(text)) is not None:
+            around = printable(text[max(0, found - 20) : found + 20], one_line=True)
+            raise ValueError(
+                f"the prompt holds a lone surrogate at character {found}, which no tokenizer takes: {around}"
+            )
     if isinstance(prompt, str) and (tokenizer.chat_template is None or chat_template == "never"):
-        return list(tokenizer(prompt)["input_ids"])
+        return _without_end(list(tokenizer(prompt)["input_ids"]), prompt, tokenizer)
     if tokenizer.chat_template is None:
         raise ValueError("the prompts are chat messages, but the model's tokenizer has no chat template")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+    continued = messages[-1]["role"] == "assistant"
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            tokenize=True,
+            return_dict=False,
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the tokenizer's chat template refuses the messages: {printable(str(error), LIMIT, one_line=True)}"
+        ) from error
+    return list(ids)
+
+
+def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Leave out the special tokens that the tokenizer, not the text, has put behind the text."""
+    if not ids or ids[-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        return ids
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for end in range(len(ids), len(bare) - 1, -1):
+        if ids[end - len(bare) : end] == bare:
+            if ids[end:]:
+                _say_once(
+                    f"the tokenizer ends every text with {tokenizer.convert_ids_to_tokens(ids[end:])}: left out of the "
+                    "prompts, which completions are to continue"
+                )
+            return ids[:end]
+    return ids
+
+
+@lru_cache(maxsize=16)
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def padding_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, keep: Iterable[int] = ()) -> list[int]:
+    """Token ids that a model has and its tokenizer does not.
+
+    Heads are padded to a round size (Qwen2.5: 151,936 rows for 151,665 tokens). The padding is never a target in
+    pretraining, but its logits are numbers like any other, and such a token, once drawn, has no text.
+
+    Args:
+        tokenizer: its vocabulary and added tokens count.
+        vocab_size: rows of the model's head.
+        keep: ids that are needed whatever the tokenizer says, such as stop tokens.
+
+    Returns:
+        The ids in [0, vocab_size) that stand for nothing, in ascending order.
+    """
+    known = {*tokenizer.get_vocab().values(), *keep}
+    return [token for token in range(vocab_size) if token not in known]
 
 
 def completion_texts(
@@ -113,3 +201,80 @@ def query_order(size: int, batch_size: int, seed: int, first: int, count: int) -
 @lru_cache(maxsize=2)
 def _epoch(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of a split to know it again: about 700 bytes, whatever its size.
+
+    Attributes:
+        rows: how many.
+        prompts: digest of the prompts in order; columns: of the answers and the other columns in order.
+        unordered: digest of the rows whatever their order.
+        blocks: digests of at most BLOCKS runs of equally many rows, which say where a difference begins.
+    """
+
+    rows: int
+    prompts: str
+    columns: str
+    unordered: str
+    blocks: list[str]
+
+    @property
+    def block_size(self) -> int:
+        """Rows that one of the blocks covers."""
+        return max(1, -(-self.rows // BLOCKS))
+
+
+def fingerprint(examples: Sequence[Example]) -> Fingerprint:
+    """Digest the prompts and columns of a split, as its task has loaded it."""
+    prompts, columns, total = hashlib.sha256(), hashlib.sha256(), 0
+    blocks: list[str] = []
+    size = Fingerprint(len(examples), "", "", "", []).block_size
+    for first in range(0, len(examples), size):
+        block = hashlib.sha256()
+        for example in examples[first : first + size]:
+            prompt = json.dumps(example.prompt).encode() + b"\n"  # escaped: no newline within, no lone surrogate
+            row = json.dumps(sorted(example.columns.items()), default=_stable).encode() + b"\n"
+            prompts.update(prompt)
+            columns.update(row)
+            block.update(prompt + row)
+            total += int.from_bytes(hashlib.sha256(prompt + row).digest()[:16])
+        blocks.append(block.hexdigest()[:8])
+    return Fingerprint(
+        len(examples), prompts.hexdigest()[:32], columns.hexdigest()[:32], f"{total % 2**128:032x}", blocks
+    )
+
+
+def data_difference(split: str, before: Fingerprint | Mapping[str, Any], now: Fingerprint) -> str | None:
+    """Say how a split differs from what it was.
+
+    Args:
+        split: its name, for the message.
+        before: a fingerprint, or its fields as `dataclasses.asdict` gives them and JSON keeps them.
+        now: today's.
+
+    Returns:
+        A sentence part such as "train: the answers or other columns differ, first in row 17"; None if nothing differs.
+    """
+    old = before if isinstance(before, Fingerprint) else Fingerprint(**before)
+    if old == now:
+        return None
+    if old.rows != now.rows:
+        return f"{split}: {now.rows:,} rows, where there were {old.rows:,}"
+    if old.unordered == now.unordered:
+        return f"{split}: the same rows in another order"
+    what = ["prompts"] * (old.prompts != now.prompts) + ["answers or other columns"] * (old.columns != now.columns)
+    block = next((i for i, pair in enumerate(zip(old.blocks, now.blocks, strict=True)) if pair[0] != pair[1]), 0)
+    first, last = block * now.block_size, min(now.rows, (block + 1) * now.block_size) - 1
+    place = f"row {first}" if first == last else f"rows {first} to {last}"
+    return f"{split}: the {' and the '.join(what)} differ, first in {place}"
+
+
+def _stable(value: Any) -> Any:
+    """Turn what JSON does not know into what is the same in every process."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__

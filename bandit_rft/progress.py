@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bandit_rft.listener import Listener
+from bandit_rft.text import printable
 
 if TYPE_CHECKING:
     from bandit_rft.config import Config
@@ -161,16 +161,8 @@ def _show_completions(folder: Path, console: Console) -> None:
         console.print(Text(f"{label}, reward {reward}: {_short(text)}"))
 
 
-def printable(text: str) -> str:
-    r"""Text with every control, format and unassigned character but the newline and tab written as \xNN or \uNNNN."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
-
-
 def _short(text: str, limit: int = 600) -> str:
-    return printable(text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit} more characters)")
+    return printable(text, limit)
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,16 @@ from bandit_rft import ops
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, ConfigError, advantage_options, check_config, to_yaml
-from bandit_rft.data import PromptSet, completion_texts, prompt_text, query_order, score
+from bandit_rft.data import (
+    Fingerprint,
+    PromptSet,
+    completion_texts,
+    data_difference,
+    fingerprint,
+    prompt_text,
+    query_order,
+    score,
+)
 from bandit_rft.evaluate import answer_text, evaluate
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
@@ -46,6 +55,7 @@ from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_folder import RunFolder
 from bandit_rft.selection import constant_groups, most_varied
 from bandit_rft.tasks import Task, load_task
+from bandit_rft.tasks.checks import check_task
 from bandit_rft.update import PolicyUpdater, score_rollouts
 
 logger = logging.getLogger(__name__)
@@ -88,6 +98,8 @@ class Trainer:
         self._saving: Metrics = {}
         options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
         self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
+        if task is not None:
+            check_task(task)
         if "train" not in self.task.splits:
             raise ConfigError(f"task {self.task.name} has no split 'train'; it has {', '.join(self.task.splits)}")
         self._given_policy = policy
@@ -112,7 +124,7 @@ class Trainer:
             self._start(stack)
             self.listener.started(self)
             if self.round == 0 and not read_metrics(self.folder):
-                self._finish_round(Stopwatch(), {"round": 0})
+                self._finish_round(Stopwatch(), {"round": 0, **self._prompt_metrics()})
             while not self.finished and not self.stop_requested:
                 self.train_round()
             if self._saved_round != self.round:
@@ -338,6 +350,9 @@ class Trainer:
         if missing := [name for name in names if name not in self.task.splits]:
             raise ConfigError(f"evaluation.splits: {missing[0]!r} is none of {', '.join(self.task.splits)}")
         self.evaluation_prompts = [self._prompts(name, limit) for name in names]
+        self.fingerprints = {name: asdict(fingerprint(self.task.splits[name])) for name in {"train", *names}}
+        if found is not None:
+            self._refuse_other_data(*found)
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
@@ -403,6 +418,26 @@ class Trainer:
                 self.config.advantage, len(prompts), self.config.max_rounds, self.config.batch_size,
             )  # fmt: skip
 
+    def _refuse_other_data(self, path: Path, state: dict[str, Any]) -> None:
+        """Continue on the data that the checkpoint was trained on, and say so where an evaluation's data changed."""
+        for split, before in state.get("data", {}).items():
+            if split not in self.fingerprints:
+                continue
+            difference = data_difference(split, before, Fingerprint(**self.fingerprints[split]))
+            if difference and split == "train":
+                raise ConfigError(
+                    f"the data are not those that {path} was trained on ({difference}): this would be neither run. "
+                    "Choose another output_dir, or put the data back"
+                )
+            if difference:
+                logger.warning("evaluation before and after %s is on different data (%s)", path, difference)
+
+    def _prompt_metrics(self) -> Metrics:
+        """How many prompts there are, and how many were left out as too long, by split."""
+        metrics: Metrics = {"prompts/train": len(self.train_prompts), "prompts/filtered": self.train_prompts.filtered}
+        metrics |= {f"eval/{prompts.name}/filtered": prompts.filtered for prompts in self.evaluation_prompts}
+        return metrics
+
     def _prompts(self, split: str, limit: int | None = None) -> PromptSet:
         assert self.policy.tokenizer is not None
         return PromptSet(
@@ -449,8 +484,8 @@ class Trainer:
             )
         self.log.sync()
         state = {
-            "config": asdict(self.config), "torch": torch.__version__, "position": self.position,
-            "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+            "config": asdict(self.config), "data": self.fingerprints, "torch": torch.__version__,
+            "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()

@@ -28,7 +28,8 @@ from bandit_rft.arguments import WITH_KEYS, Parser, make_parser, parse, subcomma
 from bandit_rft.config import build_config, keys
 from bandit_rft.metrics import read_metrics
 from bandit_rft.options import choices, read_value
-from bandit_rft.progress import printable, show_result
+from bandit_rft.progress import show_result
+from bandit_rft.text import printable
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +384,11 @@ def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, cap
     assert "question: " in text and "before, reward" in text
     last = read_metrics(run)[-1]
 
-    assert cli.main(["eval", str(run / "checkpoints" / "checkpoint-3")]) == 0
+    checkpoint = str(run / "checkpoints" / "checkpoint-3")
+    # The run may be somebody's: its configuration names code, which is run only where the user says so.
+    assert cli.main(["eval", checkpoint]) == 1
+    assert "config.yaml names code that scoring would run" in capfd.readouterr().err
+    assert cli.main(["eval", checkpoint, "--allow_code"]) == 0
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [line["split"] for line in lines] == ["train", "test"]
     for line in lines:

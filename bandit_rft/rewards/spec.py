@@ -19,10 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from bandit_rft.text import LIMIT, printable, shown_error
+
 Kind = Literal["batch", "sample", "verl", "openrlhf"]
 Entry = float | None | str  # the score of one completion, None where not scored, or a text that says what went wrong
 
-BUILTIN = "bandit_rft.rewards.builtin"
+OUT_OF_MEMORY = 77  # the exit status by which a worker process says so
 _DEFAULT_NAMES: dict[str, str] = {"verl": "compute_score", "openrlhf": "reward_func"}
 _VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
@@ -35,19 +37,24 @@ class RewardError(RuntimeError):
 class RewardFunction:
     """A function to score completions with, named so that a worker process can import it.
 
-    target: "package.module:function" or "path/to/file.py:function".
-    kind: how it is called.
-        "batch": f(prompts=, completions=, **columns) -> one score a completion; the ecosystem's convention.
-        "sample": f(completion, **columns) -> the score of one completion, given as text; `prompt` is there by name too.
-        "verl": f(data_source=, solution_str=, ground_truth=, extra_info=) -> a number, or a dict with "score".
-        "openrlhf": f(queries, prompts, labels) -> scores, or a dict with "rewards"; a query is prompt + completion.
-      Any of them may be async. Only the columns in its signature are passed, all of them if it takes **columns.
-    options: keyword arguments added to every call; what JSON can hold.
-    timeout_s: seconds a call may take, where the runner's own limit does not fit.
-    killed_score: what a completion earns whose call had to be killed, or died, over it (time, memory); None means that
-      this is an error. For verifiers that can be driven into a hang by what a model writes.
-    name: what metrics call it; the function's name unless given.
-    function: the callable itself, for what cannot be imported by name (a lambda, a closure); needs isolation="none".
+    Attributes:
+        target: "package.module:function" or "path/to/file.py:function".
+        kind: how it is called; any of them may be async, and only the columns in its signature are passed, all of them
+            if it takes **columns.
+            "batch": f(prompts=, completions=, **columns) -> one score a completion; the ecosystem's convention.
+            "sample": f(completion, **columns) -> the score of one completion, a text; `prompt` is there by name too.
+            "verl": f(data_source=, solution_str=, ground_truth=, extra_info=) -> a number, or a dict with "score".
+            "openrlhf": f(queries, prompts, labels) -> scores, or a dict with "rewards"; a query is prompt + completion.
+        options: keyword arguments added to every call; what JSON can hold.
+        timeout_s: seconds a call may take, where the runner's own limit does not fit.
+        killed_score: what a completion earns whose call had to be killed, or died, over it (time, memory); None means
+            that this is an error. For verifiers that can be driven into a hang by what a model writes.
+        reference: a completion that must earn the reward, with {answer} for the right answer; None where there is no
+            such form. A task scores the answers of its data in this form when it is loaded, and refuses data that
+            cannot earn anything.
+        name: what metrics call it; the function's name unless given.
+        function: the callable itself, for what cannot be imported by name (a lambda, a closure); needs
+            isolation="none".
     """
 
     target: str
@@ -55,6 +62,7 @@ class RewardFunction:
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float | None = None
     killed_score: float | None = None
+    reference: str | None = None
     name: str = ""
     function: Callable[..., Any] | None = None
 
@@ -71,7 +79,8 @@ class RewardFunction:
     def parse(cls, spec: str) -> "RewardFunction":
         """Read "file.py:function" or "module:function", maybe after "sample:", "verl:" or "openrlhf:", or a built-in.
 
-        Errors: ValueError for anything else, for a file that is not there, and for an unknown built-in name.
+        Raises:
+            ValueError: for anything else, for a file that is not there, and for an unknown built-in name.
         """
         head, colon, rest = spec.partition(":")
         kind: Any = head if colon and head in ("batch", "sample", *_DEFAULT_NAMES) else "batch"
@@ -114,11 +123,15 @@ class RewardFunction:
         """Whether a call scores one completion, so that a batch may be divided among workers."""
         return self.kind in ("sample", "verl")
 
-    def load(self) -> Callable[..., Any]:
-        """Import the function. Errors: RewardError, naming the function and the reason.
+    def load(self, prepare: bool = True) -> Callable[..., Any]:
+        """Import the function.
 
-        Its module may hold PREPARE, a mapping from a function's name to one without arguments that is called here: what
-        takes long, or may be missing, is then found out at the start, outside the time limit of a first call.
+        Its module may hold PREPARE, a mapping from a function's name to one without arguments that is called here,
+        unless `prepare` is off: what takes long, or may be missing, is then found out at the start, outside the time
+        limit of a first call.
+
+        Raises:
+            RewardError: naming the function and the reason.
         """
         if self.function is not None:
             return self.function
@@ -138,13 +151,18 @@ class RewardFunction:
         if not callable(found):
             raise RewardError(f"reward {self.name!r}: {self.target} is a {type(found).__name__}, not a function")
         try:
-            getattr(module, "PREPARE", {}).get(path, lambda: None)()
+            if prepare:
+                getattr(module, "PREPARE", {}).get(path, lambda: None)()
         except Exception as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from error
+            raise RewardError(f"reward {self.name!r}: {printable(str(error), LIMIT)}") from error
         return found  # type: ignore[no-any-return]
 
     def check_columns(self, function: Callable[..., Any], columns: Collection[str]) -> None:
-        """Refuse a function that needs a column the data do not have. Errors: RewardError, naming it."""
+        """Refuse a function that needs a column the data do not have.
+
+        Raises:
+            RewardError: naming the column.
+        """
         if self.kind in _DEFAULT_NAMES:
             needed = ["answer"]
         else:
@@ -176,6 +194,8 @@ class RewardFunction:
             yield _entries(lambda: self._call_batch(function, prompts, completions, columns), len(completions))
             return
         names = _wanted(function, _VERL_ARGUMENTS if self.kind == "verl" else ["prompt", *columns])
+        if self.kind == "sample":  # the completion is the first argument; a column of that name is not meant
+            names = [name for name in names if name != _first_parameter(function)]
         for row, completion in enumerate(completions):
             values = {name: column[row] for name, column in columns.items()}
             call = functools.partial(self._call_one, function, names, prompts[row], completion, values)
@@ -215,30 +235,66 @@ class RewardFunction:
 
 
 def builtin(name: str) -> RewardFunction:
-    """Return a reward that comes with the package, by name. Errors: ValueError with the nearest name."""
+    """Return a reward that comes with the package, by name.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
     if name not in BUILTINS:
         raise ValueError(unknown_name("reward", name, list(BUILTINS)) + "; your own is given as file.py:function")
     return BUILTINS[name]
 
 
+#: The rewards that come with the package, by the names that configurations give. Those of a task live in its module.
 BUILTINS: dict[str, RewardFunction] = {
-    "exact_match": RewardFunction(f"{BUILTIN}:exact_match", "sample"),
-    "gsm8k": RewardFunction(f"{BUILTIN}:gsm8k", "sample"),
-    "math": RewardFunction(f"{BUILTIN}:math", "sample"),
+    "exact_match": RewardFunction("bandit_rft.rewards.builtin:exact_match", "sample", reference="{answer}"),
+    "gsm8k": RewardFunction("bandit_rft.tasks.gsm8k:gsm8k", "sample", reference="#### {answer}"),
+    "math": RewardFunction("bandit_rft.tasks.math_problems:math", "sample", reference=r"\boxed{{answer}}"),
     # Some answers send a computer algebra system off for hours: such an answer is simply not verified.
-    "math_verify": RewardFunction(f"{BUILTIN}:math_verify", "sample", timeout_s=5.0, killed_score=0.0),
-    "rouge_l": RewardFunction(f"{BUILTIN}:rouge_l", "sample"),
+    "math_verify": RewardFunction(
+        "bandit_rft.tasks.math_problems:math_verify",
+        "sample",
+        timeout_s=5.0,
+        killed_score=0.0,
+        reference=r"\boxed{{answer}}",
+    ),
+    "rouge_l": RewardFunction("bandit_rft.tasks.summarize:rouge_l", "sample"),
     "rouge_l_length_penalized": RewardFunction(
-        f"{BUILTIN}:rouge_l", "sample", options={"length_penalty": 1.0}, name="rouge_l_length_penalized"
+        "bandit_rft.tasks.summarize:rouge_l",
+        "sample",
+        options={"length_penalty": 1.0},
+        name="rouge_l_length_penalized",
     ),
 }
+
+
+def refuse_foreign_code(functions: Iterable[str], *, source: str, allowed: bool = False) -> None:
+    """Refuse rewards that are somebody's code, where they were named by a file that may be somebody's, too.
+
+    Args:
+        functions: rewards as a configuration names them.
+        source: the file that names them, for the message.
+        allowed: whether the user said that such code may be run.
+
+    Raises:
+        ValueError: naming the functions that do not come with this package.
+    """
+    foreign = [name for name in functions if name.removeprefix("sample:") not in BUILTINS]
+    if foreign and not allowed:
+        named = printable(", ".join(map(repr, foreign)), LIMIT, one_line=True)
+        raise ValueError(
+            f"reward.functions: {printable(source)} names code that scoring would run: {named}. If you trust it, "
+            "say so with --allow_code, or name rewards of your own with --reward.functions"
+        )
 
 
 def unknown_name(what: str, name: object, known: Collection[str]) -> str:
     """Say that a name is unknown, which one is nearest and which there are."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (there are: {', '.join(map(str, known)) or 'none'})"
+    return (
+        f"unknown {what} {name!r}{hint} (there are: {printable(', '.join(map(str, known)), one_line=True) or 'none'})"
+    )
 
 
 def text_of(content: Any, whole: bool = False) -> str:
@@ -305,6 +361,15 @@ def _keywords(function: Callable[..., Any], positional: int) -> dict[str, inspec
     return {parameter.name: parameter for parameter in parameters[positional:] if parameter.kind not in positional_only}
 
 
+def _first_parameter(function: Callable[..., Any]) -> str | None:
+    """Return the name of a function's first parameter, where it can be known and takes one value."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except (TypeError, ValueError):
+        return None
+    return None if first is None or first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD) else first.name
+
+
 def _wanted(function: Callable[..., Any], names: Iterable[str]) -> list[str]:
     """Return which of the names the function's signature asks for: all of them if it takes **columns."""
     known = _keywords(function, 0)
@@ -333,12 +398,12 @@ def _short(value: Any) -> str:
         text = repr(value)
     except Exception:
         text = "a value that cannot be shown"
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+    return f"{printable(text, 80, one_line=True)} ({type(value).__name__})"
 
 
 def _describe(error: BaseException) -> str:
-    """Say what was raised and where, with the traceback from the reward function on."""
+    """Say what was raised and where, with the traceback from the reward function on; printable, whatever it quotes."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    trace = "".join(traceback.format_list(frames))[-2000:]
-    return f"{type(error).__name__}: {error}{where}" + (f"\n{trace.rstrip()}" if trace else "")
+    trace = printable("".join(traceback.format_list(frames))[-2000:]).rstrip()
+    return shown_error(error) + printable(where, one_line=True) + (f"\n{trace}" if trace else "")

@@ -20,6 +20,7 @@ from rich.text import Text
 from bandit_rft.config import Config
 from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost
 from bandit_rft.study.run import read_record
+from bandit_rft.text import LIMIT, printable
 
 STATES = ("finished", "running", "stopped", "failed", "waiting")
 
@@ -79,7 +80,7 @@ def show_status(folder: Path, console: Console) -> None:
         shown = "" if reward is None else f"  reward {reward:.3f}"
         console.print(f"  running  {cell}  round {round_}{shown}", markup=False)
     for cell, error in status.failures:
-        console.print(f"  failed   {cell}  {error}", markup=False, style="red")
+        console.print(f"  failed   {cell}  {printable(str(error), LIMIT)}", markup=False, style="red")
 
 
 def show_plan(plan: Plan, console: Console) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, collate
+from bandit_rft.tasks.checks import check_task
 
 __all__ = ["TASKS", "Example", "Task", "collate", "load_task", "task_option_model"]
 
@@ -41,16 +42,19 @@ def load_task(
 ) -> Task:
     """Load a task.
 
-    name: one of TASKS, or what "dataset" would take as data_path: a file (.jsonl, .json, .parquet, .csv) or a dataset
-      of the Hugging Face hub as owner/name.
-    data_path: a file, or a folder with train.jsonl and test.jsonl (or .json, .parquet, .csv); for "dataset" a dataset
-      of the hub, too. Without it gsm8k, math and summarize are loaded from the hub.
-    seed: of what a task draws: made examples, held-out rows.
-    reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
-    options: the task's own, see its module.
+    Args:
+        name: one of TASKS, or what "dataset" would take as data_path: a file (.jsonl, .json, .parquet, .csv) or a
+            dataset of the Hugging Face hub as owner/name.
+        data_path: a file, or a folder with train.jsonl and test.jsonl (or .json, .parquet, .csv); for "dataset" a
+            dataset of the hub, too. Without it gsm8k, math and summarize are loaded from the hub.
+        seed: of what a task draws: made examples, held-out rows.
+        reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
+        options: the task's own, see its module.
 
-    Errors: ValueError, naming the argument, for unknown names and options, missing files, columns or rewards, broken
-    rows; ImportError, naming the extra, for a library that is not installed.
+    Raises:
+        ValueError: naming the argument, for unknown names and options, missing files, columns or rewards, broken rows,
+            answers of which none can earn the reward.
+        ImportError: naming the extra, for a library that is not installed.
     """
     key = "dataset" if name in SAME_AS_DATASET else name.replace("-", "_")
     if key not in TASKS and ("/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv")):
@@ -77,4 +81,6 @@ def load_task(
             f"reward: task {task.name!r} brings none; give a list such as ['rewards.py:my_reward'], or a built-in: "
             "exact_match, gsm8k, math, math_verify, rouge_l, rouge_l_length_penalized"
         )
+    if key in READ:  # what a task makes itself is right by construction, and its tests say so
+        check_task(task)
     return task

@@ -12,8 +12,9 @@ from bandit_rft.rewards.spec import RewardFunction, unknown_name
 class Example:
     """One query.
 
-    prompt: a plain text, or chat messages with "role" and "content".
-    columns: what rewards take besides prompt and completion; the right answer is "answer".
+    Attributes:
+        prompt: a plain text, or chat messages with "role" and "content".
+        columns: what rewards take besides prompt and completion; the right answer is "answer".
     """
 
     prompt: str | list[dict[str, str]]
@@ -24,15 +25,19 @@ class Example:
 class Task:
     """A named set of examples and how completions of them are rewarded.
 
-    splits: examples by split: "train", "test", maybe more ("validation", "longer"). A file or dataset may lack one.
-    rewards: functions, or texts that RewardFunction.parse reads; RewardFunctions once the task is made.
-    reward_weights: one a reward; 1 each if left empty.
+    Attributes:
+        splits: examples by split: "train", "test", maybe more ("validation", "longer"). A file or dataset may lack one.
+        rewards: functions, or texts that RewardFunction.parse reads; RewardFunctions once the task is made.
+        reward_weights: one a reward; 1 each if left empty.
+        reference_rates: by "split/reward", the share of answers that earn the reward when written as it reads them;
+            set by load_task.
     """
 
     name: str
     splits: dict[str, list[Example]]
     rewards: Sequence[RewardFunction | Callable[..., Any] | str]
     reward_weights: list[float] = field(default_factory=list)
+    reference_rates: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self.rewards = [RewardFunction.of(reward) for reward in self.rewards]

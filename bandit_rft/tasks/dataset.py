@@ -5,6 +5,7 @@ this order: prompt, question, problem; answer, solution, ground_truth, label, an
 All other columns are handed to the rewards under their own names.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import SUFFIXES, Row, read_hub, read_splits
+
+log = logging.getLogger(__name__)
 
 PROMPT = ("prompt", "question", "problem")
 ANSWER = ("answer", "solution", "ground_truth", "label")
@@ -47,10 +50,19 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
         split: [_example(row, f"dataset {split} row {number}", chosen) for number, row in enumerate(split_rows)]
         for split, split_rows in rows.items()
     }
-    for split, examples in splits.items():
+    for split, examples in list(splits.items()):
         lacking = [number for number, one in enumerate(examples) if one.columns.get("answer") is None]
         if lacking and len(lacking) < len(examples):
             raise ValueError(f"dataset {split} row {lacking[0]}: no answer, though other rows have one")
+        empty = [name for name in (chosen.answer_column, *ANSWER) if name is not None and name in rows[split][0]]
+        if lacking and (empty or "answer" in examples[0].columns):
+            message = f"dataset {split}: the answers ({', '.join(empty) or 'ground_truth'}) are null in every row"
+            if split == "train" or "train" not in splits:
+                raise ValueError(f"{message}; fill them in, or leave out the column if your reward does without")
+            log.warning(
+                "%s: the split is left out", message
+            )  # public data often keep the answers of a test to themselves
+            del splits[split]
     return Task("dataset", splits, [])
 
 
@@ -63,9 +75,10 @@ def _example(row: Row, where: str, options: Options) -> Example:
         )
     answer_column = _column(row, options.answer_column, ANSWER, "answer", where)
     columns = {name: value for name, value in row.items() if name not in (prompt_column, answer_column)}
-    if clash := sorted({"prompt", "prompts", "completions"} & set(columns)):
+    if clash := sorted({"prompt", "prompts", "completion", "completions"} & set(columns)):
+        hint = ", or take it for the answer: option answer_column=completion" if "completion" in clash else ""
         raise ValueError(
-            f"{where}: the columns {clash} have names that rewards are given other things under; rename them"
+            f"{where}: the columns {clash} have names that rewards are given other things under; rename them{hint}"
         )
     nested = row.get("reward_model")
     if answer_column is not None:
@@ -97,7 +110,7 @@ def _prompt(value: Any, suffix: str, where: str) -> str | list[dict[str, str]]:
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(
-                f'{where}: expected messages like {{"role": "user", "content": "..."}}, got {str(message)[:100]}'
+                f'{where}: expected messages like {{"role": "user", "content": "..."}}, got {repr(message)[:100]}'
             )
         messages.append({"role": message["role"], "content": message["content"]})
     messages[-1]["content"] += tail

@@ -1,10 +1,14 @@
 """Read rows of examples from jsonl, json, parquet and csv files and from the Hugging Face hub."""
 
+import codecs
 import csv
+import io
 import json
 import random
 from pathlib import Path
 from typing import Any
+
+from bandit_rft.text import printable
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -16,12 +20,15 @@ def read_splits(
 ) -> dict[str, list[Row]]:
     """Read the rows of each split.
 
-    data_path: a file is the split of its name (train, test, validation, dev), or else "train"; of a folder every file
-      named like a split is read.
-    test_path: a file with the split "test", in place of any other.
-    test_size: where there is no "test" split, this many rows of "train", drawn by the seed, become it.
+    Args:
+        data_path: a file is the split of its name (train, test, validation, dev), or else "train"; of a folder every
+            file named like a split is read.
+        test_path: a file with the split "test", in place of any other.
+        test_size: where there is no "test" split, this many rows of "train", drawn by the seed, become it.
+        seed: of that draw.
 
-    Errors: ValueError, naming the argument.
+    Raises:
+        ValueError: naming the argument.
     """
     path = Path(data_path).expanduser()
     if path.is_dir():
@@ -64,7 +71,7 @@ def read_hub(
     except Exception as error:
         raise ValueError(
             f"data_path: the dataset {name!r} could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error)[:300]}); give data_path to read local files"
+            f"({type(error).__name__}: {printable(str(error), 300)}); give data_path to read local files"
         ) from error
     splits = {_SPLITS.get(str(split), str(split)): [dict(row) for row in rows] for split, rows in loaded.items()}
     return hold_out(splits, test_path, test_size, seed)
@@ -92,23 +99,20 @@ def read_rows(path: Path, argument: str = "data_path") -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{argument}: there is no file {str(path)!r}")
     if path.suffix == ".jsonl":
-        rows = []
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(
-                        _row(_json(line, f"{argument}: {path}, line {number}"), f"{argument}: {path}, line {number}")
-                    )
+        lines = io.StringIO(_text(path, argument), newline=None)
+        located = ((line, f"{argument}: {path}, line {number}") for number, line in enumerate(lines, 1))
+        rows = [_row(_json(line, where), where) for line, where in located if line.strip()]
     elif path.suffix == ".json":
-        values = _json(path.read_text(encoding="utf-8"), f"{argument}: {path}")
+        values = _json(_text(path, argument), f"{argument}: {path}")
         if not isinstance(values, list):
             raise ValueError(f"{argument}: {path}: expected a list of objects, got a {type(values).__name__}")
         rows = [_row(value, f"{argument}: {path}, entry {number}") for number, value in enumerate(values)]
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [
-                _csv_row(row, f"{argument}: {path}, row {number}") for number, row in enumerate(csv.DictReader(file), 1)
-            ]
+        reader = csv.DictReader(io.StringIO(_text(path, argument), newline=""))
+        try:
+            rows = [_csv_row(row, f"{argument}: {path}, row {number}") for number, row in enumerate(reader, 1)]
+        except csv.Error as error:
+            raise ValueError(f"{argument}: {path}, line {reader.line_num + 1}: not CSV: {error}") from None
     elif path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -116,13 +120,28 @@ def read_rows(path: Path, argument: str = "data_path") -> list[Row]:
             raise ImportError("the pyarrow library is missing: pip install 'bandit_rft[train]'") from error
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{argument}: {path} is not a Parquet file: {error}") from error
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{argument}: {path} is not a Parquet file, or not one of UTF-8 text: {error}") from error
     else:
         raise ValueError(f"{argument}: expected a file ending in {', '.join(SUFFIXES)}, got {str(path)!r}")
     if not rows:
         raise ValueError(f"{argument}: {path} holds no rows")
     return rows
+
+
+def _text(path: Path, argument: str) -> str:
+    """Read a file as UTF-8, with a byte order mark or without. Errors: ValueError with the file and the line."""
+    raw = path.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{argument}: {path} is UTF-16; expected UTF-8")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{argument}: {path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}: {error.reason})"
+        ) from None
 
 
 def _json(text: str, where: str) -> Any:

@@ -1,5 +1,6 @@
 """GSM8K (Cobbe et al. 2021): grade-school word problems, with the prompt and the reward of arXiv 2601.22532."""
 
+import re
 from typing import Any
 
 from pydantic import Field
@@ -11,6 +12,9 @@ from bandit_rft.tasks.files import Row, read_hub, read_splits
 
 HUB = ("openai/gsm8k", "main")
 SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
+# The paper reads an answer off the last 300 characters alone; a longer tail cannot change its length.
+GSM8K_TAIL = 300
+_GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 class Options(OptionModel):
@@ -48,3 +52,12 @@ def gold_answer(solution: str, where: str = "answer") -> str:
     if not mark or not answer.strip():
         raise ValueError(f'{where}: expected a solution that ends in "#### number", got {solution[-80:]!r}')
     return answer.strip().replace(",", "")
+
+
+def gsm8k(completion: str, answer: str) -> float:
+    """1.0 if the last `#### number` within the last 300 characters, commas removed, is the answer; 0.0 otherwise.
+
+    Strings are compared, as in the paper: 18.0 is not 18. There is no bonus for the format.
+    """
+    matches = _GSM8K_ANSWER.findall(completion[-GSM8K_TAIL:])
+    return float(bool(matches) and matches[-1].replace(",", "") == answer)

@@ -3,6 +3,9 @@
 A paper of the validation and test splits has several references; the best match counts.
 """
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,3 +63,40 @@ def _texts(value: Any) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
         return []
     return [text for text in values if text.strip()]
+
+
+def rouge_l(completion: str, answer: str | Sequence[str], length_penalty: float = 0.0) -> float:
+    """Return the F-measure of ROUGE-L (longest common subsequence of stemmed words) against the best of the references.
+
+    With a length penalty a > 0 each reference's score is multiplied by exp(-a * max(0, c / r - 1)), c and r the number
+    of words of completion and reference, before the best one is taken: no cost up to the reference's length, and at
+    a = 1 a factor 0.37 at twice that. Scores lie in [0, 1].
+
+    Source: Lin 2004, as computed by the rouge-score library, which reads the letters a-z and digits alone.
+    """
+    references = [answer] if isinstance(answer, str) else list(answer)
+    if not references:
+        raise ValueError("answer: expected at least one reference, got an empty list")
+    scorer = _rouge_scorer()
+    words = len(scorer._tokenizer.tokenize(completion)) if length_penalty else 0
+    best = 0.0
+    for reference in references:
+        score = float(scorer.score(reference, completion)["rougeL"].fmeasure)
+        if length_penalty and score:
+            excess = max(0.0, words / len(scorer._tokenizer.tokenize(reference)) - 1)
+            score *= math.exp(-length_penalty * excess)
+        best = max(best, score)
+    return best
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    """Make the scorer once; its stemmer is slow to build."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("the rouge-score library is missing: pip install 'bandit_rft[train]'") from error
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+PREPARE = {"rouge_l": _rouge_scorer}

@@ -8,15 +8,22 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 import bandit_rft.rewards as rewards_module
-from bandit_rft.rewards import BUILTINS, RewardError, RewardFunction, RewardRunner, builtin
-from bandit_rft.rewards.builtin import exact_match, gsm8k, last_boxed, normalize_math, rouge_l
-from bandit_rft.rewards.builtin import math as math_reward
+from bandit_rft.rewards import BUILTINS, RewardError, RewardFunction, RewardRunner
+from bandit_rft.rewards.builtin import exact_match
+from bandit_rft.rewards.spec import refuse_foreign_code
+from bandit_rft.tasks import math_problems
+from bandit_rft.tasks.gsm8k import gsm8k
+from bandit_rft.tasks.math_problems import last_boxed, math_verify, normalize_math
+from bandit_rft.tasks.math_problems import math as math_reward
+from bandit_rft.tasks.summarize import rouge_l
+from bandit_rft.text import printable
 
 REWARDS = """
 import asyncio, os, sys, time
@@ -84,6 +91,11 @@ def chatty(prompts, completions, **columns):
     os.write(1, b'"ready"\\n')
     return [float(sys.stdin.read() == "")] * len(completions)
 
+def debugs(prompts, completions, **columns):
+    print(completions[0])
+    print(completions[0], file=sys.stderr)
+    return [1.0] * len(completions)
+
 def process(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
 
@@ -95,6 +107,62 @@ def spawns(prompts, completions, **columns):
     child = subprocess.Popen(["sleep", "60"])
     open(columns["answer"][0], "w").write(str(child.pid))
     time.sleep(60)
+
+def _fork(child):
+    # The child runs on as if it were the worker; wait until it is gone.
+    pid = os.fork()
+    if pid == 0:
+        return child()
+    os.waitpid(pid, 0)
+
+def forks(prompts, completions, answer):
+    stray = _fork(lambda: [0.25] * len(completions))
+    return stray or [float(text == right) for text, right in zip(completions, answer)]
+
+def forks_each(completion, answer):
+    stray = _fork(lambda: 0.25)
+    return stray or completion == answer
+
+def forks_in_c(prompts, completions, answer):
+    import ctypes
+    pid = ctypes.PyDLL(None).fork()  # Python is not told: the child still has the pipe
+    if pid == 0:
+        return [0.25] * len(completions)
+    os.waitpid(pid, 0)
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+def forks_and_raises(prompts, completions, answer):
+    def child():
+        raise ValueError("from the child")
+    _fork(child)
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+def _scribble():
+    for number in range(3, 64):
+        try:
+            os.write(number, b"[0.25, 0.25, 0.25]\\n")
+        except OSError:
+            pass
+
+def forks_and_scribbles(prompts, completions, answer):
+    _fork(lambda: (_scribble(), os._exit(0)))
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+def scribbles(prompts, completions, **columns):
+    _scribble()
+    return [1.0] * len(completions)
+
+def quotes(prompts, completions, **columns):
+    raise ValueError("cannot read " + completions[0])
+
+def unspeakable(prompts, completions, **columns):
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise RuntimeError("no")
+    raise Unspeakable
+
+def about(text, **columns):
+    return len(text) + len(columns)
 
 def picky(completion, answer):
     if completion == "hang":
@@ -221,11 +289,76 @@ def test_math_equal(one, other):
         ("1/3", r"\frac{1}{2}"),
         ("f(x) = 5", "5"),
         (r"\text{east}", ""),
+        (r"\text{ A}", r"\text{ B}"),  # a unit stands behind a value
+        ("-x=5", "x=5"),
+        ("-x=5", "5"),
+        ("2x=5", "5"),
+        ("2=5", "5"),
     ],
 )
 def test_math_different(one, other):
     assert normalize_math(one) != normalize_math(other)
     assert math_reward(rf"\boxed{{{one}}}", other) == 0
+
+
+@pytest.mark.parametrize("completion", [r"\boxed{}", r"\boxed{ }", r"\boxed{\%}", r"\boxed{5}", "", r"\boxed{x=}"])
+@pytest.mark.parametrize("answer", ["", " ", r"\%", "x="])
+def test_an_empty_answer_is_never_earned(completion, answer):
+    assert math_reward(completion, answer) == 0
+    assert math_verify(completion, answer) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "boxed"),
+    [
+        (r"\sqrt{\pi}", r"\sqrt\pi"),
+        (r"2\sqrt{\pi}", r"2\sqrt \pi"),
+        (r"\frac{\pi}{2}", r"\frac\pi2"),
+        (r"\frac{2}{\pi}", r"\dfrac{2}\pi"),
+        ("90", r"90^\circ"),
+        (r"90^\circ", "90.0"),
+        ("1000", r"1\,000"),
+        ("1234567", r"1\,234\,567"),
+        (r"1\,000", "1{,}000"),
+        ("12000", r"12{\,}000"),
+        (r"\emptyset", r"\varnothing"),
+        (r"\emptyset", r"\{\}"),
+        (r"\varnothing", "\u2205"),
+        ("5", r"f(2)=5"),
+        ("60", r"\angle ABC = 60^\circ"),
+        ("15", "x_{1} = 15.0"),
+        ("5", "2+3=5"),
+        ("5", "x = 2+3 = 5.0"),
+        ("x=5", "5=x"),
+    ],
+)
+def test_what_math_verify_misread_is_written_for_it(answer, boxed):
+    assert math_verify(rf"So \boxed{{{boxed}}}.", answer) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "boxed"),
+    [
+        ("x=5", "-x=5"),
+        ("5", "-x=5"),
+        ("15", "3x=15"),  # the library compares what stands right of the sign
+        ("15", "2=15"),
+        ("15", "x+y=15"),
+        ("15", "2=3=15"),
+        ("15", "x=3=15"),
+        ("15", "15=16"),
+        ("25", "x^2=25"),
+        ("5", r"\sqrt x=5"),
+        (r"\text{ A}", r"\text{ B}"),
+        (r"\sqrt{\pi}", r"\sqrt\theta"),
+        ("1000", r"1\,001"),
+        ("10", r"1\,0"),
+        (r"5,\,-11", "5"),
+        (r"\emptyset", "0"),
+    ],
+)
+def test_math_verify_different(answer, boxed):
+    assert math_verify(rf"So \boxed{{{boxed}}}.", answer) == 0
 
 
 def test_math_demands_a_box():
@@ -287,6 +420,11 @@ def test_conventions(rewards):
     assert score(f"{rewards}:trl_style").total == [2, 3, 2]  # arguments go by name
     assert score(f"{rewards}:asynchronous").total == [2, 2, 2]
     assert score(f"sample:{rewards}:picky").total == [1, 0, 1]
+
+
+def test_a_column_named_like_the_first_argument_is_not_passed_twice(rewards):
+    with RewardRunner([f"sample:{rewards}:about"]) as runner:
+        assert runner.score(["q"], ["abc"], {"text": ["x"], "other": ["y"]}).total == [5]  # prompt and other
 
 
 def test_verl(rewards):
@@ -465,6 +603,104 @@ def _alive(pid: int) -> bool:
     return True
 
 
+# ---------------------------------------------------------------- strays
+
+
+@pytest.mark.parametrize(
+    "spec", ["{}:forks", "sample:{}:forks_each", "{}:forks_and_raises", "{}:forks_in_c", "{}:forks_and_scribbles"]
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_child_that_a_reward_forked_answers_nothing(rewards, spec, workers):
+    """Its reply would be taken for the worker's, and every later reply for that to the request before."""
+    with RewardRunner([spec.format(rewards)], timeout_s=5.0, workers=workers) as runner:
+        for completions, answers in (("aba", "aaa"), ("bab", "bbb"), ("aaa", "bbb"), ("a", "a")):
+            result = runner.score(["q"] * len(completions), list(completions), {"answer": list(answers)})
+            assert result.total == [float(x == y) for x, y in zip(completions, answers, strict=True)]
+
+
+def test_what_is_no_reply_is_never_taken_for_one(rewards):
+    with RewardRunner([f"{rewards}:scribbles", f"{rewards}:length"], on_error="none") as runner:
+        for _ in range(2):
+            result = runner.score(["q"] * 3, ["a", "bb", "a"], {})
+            assert result.per_function == {"scribbles": [None] * 3, "length": [1, 2, 1]}
+    with pytest.raises(RewardError, match=r"'scribbles' wrote into its worker's pipe: '\[0.25, .*' is no reply"):
+        score(f"{rewards}:scribbles")
+
+
+def test_a_worker_leaves_no_pipe_open(rewards):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        score(f"{rewards}:length")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_reward_starts_finds_the_users_environment(rewards, monkeypatch, tmp_path):
+    script = tmp_path / "environment.py"
+    script.write_text(
+        "import os, sys\ndef path(prompts, completions, **columns):\n"
+        "    return [float(os.environ.get('PYTHONPATH') == columns['answer'][0])] * len(completions)\n"
+    )
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert score(f"{script}:path", answers=[None] * 3).total == [1, 1, 1]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert score(f"{script}:path", answers=[str(tmp_path)] * 3).total == [1, 1, 1]
+
+
+# ---------------------------------------------------------------- what a model or a reward wrote
+
+
+@pytest.mark.parametrize("isolation", ["process", "none"])
+def test_an_exception_that_quotes_a_completion_is_shown_as_text(rewards, isolation, caplog):
+    """A terminal obeys control codes: this one would retitle the window, clear the screen and forge a line of ours."""
+    nasty = "\x1b]0;owned\x07\x1b[2J\x9b1m\u202e\nINFO reward 1.0\ud800" + "x" * 5000
+    with pytest.raises(RewardError) as caught:
+        score(f"{rewards}:quotes", [nasty], isolation=isolation)
+    headline = str(caught.value).splitlines()[0]
+    assert headline.isprintable() and len(headline) < 1000
+    assert r"cannot read \x1b]0;owned\x07\x1b[2J\x9b1m\u202e\nINFO reward 1.0\ud800xxx" in headline
+    assert "more characters" in headline and "on completion 0" in headline
+    assert all(c.isprintable() or c == "\n" for c in str(caught.value))
+    score(f"{rewards}:quotes", [nasty], isolation=isolation, on_error="none")
+    assert all(c.isprintable() or c in "\n" for c in caplog.text)
+
+
+def test_what_a_reward_prints_is_shown_as_text(rewards, capfd):
+    assert score(f"{rewards}:debugs", ["\x1b[2J\ud800 and ü"]).total == [1]
+    assert capfd.readouterr().err.splitlines() == [r"\x1b[2J\ud800 and ü"] * 2
+
+
+def test_an_exception_without_words(rewards):
+    with pytest.raises(RewardError, match="Unspeakable: a message that cannot be shown"):
+        score(f"{rewards}:unspeakable")
+
+
+def test_printable():
+    assert printable("plain \tüñ 漢字\n🙂") == "plain \tüñ 漢字\n🙂"
+    assert printable("a\nb", one_line=True) == r"a\nb"
+    assert printable("\x00\x1b\x7f\x85\u200b\u2066\ud800\U000e0041") == r"\x00\x1b\x7f\x85\u200b\u2066\ud800\U000e0041"
+    assert printable("x" * 10, 10) == "x" * 10 and printable("x" * 11, 10) == "x" * 10 + " ... (1 more characters)"
+    assert printable("", 0) == "" and printable("xx", 0) == " ... (2 more characters)"
+
+
+def test_printable_leaves_nothing_that_a_terminal_obeys():
+    everything = "".join(
+        map(chr, [*range(0x3000), *range(0xD7F0, 0xE010), *range(0xFE00, 0x1F000), *range(0xE0000, 0xE0200)])
+    )
+    shown = printable(everything)
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") and c not in "\n\t"]
+    assert printable(shown) == shown and shown.encode()
+
+
+def test_code_named_by_somebodys_configuration_is_refused():
+    refuse_foreign_code([], source="config.yaml")
+    refuse_foreign_code([*BUILTINS, "sample:gsm8k"], source="config.yaml")
+    for name in ("rewards.py:f", "os:system", "sample:os:system", "verl:score.py", "bandit_rft.cli:main", "nothing"):
+        with pytest.raises(ValueError, match=r"reward.functions: run/config.yaml names code .*--allow_code") as caught:
+            refuse_foreign_code(["gsm8k", name], source="run/config.yaml")
+        assert name in str(caught.value) and "gsm8k" not in str(caught.value)
+        refuse_foreign_code(["gsm8k", name], source="run/config.yaml", allowed=True)
+
+
 # ---------------------------------------------------------------- the processes
 
 
@@ -558,7 +794,7 @@ def test_an_import_that_dies_or_a_library_that_is_missing(tmp_path, monkeypatch)
         RewardRunner([f"{path}:f"]),
     ):
         pass
-    builtin._math_verify_functions.cache_clear()
+    math_problems._math_verify_functions.cache_clear()
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with (
         pytest.raises(RewardError, match="'math_verify': the math-verify library is missing: pip install"),

@@ -90,7 +90,9 @@ def test_agrees_with_python_on_any_single_expression(text: str, numbers: list[in
         expression = text.partition("=")[0]
         tokens = countdown.TOKEN.findall(expression)
         assert Counter(int(token) for token in tokens if token.isdigit()) == Counter(numbers)
-        assert eval("".join(f"Fraction({t})" if t.isdigit() else t for t in tokens), {"Fraction": Fraction}) == target
+        assert (
+            eval("".join(f"Fraction({int(t)})" if t.isdigit() else t for t in tokens), {"Fraction": Fraction}) == target
+        )
 
 
 @pytest.mark.parametrize("operators", ["+", "+-*", "+-*/"])

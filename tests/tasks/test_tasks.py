@@ -11,9 +11,9 @@ import pytest
 from paths import ROOT
 
 from bandit_rft.rewards import RewardRunner
-from bandit_rft.rewards.builtin import last_boxed
 from bandit_rft.tasks import TASKS, Example, Task, collate, load_task
 from bandit_rft.tasks.gsm8k import gold_answer
+from bandit_rft.tasks.math_problems import last_boxed
 
 ROWS = [{"prompt": f"What is {n}+1?", "answer": str(n + 1), "level": n} for n in range(10)]
 
@@ -69,7 +69,10 @@ def test_math(data_dir):
     assert {name: first.columns[name] for name in columns} == columns
     for split, examples in task.splits.items():
         answers = [example.columns["answer"] for example in examples]
-        assert all(value == 1 for value in score(task, split, [rf"So \boxed{{{answer}}}." for answer in answers]))
+        empty = [row for row, answer in enumerate(answers) if not answer]  # two solutions box nothing: never earned
+        assert empty == ([5341, 5343] if split == "train" else [])
+        values = score(task, split, [rf"So \boxed{{{answer}}}." for answer in answers])
+        assert all(value == (row not in empty) for row, value in enumerate(values))
         for example in examples:  # the answer is what the solution boxes, so rows without the column lose nothing
             assert last_boxed(example.columns["solution"]) is not None
         examples = task.splits[split] = examples[::5]
@@ -334,6 +337,166 @@ def test_broken_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_task("dataset", data_path=str(tmp_path / name), reward=["exact_match"])
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe4"}\n', "a.jsonl, line 2: not UTF-8 .byte 0xe4"),
+        ("a.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "\xff"}\n', "a.jsonl, line 3: not UTF-8 .byte 0xff"),
+        ("a.json", b'[\n{"prompt":\n"\xe4"}]', "a.json, line 3: not UTF-8"),
+        ("a.csv", b"prompt,answer\n1,2\n\xe4,2\n", "a.csv, line 3: not UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "a.jsonl is UTF-16; expected UTF-8"),
+        ("a.csv", b"prompt,answer\n1," + b"2" * 140_000 + b"\n", "a.csv, line 2: not CSV: field larger"),
+    ],
+)
+def test_encodings(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        load_task("dataset", data_path=str(tmp_path / name), reward=["exact_match"])
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_read(tmp_path, ending):
+    texts = {
+        "a.jsonl": '{"prompt": "a\u2028b", "answer": "é"}\n' * 2,
+        "a.json": '[{"prompt": "a\u2028b", "answer": "é"},\n{"prompt": "a\u2028b", "answer": "é"}]',
+        "a.csv": "prompt,answer\na\u2028b,é\na\u2028b,é\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", ending).encode())
+        task = load_task("dataset", data_path=str(tmp_path / name), reward=["exact_match"])
+        assert task.splits["train"] == [Example("a\u2028b", {"answer": "é"})] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a\ud800b"}, r"dataset train row 1, column prompt: .* lone surrogate at character 1.*a\\ud800b"),
+        ({"prompt": [{"role": "user", "content": "\udfff"}]}, "row 1, column prompt: .*lone surrogate at character 0"),
+        ({"answer": "\ud800"}, "row 1, column answer: .*lone surrogate"),
+        ({"extra": {"deep": ["a", "\udc00"]}}, "row 1, column extra: .*lone surrogate"),
+    ],
+)
+def test_a_lone_surrogate_names_its_row(tmp_path, row, message):
+    rows = [
+        {"prompt": "🙂", "answer": "b", "extra": None}
+    ] * 3  # a pair of surrogates, as JSON writes it, is a character
+    path = write(tmp_path / "rows.jsonl", [rows[0], {**rows[1], **row}, rows[2]])
+    with pytest.raises(ValueError, match=message):
+        load_task("dataset", data_path=path, reward=["exact_match"])
+
+
+def test_parquet_columns_that_no_reward_can_be_given_are_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import datetime
+    import decimal
+
+    rows = {"prompt": ["a", "b"], "answer": ["1", "2"], "day": [datetime.date(2026, 1, 1), None]}
+    for name, values, kind in (
+        ("image", [None, b"raw"], "bytes"),
+        ("price", [decimal.Decimal("1.50"), decimal.Decimal(2)], "Decimal"),
+        ("parts", [[{"x": None}], [{"x": b"raw"}]], "bytes"),
+    ):
+        parquet.write_table(pyarrow.table({**rows, name: values}), tmp_path / "rows.parquet")
+        with pytest.raises(
+            ValueError, match=rf"dataset train row \d, column {name}: {kind} cannot be handed to a reward"
+        ):
+            load_task("dataset", data_path=str(tmp_path / "rows.parquet"), reward=["exact_match"])
+    parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    task = load_task("dataset", data_path=str(tmp_path / "rows.parquet"), reward=["exact_match"])
+    assert score(task, "train", ["1", "1"]) == [1, 0]
+
+
+# ---------------------------------------------------------------- answers that nothing can earn
+
+
+@pytest.mark.parametrize(
+    ("reward", "answers", "message"),
+    [
+        (
+            "gsm8k",
+            [18, 20],
+            "'gsm8k' pays none of the 2 answers: row 0 has the answer 18, .* of type int: store it as a",
+        ),
+        ("gsm8k", ["1,234", "5,678"], "pays none of .*'1,234', and '#### 1,234' earns nothing .*without commas"),
+        ("gsm8k", ["#### $18", "#### $20"], "pays none .*whole solution"),
+        ("gsm8k", ["So it is 5.\n#### 5", "6.\n#### 6"], 'pays none .*whole solution: use the task "gsm8k"'),
+        ("math", [18, 20], "'math' pays none .* of type int"),
+        ("math", ["", ""], "'math' pays none .*it is empty"),
+        ("math_verify", ["", " "], "'math_verify' pays none .*it is empty"),
+        ("exact_match", [], ""),
+        ("exact_match", [18, 20], ""),
+        ("rouge_l", ["", "5"], ""),  # a reward of degrees is not checked
+    ],
+)
+def test_answers_that_nothing_can_earn_are_refused_on_loading(tmp_path, reward, answers, message):
+    rows = [{"prompt": "?", "answer": answer} for answer in answers or ["a"]]
+    path = write(tmp_path / "rows.jsonl", rows)
+    if not message:
+        task = load_task("dataset", data_path=path, reward=[reward])
+        assert task.reference_rates == ({f"train/{reward}": 1.0} if reward != "rouge_l" else {})
+        return
+    with pytest.raises(ValueError, match=message):
+        load_task("dataset", data_path=path, reward=[reward])
+    with pytest.raises(ValueError, match=message):  # among others, too
+        load_task("dataset", data_path=path, reward=["exact_match", reward])
+
+
+def test_the_share_of_answers_that_can_be_earned_is_reported(tmp_path, caplog):
+    rows = [{"prompt": "?", "answer": answer} for answer in ("1", "2,000", "3", "4")]
+    task = load_task("dataset", data_path=write(tmp_path / "rows.jsonl", rows), reward=["gsm8k"])
+    assert task.reference_rates == {"train/gsm8k": 0.75}
+    assert "'gsm8k' can pay 3 of 4 answers (75.00%); the first it cannot: row 1 has the answer '2,000'" in caplog.text
+
+
+def test_rates_of_the_real_data(data_dir):
+    rates = {
+        "gsm8k": {"train/gsm8k": 1.0, "test/gsm8k": 1.0},
+        "math": {"train/math": 1 - 2 / 7500, "test/math": 1.0},
+        "math500": {"test/math": 1.0},
+        "summarization-scitldr": {},
+    }
+    for folder, rate in rates.items():
+        name = {"math500": "math", "summarization-scitldr": "summarize"}.get(folder, folder)
+        assert load_task(name, data_path=str(data_dir / folder)).reference_rates == rate
+    with pytest.raises(ValueError, match=r"reward .gsm8k. pays none of the 7473 answers"):
+        load_task("dataset", data_path=str(data_dir / "gsm8k" / "train.jsonl"), reward=["gsm8k"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "a", "answer": None}] * 3, {}, r"dataset train: the answers \(answer\) are null in every row"),
+        ([{"prompt": "a", "gold": None}] * 3, {"answer_column": "gold"}, r"the answers \(gold\) are null"),
+        ([{"prompt": "a", "reward_model": {"ground_truth": None}}] * 2, {}, r"the answers \(ground_truth\) are null"),
+        (
+            [{"prompt": "a", "completion": "b"}],
+            {},
+            r"the columns \['completion'\] have names .*answer_column=completion",
+        ),
+    ],
+)
+def test_answers_that_are_not_there(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_task("dataset", data_path=write(tmp_path / "a.jsonl", rows), reward=["exact_match"], options=options)
+
+
+def test_a_test_split_without_answers_is_left_out(tmp_path, caplog):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", [{"prompt": "a", "answer": None}] * 3)
+    task = load_task("dataset", data_path=str(tmp_path), reward=["exact_match"])
+    assert list(task.splits) == ["train"]
+    assert "dataset test: the answers (answer) are null in every row: the split is left out" in caplog.text
+    path = write(tmp_path / "mine.jsonl", [{"prompt": "a", "answer": None, "solution": "b"}])  # one of two is enough
+    assert load_task("dataset", data_path=path, reward=["exact_match"]).splits["train"][0].columns["answer"] == "b"
+
+
+def test_a_completion_column_is_an_answer_where_it_is_called_so(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    task = load_task("dataset", data_path=path, reward=["exact_match"], options={"answer_column": "completion"})
+    assert task.splits["train"][0].columns == {"answer": "b"} and score(task, "train", ["b"]) == [1]
 
 
 def test_a_folder_without_splits(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,31 @@ def test_a_policy_that_diverged_stops_the_run_and_is_not_saved(
     assert checkpoint.name == "checkpoint-3"
     tensors = safetensors.numpy.load_file(checkpoint / "model.safetensors")
     assert all(np.isfinite(x).all() for x in tensors.values())
+
+
+@pytest.mark.parametrize("change", ["shuffled", "shorter", "one answer"])
+def test_changed_data_are_noticed(configure: Callable[..., Config], change: str) -> None:
+    run(configure(max_rounds=2))
+    task = sums()
+    train = list(task.splits["train"])
+    if change == "shuffled":
+        train = train[::-1]
+    elif change == "shorter":
+        train = train[:-1]
+    else:
+        train[3] = replace(train[3], columns={"answer": "0"})
+    other = Task(task.name, {**task.splits, "train": train}, [everything])
+    reason = {"shuffled": "another order", "shorter": "23 rows, where there were 24", "one answer": "first in row 3"}
+    with pytest.raises(ConfigError, match=f"train: .*{reason[change]}"):
+        Trainer(configure(max_rounds=4), task=other).run()
+
+
+def test_other_evaluation_data_are_said(configure: Callable[..., Config], caplog: pytest.LogCaptureFixture) -> None:
+    run(configure(max_rounds=2))
+    task = sums()
+    splits = {**task.splits, "test": list(task.splits["test"])[:-1]}
+    Trainer(configure(max_rounds=3), task=Task(task.name, splits, [everything])).run()
+    assert "is on different data (test: 6 rows, where there were 7)" in caplog.text
 
 
 def test_a_checkpoint_of_another_layout_is_refused_by_name(configure: Callable[..., Config]) -> None:

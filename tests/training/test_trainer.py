@@ -507,10 +507,18 @@ def test_metrics_log_drops_later_and_torn_lines(tmp_path: Path) -> None:
     ("task", "data", "extra"), [("gsm8k", "gsm8k", {}), ("summarize", "summarization-scitldr", {})]
 )
 def test_real_model_on_real_data(data_dir: Path, tmp_path: Path, task: str, data: str, extra: dict[str, Any]) -> None:
+    folder = data_dir / data
+    if task == "summarize":  # most abstracts have more tokens than this model has positions, which is refused
+        folder = tmp_path / "short"
+        folder.mkdir()
+        for split in ("train", "test"):
+            lines = (data_dir / data / f"{split}.jsonl").read_text().splitlines(keepends=True)
+            short = [line for line in lines if len("".join(json.loads(line)["source"])) < 600]
+            (folder / f"{split}.jsonl").write_text("".join(short))
     config = build_config(
         {
             "preset": "paper", "model_name_or_path": str(data_dir / "model-stories260K" / "hf"), "task": task,
-            "device": "cpu", "data_path": str(data_dir / data), "output_dir": str(tmp_path / "run"),
+            "device": "cpu", "data_path": str(folder), "output_dir": str(tmp_path / "run"),
             "max_rounds": 2, "batch_size": 8, "max_prompt_length": 400, "max_completion_length": 24,
             "evaluation.max_queries": 16, "learning_rate": 1e-3,
             "evaluation.splits": ["train", "test"], **extra,

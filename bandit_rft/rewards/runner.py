@@ -1,63 +1,35 @@
 """Run reward functions where they can do no harm: in worker processes with a time and a memory limit, killed at need.
 
 A worker is a lean Python process (no fork of the trainer and its threads, no torch), started once and reused; it is
-replaced after it had to be killed. Data cross its pipes as JSON: nothing is ever unpickled. Limits are kept by the
-parent's clock, not by signals, so they hold from any thread.
+replaced after it had to be killed. Limits are kept by the parent's clock, not by signals, so they hold from any thread.
 """
 
-import contextlib
-import json
 import logging
-import os
 import queue
-import select
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from bandit_rft.rewards.spec import Entry, RewardError, RewardFunction
-from bandit_rft.rewards.worker_main import OUT_OF_MEMORY
+from bandit_rft.rewards.worker import Worker, WorkerLost
 
 log = logging.getLogger(__name__)
 
-# A worker's limit to import its functions: a large library's first import from a cold disk is slow.
-STARTUP_S = 120.0
 SLICE = 256  # completions sent to a worker at once, at most: workers then finish at about the same time
-# What a worker runs. The package's own __init__ imports torch, two seconds and hundreds of MB that few rewards need, so
-# it is run when something asks the package for one of its names, and not before.
-_BOOT = """
-import importlib.util, json, sys
-sys.path[:], init = json.loads(sys.argv[1])
-spec = importlib.util.spec_from_file_location("bandit_rft", init)
-package = sys.modules["bandit_rft"] = importlib.util.module_from_spec(spec)
-def load(name):
-    if name.startswith("__") and name != "__version__":
-        raise AttributeError(name)
-    del package.__getattr__
-    spec.loader.exec_module(package)
-    return getattr(package, name)
-package.__getattr__ = load
-from bandit_rft.rewards.worker_main import main
-main()
-"""
-_INIT = str(Path(__file__).parent.parent / "__init__.py")
 
 
 @dataclass(frozen=True)
 class RewardResult:
     """The scores of N completions.
 
-    total: [N], the weighted sum over functions. A function that returned None for a completion is left out of its sum;
-      the total is None if all did so, or if one of them failed there.
-    per_function: [N] a function, by name; None where it returned None or failed.
-    failures: how many completions each function failed on, by name; 0 is listed too.
+    Attributes:
+        total: [N], the weighted sum over functions. A function that returned None for a completion is left out of its
+            sum; the total is None if all did so, or if one of them failed there.
+        per_function: [N] a function, by name; None where it returned None or failed.
+        failures: how many completions each function failed on, by name; 0 is listed too.
     """
 
     total: list[float | None]
@@ -77,19 +49,25 @@ class RewardResult:
 class RewardRunner:
     """Scores completions with reward functions; a context manager.
 
-    functions: RewardFunctions, functions, or texts that RewardFunction.parse reads.
-    weights: one number a function; 1 each by default.
-    timeout_s: seconds that one call of a function may take. A function that scores one completion at a time is called
-      once for each, so the limit is for one completion; a function of a whole batch has it for the batch.
-    memory_mb: MiB of private memory that a worker process may use.
-    workers: processes. Functions that score one completion at a time are divided among them.
-    on_error: what a failure leads to: a function that raised, hung, died, or returned the wrong count, NaN, infinity or
-      something that is no number. "raise": RewardError. "none": None for the completions of that call, counted.
-    isolation: "process", or "none" to call the functions here, without limits: for trusted and cheap functions.
-    columns: names of the columns score() will get. If given, a function that needs another one is refused at the start.
+    Workers start with the context, or with the first score().
 
-    Workers start with the context, or with the first score(). Errors: ValueError or TypeError for impossible arguments;
-    RewardError at the start for a function that cannot be loaded.
+    Args:
+        functions: RewardFunctions, functions, or texts that RewardFunction.parse reads.
+        weights: one number a function; 1 each by default.
+        timeout_s: seconds that one call of a function may take. A function that scores one completion at a time is
+            called once for each, so the limit is for one completion; a function of a whole batch has it for the batch.
+        memory_mb: MiB of private memory that a worker process may use.
+        workers: processes. Functions that score one completion at a time are divided among them.
+        on_error: what a failure leads to: a function that raised, hung, died, or returned the wrong count, NaN,
+            infinity or something that is no number. "raise": RewardError. "none": None for the completions of that
+            call, counted.
+        isolation: "process", or "none" to call the functions here, without limits: for trusted and cheap functions.
+        columns: names of the columns score() will get. If given, a function that needs another one is refused at the
+            start.
+
+    Raises:
+        ValueError, TypeError: for impossible arguments.
+        RewardError: at the start, for a function that cannot be loaded.
     """
 
     def __init__(
@@ -124,7 +102,7 @@ class RewardRunner:
         self.columns = None if columns is None else list(columns)
         self.names = _unique([function.name for function in self.functions])
         self._loaded: list[Callable[..., Any]] | None = None
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         if isolation == "process":
             set_up = {
                 "memory_mb": memory_mb,
@@ -132,7 +110,7 @@ class RewardRunner:
                 "functions": [_fields(f) for f in self.functions],
             }
             label = ", ".join(function.target for function in self.functions)
-            self._workers = [_Worker(_encode(set_up), label) for _ in range(workers)]
+            self._workers = [Worker(set_up, label) for _ in range(workers)]
         self._killed: list[list[str]] = []  # a function: why calls were killed that a killed_score settles
         self._lock = threading.Lock()
 
@@ -143,7 +121,7 @@ class RewardRunner:
                 self._load_here()
             else:
                 with ThreadPoolExecutor(len(self._workers)) as pool:
-                    list(pool.map(_Worker.start, self._workers))
+                    list(pool.map(Worker.start, self._workers))
         except BaseException:
             self.close()
             raise
@@ -161,16 +139,25 @@ class RewardRunner:
     def score(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> RewardResult:
-        """Score N completions. prompts: [N], texts or message lists; completions: [N], alike; columns: [N] each.
+        """Score N completions.
 
-        Errors: ValueError for lengths that differ or a column that cannot be sent to a worker; RewardError where a
-        function fails and on_error is "raise".
+        Args:
+            prompts: [N], texts or message lists.
+            completions: [N], alike.
+            columns: [N] each.
+
+        Returns:
+            The scores of each completion, weighted and by function.
+
+        Raises:
+            ValueError: for lengths that differ, or a column that cannot be sent to a worker.
+            RewardError: where a function fails and on_error is "raise".
         """
         count = len(completions)
         for name, values in {"prompts": prompts, **columns}.items():
             if len(values) != count:
                 raise ValueError(f"{name}: expected {count} entries, one a completion, got {len(values)}")
-        if reserved := {"prompts", "completions", "prompt"} & set(columns):
+        if reserved := {"prompts", "completions", "prompt", "completion"} & set(columns):
             raise ValueError(f"columns: {sorted(reserved)} cannot be names of columns, the rewards get these apart")
         with self._lock:
             self._killed = [[] for _ in self.functions]
@@ -195,7 +182,7 @@ class RewardRunner:
                 self._collect(index, range(count), calls, entries)
             return entries
 
-        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             idle.put(worker)
 
@@ -239,7 +226,7 @@ class RewardRunner:
 
     def _calls_in(
         self,
-        worker: "_Worker",
+        worker: Worker,
         index: int,
         rows: range,
         prompts: Sequence[Any],
@@ -251,18 +238,24 @@ class RewardRunner:
         limit = function.timeout_s or self.timeout_s
         while rows:
             pick = slice(rows.start, rows.stop)
-            request = {"function": index, "prompts": list(prompts[pick]), "completions": list(completions[pick])}
-            message = _encode({**request, "columns": {name: list(values[pick]) for name, values in columns.items()}})
+            request = {
+                "function": index,
+                "prompts": list(prompts[pick]),
+                "completions": list(completions[pick]),
+                "columns": {name: list(values[pick]) for name, values in columns.items()},
+            }
             worker.start()
             deadline = time.monotonic() + limit
             try:
-                worker.send(message, deadline)
+                worker.ask(request, deadline)
+                first = rows.start
                 while rows:
-                    entries: list[Entry] = worker.receive(deadline)
+                    reply = worker.answer(deadline, row=rows.start - first)
+                    entries: list[Entry] = reply["entries"]
                     yield entries
                     rows = rows[len(entries) :]
                     deadline = time.monotonic() + limit
-            except _WorkerLost as lost:
+            except WorkerLost as lost:
                 worker.kill()
                 size = 1 if function.per_sample else len(rows)
                 reason = f"{lost} (timeout_s={limit:g}, memory_mb={self.memory_mb})"
@@ -304,115 +297,6 @@ class RewardRunner:
         return self._loaded
 
 
-class _WorkerLost(Exception):
-    """A worker did not answer in time, or is gone; the text continues "reward 'name' "."""
-
-
-class _Worker:
-    """The parent's side of one worker process."""
-
-    def __init__(self, set_up: bytes, label: str) -> None:
-        self._set_up, self._label = set_up, label
-        self._process: subprocess.Popen[bytes] | None = None
-        self._received = bytearray()
-
-    def start(self) -> None:
-        """Start the process unless it runs already. Errors: RewardError with what kept a function from being loaded."""
-        if self._process is not None and not self._exited():
-            return
-        self.kill()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps([sys.path, _INIT])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
-            env={"PYTHONHASHSEED": "0", **os.environ},  # the order of sets, on which sympy's results can depend
-        )
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
-        deadline = time.monotonic() + STARTUP_S
-        try:
-            self.send(self._set_up, deadline)
-            answer = self.receive(deadline)
-        except _WorkerLost as lost:
-            self.kill()
-            raise RewardError(f"the worker that imports {self._label} {lost} before it had done so") from None
-        if answer != "ready":
-            self.kill()
-            raise RewardError(answer["error"])
-
-    def send(self, message: bytes, deadline: float) -> None:
-        """Write one line. Errors: _WorkerLost."""
-        assert self._process is not None and self._process.stdin is not None
-        pipe = self._process.stdin.fileno()
-        view = memoryview(message)
-        while view:
-            self._wait(pipe, select.POLLOUT, deadline)
-            try:
-                view = view[os.write(pipe, view) :]
-            except BlockingIOError:
-                continue
-            except OSError:
-                raise _WorkerLost(self._cause_of_death()) from None
-
-    def receive(self, deadline: float) -> Any:
-        """Read one line. Errors: _WorkerLost."""
-        assert self._process is not None and self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
-        while (end := self._received.find(b"\n")) < 0:
-            self._wait(pipe, select.POLLIN, deadline)
-            data = os.read(pipe, 1 << 16)
-            if not data:
-                raise _WorkerLost(self._cause_of_death())
-            self._received += data
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
-        return json.loads(line)
-
-    def kill(self) -> int:
-        """End the process and whatever it started; return its exit status, its own if it had already ended."""
-        process, self._process = self._process, None
-        self._received.clear()
-        if process is None:
-            return 0
-        # Only here is the process reaped: its number cannot belong to another one before.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        return status
-
-    def _exited(self) -> bool:
-        """Tell whether the process has ended, without reaping it."""
-        assert self._process is not None
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def _wait(self, pipe: int, event: int, deadline: float) -> None:
-        """Wait until a pipe is ready. Errors: _WorkerLost at the deadline."""
-        poll = select.poll()
-        poll.register(pipe, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise _WorkerLost("hung and was killed")
-
-    def _cause_of_death(self) -> str:
-        """Say how the process ended, which it just did or is about to do."""
-        deadline = time.monotonic() + 1.0
-        while not self._exited():
-            if time.monotonic() > deadline:
-                self.kill()
-                return "closed the pipes of its worker process"
-            time.sleep(0.005)
-        status = self.kill()
-        if status == OUT_OF_MEMORY:
-            return "ran out of memory"
-        if status < 0:
-            return f"died in its worker process, of {signal.Signals(-status).name}"
-        return f"ended its worker process, with exit status {status}"
-
-
 def _fields(function: RewardFunction) -> dict[str, Any]:
     """Return what a worker needs to know of a function. Errors: TypeError for one that cannot be imported by name."""
     if function.function is not None:
@@ -422,24 +306,6 @@ def _fields(function: RewardFunction) -> dict[str, Any]:
         )
     keep = ("target", "kind", "options", "name")
     return {name: getattr(function, name) for name in keep}
-
-
-def _encode(message: Any) -> bytes:
-    return json.dumps(message, default=_plain).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """Turn what JSON does not know into what it does: arrays, tensors, mappings, dates."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return dict(value)
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise ValueError(
-        f"columns: one holds a {type(value).__name__}, which cannot be sent to a reward worker; expected what JSON can "
-        'hold (or set isolation="none")'
-    )
 
 
 def _unique(names: list[str]) -> list[str]:
