@@ -485,7 +485,8 @@ class Trainer:
         self.log.sync()
         state = {
             "config": asdict(self.config), "data": self.fingerprints, "torch": torch.__version__,
-            "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+            "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
+            "seconds": self.seconds,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()

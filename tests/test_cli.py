@@ -212,6 +212,16 @@ def eval_config_is_read(stage: Stage) -> None:
     assert "temperature must be > 0; got -1" in stage.says("eval --config keys.yaml --task arithmetic", 2)
 
 
+def eval_runs_foreign_code_if_told(stage: Stage) -> None:
+    checkpoint = stage.folder / "run" / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    text = "model_name_or_path: m\ntask: arithmetic\nreward:\n  functions: [absent.py:reward]\n"
+    (stage.folder / "run" / "config.yaml").write_text(text)
+    assert "names code that scoring would run" in stage.says(f"eval {checkpoint}", 1)
+    assert "absent.py" in stage.says(f"eval {checkpoint} --allow_code", 1)  # it was looked for
+
+
 def train_runs_dry(stage: Stage) -> None:
     assert "# design audit" in stage.says("train --preset demo --dry_run")
     assert not (stage.folder / "runs").exists()
@@ -274,6 +284,7 @@ ACTS: dict[str, Callable[[Stage], None]] = {
     "train --dry_run": train_runs_dry,
     "train --quiet": train_is_quiet,
     "eval --config": eval_config_is_read,
+    "eval --allow_code": eval_runs_foreign_code_if_told,
     "study plan --dry_run": study_plans_dry,
     "study run --dry_run": study_runs_dry,
     "study run --quiet": study_is_quiet,
