@@ -130,11 +130,11 @@ def evaluate(given: argparse.Namespace) -> int:
 
         refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in given)
     _quiet_libraries()
+    from bandit_rft.assemble import check_lengths, load_policy, make_scorer
     from bandit_rft.data import PromptSet
     from bandit_rft.evaluate import evaluate as evaluate_split
     from bandit_rft.rollout import RolloutEngine
     from bandit_rft.tasks import load_task
-    from bandit_rft.trainer import check_lengths, load_policy, make_scorer
 
     task = load_task(
         config.task, data_path=config.data_path, seed=config.seed, reward=config.reward.functions or None,

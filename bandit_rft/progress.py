@@ -74,7 +74,7 @@ class ConsoleListener(Listener):
         """Say what is about to run."""
         c = self.config
         self.say(
-            f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.train_prompts):,} training prompts, "
+            f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.data.train):,} training prompts, "
             f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
         )
         if trainer.round:

@@ -17,20 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bandit_rft import ops
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
-from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
-from bandit_rft.config import Config, ConfigError, advantage_options, check_config, to_yaml
-from bandit_rft.data import (
-    Fingerprint,
-    PromptSet,
-    completion_texts,
-    data_difference,
-    fingerprint,
-    prompt_text,
-    query_order,
-    score,
+from bandit_rft.assemble import (
+    check_lengths,
+    load_policy,
+    load_reference,
+    make_optimizer,
+    make_scorer,
+    make_updater,
+    new_policy,
 )
+from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
+from bandit_rft.config import Config, advantage_options, check_config, to_yaml
+from bandit_rft.data import completion_texts, prompt_text, query_order, score
 from bandit_rft.evaluate import answer_text, evaluate
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
@@ -47,16 +46,16 @@ from bandit_rft.metrics import (
 )
 from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
-from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
-from bandit_rft.rewards import RewardResult, RewardRunner
+from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
 from bandit_rft.selection import constant_groups, most_varied
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.tasks.checks import check_task
-from bandit_rft.update import PolicyUpdater, score_rollouts
+from bandit_rft.update import score_rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +99,6 @@ class Trainer:
         self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
         if task is not None:
             check_task(task)
-        if "train" not in self.task.splits:
-            raise ConfigError(f"task {self.task.name} has no split 'train'; it has {', '.join(self.task.splits)}")
         self._given_policy = policy
 
     @property
@@ -124,7 +121,7 @@ class Trainer:
             self._start(stack)
             self.listener.started(self)
             if self.round == 0 and not read_metrics(self.folder):
-                self._finish_round(Stopwatch(), {"round": 0, **self._prompt_metrics()})
+                self._finish_round(Stopwatch(), {"round": 0, **self.data.metrics()})
             while not self.finished and not self.stop_requested:
                 self.train_round()
             if self._saved_round != self.round:
@@ -266,7 +263,7 @@ class Trainer:
 
     def _next_queries(self, count: int, taken: set[int]) -> list[int]:
         """The next positions in the training prompts that this round has not taken yet; fewer when none is left."""
-        size, config, queries = len(self.train_prompts), self.config, list[int]()
+        size, config, queries = len(self.data.train), self.config, list[int]()
         while len(queries) < count and len(taken) < size // config.batch_size * config.batch_size:
             (position,) = query_order(size, config.batch_size, config.seed, self.position, 1)
             self.position += 1
@@ -278,7 +275,7 @@ class Trainer:
     def _draw_queries(
         self, positions: Sequence[int], number: int, clock: Stopwatch
     ) -> tuple[RolloutBatch, list[str], RewardResult]:
-        prompts, n = self.train_prompts, self.config.num_generations
+        prompts, n = self.data.train, self.config.num_generations
         rows = [i for i in positions for _ in range(n)]  # one a rollout, as everything below
         queries = np.array([prompts.indices[i] for i in rows])
         attempts = np.tile(np.arange(n), len(positions))
@@ -307,28 +304,17 @@ class Trainer:
 
     def _start(self, stack: ExitStack) -> None:
         """Load everything, from the beginning or from a checkpoint."""
-        config = self.config
+        config, self._saved_round = self.config, -1
         found = self.run_folder.find_checkpoint(config.resume, asdict(config))
-        source = config.model_name_or_path if found is None else str(found[0])
-        self.policy = self._given_policy if found is None and self._given_policy else load_policy(source, config)
-        if config.lora.rank and found is None:
-            from bandit_rft.lora import add_adapter
-
-            c = config.lora
-            self.policy = add_adapter(self.policy, rank=c.rank, alpha=c.alpha, targets=c.targets, seed=config.seed)
-        self.optimizer = PolicyOptimizer(
-            self.policy.named_parameters(), learning_rate=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        )  # fmt: skip
-        self._saved_round = -1
+        self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given_policy)
+        self.optimizer = make_optimizer(self.policy, config)
         if found is not None:
-            path, state = found
-            load_optimizer(path, self.optimizer)
-            self._restore(path, state)
-            logger.info("continuing from %s", path)
-        self.kl_reference: Policy | None = None  # scored for a KL in the reward
-        self.updater = self._make_updater()
+            load_optimizer(found[0], self.optimizer)
+            self._restore(*found)
+            logger.info("continuing from %s", found[0])
+        reference, in_loss = load_reference(self.policy, config), config.kl.where == "loss"
+        self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
+        self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
         check_lengths(self.policy, config)
         self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
         self.engine = RolloutEngine(
@@ -336,23 +322,11 @@ class Trainer:
         )
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
-        chat = self.policy.tokenizer.chat_template is not None
-        if config.chat_template == "never" and chat:
-            logger.warning(
-                "chat_template=never: a chat model gets bare prompts. Such a model rarely ends its turn and then earns "
-                "nothing; use chat_template=auto unless you know better."
-            )
-        self.train_prompts = self._prompts("train")
-        query_order(len(self.train_prompts), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
-        self._explain_history()
-        limit = config.evaluation.max_queries
-        names = config.evaluation.splits or list(self.task.splits)
-        if missing := [name for name in names if name not in self.task.splits]:
-            raise ConfigError(f"evaluation.splits: {missing[0]!r} is none of {', '.join(self.task.splits)}")
-        self.evaluation_prompts = [self._prompts(name, limit) for name in names]
-        self.fingerprints = {name: asdict(fingerprint(self.task.splits[name])) for name in {"train", *names}}
+        self.data = RunData(self.task, self.policy.tokenizer, config)
+        if self.memory is not None:
+            self.data.explain_history()
         if found is not None:
-            self._refuse_other_data(*found)
+            self.data.compare_with(found[0], found[1].get("data", {}))
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
@@ -363,28 +337,6 @@ class Trainer:
             trackers=open_trackers(config.report_to, self.folder, asdict(config)),
         )  # fmt: skip
         stack.callback(self.log.close)
-
-    def _make_updater(self) -> PolicyUpdater:
-        config = self.config
-        objective, reference = ops.PolicyObjective(**asdict(config.objective)), None
-        if config.objective.kl_coef:
-            if config.lora.rank:
-                from bandit_rft.lora import base_policy
-
-                reference = base_policy(self.policy)
-            else:
-                reference = load_policy(config.model_name_or_path, config)
-                reference.model.requires_grad_(False)
-            if config.kl.where == "reward":
-                self.kl_reference, reference = reference, None
-                objective = replace(objective, kl="none", kl_coef=0.0)
-            else:
-                objective = replace(objective, kl_coef=self.kl.coef)
-        return PolicyUpdater(
-            self.policy, self.optimizer, objective, reference=reference, temperature=config.temperature,
-            tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
-            minibatches=config.update.minibatches, seed=config.seed,
-        )  # fmt: skip
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         """Take up the counters and what is remembered of earlier rounds."""
@@ -400,50 +352,6 @@ class Trainer:
         """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
         parts = {"history": self.memory, "replay": self.replay}
         return {name: part for name, part in parts.items() if part is not None}
-
-    def _explain_history(self) -> None:
-        """Say so, before anything runs, when a query's past can never be compared with."""
-        if self.memory is None:
-            return
-        prompts = [prompt_text(example.prompt) for example in self.train_prompts.examples]
-        if repeated := len(prompts) - len(set(prompts)):
-            logger.warning(
-                "advantage=%s: %d training prompts are repeated; each repetition keeps a past of its own",
-                self.config.advantage, repeated,
-            )  # fmt: skip
-        epochs = self.config.max_rounds * self.config.batch_size / max(len(prompts), 1)
-        if epochs <= 1:
-            logger.warning(
-                "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
-                self.config.advantage, len(prompts), self.config.max_rounds, self.config.batch_size,
-            )  # fmt: skip
-
-    def _refuse_other_data(self, path: Path, state: dict[str, Any]) -> None:
-        """Continue on the data that the checkpoint was trained on, and say so where an evaluation's data changed."""
-        for split, before in state.get("data", {}).items():
-            if split not in self.fingerprints:
-                continue
-            difference = data_difference(split, before, Fingerprint(**self.fingerprints[split]))
-            if difference and split == "train":
-                raise ConfigError(
-                    f"the data are not those that {path} was trained on ({difference}): this would be neither run. "
-                    "Choose another output_dir, or put the data back"
-                )
-            if difference:
-                logger.warning("evaluation before and after %s is on different data (%s)", path, difference)
-
-    def _prompt_metrics(self) -> Metrics:
-        """How many prompts there are, and how many were left out as too long, by split."""
-        metrics: Metrics = {"prompts/train": len(self.train_prompts), "prompts/filtered": self.train_prompts.filtered}
-        metrics |= {f"eval/{prompts.name}/filtered": prompts.filtered for prompts in self.evaluation_prompts}
-        return metrics
-
-    def _prompts(self, split: str, limit: int | None = None) -> PromptSet:
-        assert self.policy.tokenizer is not None
-        return PromptSet(
-            split, self.task.splits[split], self.policy.tokenizer, chat_template=self.config.chat_template,
-            max_prompt_length=self.config.max_prompt_length, limit=limit,
-        )  # fmt: skip
 
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
@@ -464,7 +372,7 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """Measure every evaluation split with the current weights and keep the completions."""
         metrics: Metrics = {}
-        for prompts in self.evaluation_prompts:
+        for prompts in self.data.evaluation:
             e = self.config.evaluation
             result = evaluate(
                 self.engine, self.scorer, prompts,
@@ -484,7 +392,7 @@ class Trainer:
             )
         self.log.sync()
         state = {
-            "config": asdict(self.config), "data": self.fingerprints, "torch": torch.__version__,
+            "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
             "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
             "seconds": self.seconds,
         }  # fmt: skip
@@ -502,36 +410,6 @@ class Trainer:
         examples = [self.task.splits["train"][query] for query in batch.query.tolist()]
         prompts = [prompt_text(example.prompt) for example in examples]
         self.run_folder.write_rollouts(batch, prompts, texts, [answer_text(example) for example in examples])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def load_policy(name_or_path: str, config: Config) -> Policy:
-    """The policy a config names; arithmetic-base is the model that comes with the package."""
-    if name_or_path == "arithmetic-base":
-        name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
-    return Policy.load(name_or_path, dtype=config.dtype, device=config.device)
-
-
-def make_scorer(task: Task, config: Config) -> RewardRunner:
-    """The worker processes that score a task's completions."""
-    r = config.reward
-    return RewardRunner(
-        task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error,
-    )  # fmt: skip
-
-
-def check_lengths(policy: Policy, config: Config) -> None:
-    """Refuse prompts and completions that together are longer than the model has positions for (ConfigError)."""
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    total = config.max_prompt_length + config.max_completion_length
-    if limit is not None and total > limit:
-        raise ConfigError(
-            f"max_prompt_length={config.max_prompt_length} + max_completion_length={config.max_completion_length} is "
-            f"more than the model's {limit} positions; lower one of them"
-        )
 
 
 __all__ = ["CheckpointError", "Listener", "Trainer", "load_policy", "make_scorer"]

@@ -1,0 +1,87 @@
+"""The parts of a run as its configuration names them: policy, optimizer, updater, rewards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bandit_rft import ops
+from bandit_rft.config import Config, ConfigError
+from bandit_rft.model import Policy
+from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.rewards import RewardRunner
+from bandit_rft.tasks import Task
+from bandit_rft.update import PolicyUpdater
+
+
+def load_policy(name_or_path: str, config: Config) -> Policy:
+    """The policy a config names; arithmetic-base is the model that comes with the package."""
+    if name_or_path == "arithmetic-base":
+        name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
+    return Policy.load(name_or_path, dtype=config.dtype, device=config.device)
+
+
+def new_policy(config: Config, given: Policy | None = None) -> Policy:
+    """The policy that a new run trains: `given` or the configured one, with an adapter where the config has one."""
+    policy = given or load_policy(config.model_name_or_path, config)
+    if not config.lora.rank:
+        return policy
+    from bandit_rft.lora import add_adapter
+
+    c = config.lora
+    return add_adapter(policy, rank=c.rank, alpha=c.alpha, targets=c.targets, seed=config.seed)
+
+
+def make_optimizer(policy: Policy, config: Config) -> PolicyOptimizer:
+    """AdamW over the policy's trainable parameters."""
+    return PolicyOptimizer(
+        policy.named_parameters(), learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+    )  # fmt: skip
+
+
+def load_reference(policy: Policy, config: Config) -> Policy | None:
+    """The initial model that a KL is taken to, without gradients; None where there is no KL."""
+    if not config.objective.kl_coef:
+        return None
+    if config.lora.rank:
+        from bandit_rft.lora import base_policy
+
+        return base_policy(policy)
+    reference = load_policy(config.model_name_or_path, config)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def make_updater(
+    policy: Policy, optimizer: PolicyOptimizer, reference: Policy | None, config: Config, kl_coef: float
+) -> PolicyUpdater:
+    """What takes the steps. The reference is for a KL in the loss; a KL in the rewards is subtracted before."""
+    objective = ops.PolicyObjective(**asdict(config.objective))
+    term = {"kl": "none", "kl_coef": 0.0} if reference is None else {"kl_coef": kl_coef}
+    return PolicyUpdater(
+        policy, optimizer, replace(objective, **term), reference=reference, temperature=config.temperature,
+        tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
+        minibatches=config.update.minibatches, seed=config.seed,
+    )  # fmt: skip
+
+
+def make_scorer(task: Task, config: Config) -> RewardRunner:
+    """The worker processes that score a task's completions."""
+    r = config.reward
+    return RewardRunner(
+        task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
+        on_error=r.on_error,
+    )  # fmt: skip
+
+
+def check_lengths(policy: Policy, config: Config) -> None:
+    """Refuse prompts and completions that together are longer than the model has positions for (ConfigError)."""
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    total = config.max_prompt_length + config.max_completion_length
+    if limit is not None and total > limit:
+        raise ConfigError(
+            f"max_prompt_length={config.max_prompt_length} + max_completion_length={config.max_completion_length} is "
+            f"more than the model's {limit} positions; lower one of them"
+        )

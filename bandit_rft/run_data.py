@@ -1,0 +1,90 @@
+"""The prompts of a run: those trained on, those evaluated on, and what they are known by when the run is continued."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from bandit_rft.config import Config, ConfigError
+from bandit_rft.data import Fingerprint, PromptSet, data_difference, fingerprint, prompt_text, query_order
+from bandit_rft.metrics import Metrics
+from bandit_rft.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+class RunData:
+    """A task's prompts as a configuration uses them.
+
+    Attributes:
+        train: the prompts trained on.
+        evaluation: the prompts of each split evaluated on.
+        fingerprints: of every split in use, by name, as a checkpoint keeps them.
+
+    Raises:
+        ConfigError: for a split that the task does not have.
+        ValueError: for a batch larger than the prompts, or prompts of which most are too long.
+    """
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, config: Config):
+        self.config, self._task, self._tokenizer = config, task, tokenizer
+        if config.chat_template == "never" and tokenizer.chat_template is not None:
+            logger.warning(
+                "chat_template=never: a chat model gets bare prompts. Such a model rarely ends its turn and then earns "
+                "nothing; use chat_template=auto unless you know better."
+            )
+        names = config.evaluation.splits or list(task.splits)
+        for name in ("train", *names):
+            if name not in task.splits:
+                key = "evaluation.splits: " if name in names else ""
+                raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
+        self.train = self._prompts("train")
+        query_order(len(self.train), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
+        self.evaluation = [self._prompts(name, config.evaluation.max_queries) for name in names]
+        self.fingerprints = {name: asdict(fingerprint(task.splits[name])) for name in {"train", *names}}
+
+    def _prompts(self, split: str, limit: int | None = None) -> PromptSet:
+        return PromptSet(
+            split, self._task.splits[split], self._tokenizer, chat_template=self.config.chat_template,
+            max_prompt_length=self.config.max_prompt_length, limit=limit,
+        )  # fmt: skip
+
+    def metrics(self) -> Metrics:
+        """How many prompts there are, and how many were left out as too long, by split."""
+        metrics: Metrics = {"prompts/train": len(self.train), "prompts/filtered": self.train.filtered}
+        metrics |= {f"eval/{prompts.name}/filtered": prompts.filtered for prompts in self.evaluation}
+        return metrics
+
+    def compare_with(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        """Compare with the fingerprints that a checkpoint keeps.
+
+        Raises:
+            ConfigError: when the training data are others; other data of an evaluation are a warning.
+        """
+        for split in sorted(saved.keys() & self.fingerprints.keys()):
+            difference = data_difference(split, saved[split], Fingerprint(**self.fingerprints[split]))
+            if difference and split == "train":
+                raise ConfigError(
+                    f"the data are not those that {checkpoint} was trained on ({difference}): this would be neither "
+                    "run. Choose another output_dir, or put the data back"
+                )
+            if difference:
+                logger.warning("evaluation before and after %s is on different data (%s)", checkpoint, difference)
+
+    def explain_history(self) -> None:
+        """Say so, before anything runs, when a query's past can never be compared with."""
+        prompts = [prompt_text(example.prompt) for example in self.train.examples]
+        if repeated := len(prompts) - len(set(prompts)):
+            logger.warning(
+                "advantage=%s: %d training prompts are repeated; each repetition keeps a past of its own",
+                self.config.advantage, repeated,
+            )  # fmt: skip
+        if self.config.max_rounds * self.config.batch_size <= len(prompts):
+            logger.warning(
+                "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
+                self.config.advantage, len(prompts), self.config.max_rounds, self.config.batch_size,
+            )  # fmt: skip
