@@ -78,7 +78,7 @@ class Call:
         self.logits = self.made(self.n, self.v, scale=spread)
         if self.n and draw(st.booleans()):
             self.logits[0, 1:] = -torch.inf  # one token that can occur
-            self.logits[-1, : self.v // 2] = -torch.inf
+            self.logits[1:, : self.v // 2] = -torch.inf
         self.targets = torch.randint(self.v, (self.n,), generator=self.g)
         self.per_row = draw(st.booleans())
         low = 10.0 ** draw(st.integers(-2, 2))
