@@ -84,7 +84,8 @@ class Call:
         low = 10.0 ** draw(st.integers(-2, 2))
         self.temperature: Any = low * (torch.rand(self.n, generator=self.g) + 0.5) if self.per_row else low
         self.softcap = draw(st.none() | log_uniform(0.5, 50))
-        self.logit_scale = draw(st.sampled_from([1.0, 0.25, -2.0]))
+        masked = bool(self.logits.isinf().any())  # times a negative scale: a token of +inf, which is not finite
+        self.logit_scale = draw(st.sampled_from([1.0, 0.25, 2.0 if masked else -2.0]))
         note(f"{self.backend} {self.dtype} N {self.n} H {self.h} V {self.v} spread {spread} {self.scaling}")
 
     def made(self, *shape: int, scale: float = 1.0) -> Tensor:
