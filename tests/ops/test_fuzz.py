@@ -132,7 +132,8 @@ def dz_bound(call: Call, z: Tensor, of_logp: Tensor, of_entropy: Tensor) -> Tens
     p = logp.exp()
     each = p.clone().scatter_add_(1, call.targets[:, None], torch.ones(call.n, 1).double()) * of_logp.abs()[:, None]
     entropy = -(p * logp.clamp(min=-1e300)).sum(-1, keepdim=True)
-    each += of_entropy.abs()[:, None] * p * (logp.abs().clamp(max=1e300) + entropy)
+    # Near certainty log p and the entropy are what 1 + x rounds away: 1e-2 covers that in the shares allowed below.
+    each += of_entropy.abs()[:, None] * p * (logp.abs().clamp(max=1e300) + entropy + 1e-2)
     t = call.temperature.double()[:, None] if call.per_row else call.temperature
     return each * abs(call.logit_scale) / t
 
