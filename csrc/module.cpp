@@ -86,7 +86,7 @@ void policy_rows(const py::capsule& logits, const py::capsule& targets, float te
     in.weights = memory.floats(weights, "weights", rows.count);
     in.behavior = memory.floats(behavior, "behavior_logprobs", rows.count);
     in.reference = memory.floats(reference, "reference_logprobs", rows.count);
-    require(kl == 0 || in.reference, "reference_logprobs is needed for a KL term");
+    require(kl == 0 || reference.has_value(), "reference_logprobs is needed for a KL term");
     py::gil_scoped_release release;
     cpu::policy_rows(rows, t, in, l, h, threads);
 }

@@ -69,7 +69,7 @@ void py_policy_rows(const py::capsule& logits, const py::capsule& targets, float
     in.weights = on.floats(weights, "weights", rows.count);
     in.behavior = on.floats(behavior, "behavior_logprobs", rows.count);
     in.reference = on.floats(reference, "reference_logprobs", rows.count);
-    require(kl == 0 || in.reference, "reference_logprobs is needed for a KL term");
+    require(kl == 0 || reference.has_value(), "reference_logprobs is needed for a KL term");
     policy_rows(rows, on.integers(targets, "targets", rows.count), in, gradient_of(on, out, rows),
                 on.floats(logprobs, "logprobs", rows.count), on.floats(entropy, "entropy", rows.count),
                 {on.device(), handle(stream)});

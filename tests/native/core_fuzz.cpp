@@ -63,9 +63,10 @@ void wild_rows_case(Random& random) {
               own_temperatures ? temperatures.data() : nullptr};
     const int threads = int(1 + random.below(3));
     const auto scaled = [&](int64_t i, int64_t j) {
-        double x = double(raw[size_t(i * stride + j)]) * scaling.logit_scale;
+        double x = raw[size_t(i * stride + j)] * scaling.logit_scale;  // in float32: what overflows there is infinite
         if (scaling.softcap != 0) x = scaling.softcap * std::tanh(x / scaling.softcap);
-        return x / rows.temperature_of(i);
+        x /= rows.temperature_of(i);
+        return std::fabs(x) > std::numeric_limits<float>::max() ? std::copysign(INFINITY, x) : x;
     };
     logprob_rows(rows, targets.data(), logp.data(), entropy.data(), threads);
     std::vector<double> lse(count, NAN), largest(count);

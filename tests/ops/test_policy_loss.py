@@ -179,6 +179,13 @@ def test_nothing_to_learn(backend: str) -> None:
         for objective in (PolicyObjective(), PolicyObjective("gspo"), OBJECTIVES["ppo-kl3-entropy"]):
             result, gradients = computed(empty, objective, advantages=torch.zeros(0))
             assert result.loss.item() == 0 and gradients[0].shape == (0, 8) and gradients[1].eq(0).all()
+            logits = torch.zeros(0, 40, requires_grad=True)
+            result = policy_loss_from_logits(
+                logits, empty.targets, torch.zeros(0), empty.cu_seqlens, objective=objective,
+                behavior_logprobs=empty.behavior, reference_logprobs=empty.reference,
+            )  # fmt: skip
+            result.loss.backward()
+            assert result.loss.item() == 0 and logits.grad is not None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
