@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: triton_operations.py, as tests/kernels/test_triton_interpreter.py runs it in the interpreter."""
+"""The Triton kernels on a GPU: triton_operations.py, which kernels/test_triton_interpreter.py interprets elsewhere."""
 
 from __future__ import annotations
 
