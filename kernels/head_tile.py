@@ -177,6 +177,7 @@ def launch_merge(
     states: Tensor, logprobs: Tensor, entropy: Tensor, *, chosen_logit: Tensor | None = None,
     winners: Tensor | None = None, winning_token: Tensor | None = None, token: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Called where the states' device is the current one."""
     _, tiles, rows = states.shape
     merge_tiles[(triton.cdiv(rows, MERGE["BLOCK_N"]),)](
         states, chosen_logit, winners, winning_token, token, logprobs, entropy, tiles, rows, **MERGE

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of, rows_contiguous
 from .head_tile import capability_of, configuration, launch_merge, logits_tile, place, row_chunks, store_state
 from .row_math import scaled
 
@@ -66,25 +67,23 @@ def linear_logprobs(
     hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
     out = torch.empty((2, rows), dtype=torch.float32, device=hidden.device)
     chosen = torch.full((rows,), torch.nan, dtype=torch.float32, device=hidden.device)
+    targets = targets.contiguous()
     temperatures = temperature.contiguous() if isinstance(temperature, Tensor) else None
     capability = capability_of(hidden)
     block_v = configuration(rows, hidden.dtype, capability).BLOCK_V
     chunks = row_chunks(rows, vocabulary, block_v, 12, workspace)
-    for start in chunks:
-        part = slice(start, min(start + chunks.step, rows))
-        h, tiles = hidden[part], triton.cdiv(vocabulary, block_v)
-        states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=hidden.device)
-        config = configuration(len(h), hidden.dtype, capability)
-        score_tiles[(triton.cdiv(len(h), config.BLOCK_N) * tiles,)](
-            h, weight, None if bias is None else bias.contiguous(), targets[part],
-            None if temperatures is None else temperatures[part], states, chosen[part], len(h), vocabulary,
-            h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
-            1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, not h.is_cuda,
-            **config._asdict(),
-        )  # fmt: skip
-        launch_merge(states, out[0, part], out[1, part], chosen_logit=chosen[part])
+    with on_device_of(hidden):
+        for start in chunks:
+            part = slice(start, min(start + chunks.step, rows))
+            h, tiles = hidden[part], triton.cdiv(vocabulary, block_v)
+            states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=hidden.device)
+            config = configuration(len(h), hidden.dtype, capability)
+            score_tiles[(triton.cdiv(len(h), config.BLOCK_N) * tiles,)](
+                h, weight, None if bias is None else bias.contiguous(), targets[part],
+                None if temperatures is None else temperatures[part], states, chosen[part], len(h), vocabulary,
+                h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
+                1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, not h.is_cuda,
+                **config._asdict(),
+            )  # fmt: skip
+            launch_merge(states, out[0, part], out[1, part], chosen_logit=chosen[part])
     return out[0], out[1]
-
-
-def rows_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

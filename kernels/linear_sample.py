@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of, rows_contiguous
 from .head_tile import capability_of, configuration, launch_merge, logits_tile, place, row_chunks, store_state
-from .linear_logprobs import rows_contiguous
 from .philox import gumbel_noise, random_words
 from .row_math import scaled
 
@@ -102,22 +102,24 @@ def linear_sample(
     capability = capability_of(hidden)
     block_v = configuration(rows, hidden.dtype, capability).BLOCK_V
     chunks = row_chunks(rows, vocabulary, block_v, 24, workspace)
-    for start in chunks:
-        part = slice(start, min(start + chunks.step, rows))
-        h, tiles = hidden[part], triton.cdiv(vocabulary, block_v)
-        states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=device)
-        winners = torch.empty((2, tiles, len(h)), dtype=torch.float32, device=device)
-        winning_token = torch.empty((tiles, len(h)), dtype=torch.int32, device=device)
-        config = configuration(len(h), hidden.dtype, capability)
-        draw_tiles[(triton.cdiv(len(h), config.BLOCK_N) * tiles,)](
-            h, weight, None if bias is None else bias.contiguous(), seed, sequence_ids[part], positions[part],
-            None if temperatures is None else temperatures[part], states, winners, winning_token, len(h), vocabulary,
-            h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
-            1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, not h.is_cuda,
-            **config._asdict(),
-        )  # fmt: skip
-        launch_merge(
-            states, out[0, part], out[1, part],
-            winners=winners, winning_token=winning_token, token=tokens[part],
-        )  # fmt: skip
+    with on_device_of(hidden):
+        for start in chunks:
+            part = slice(start, min(start + chunks.step, rows))
+            h, tiles = hidden[part], triton.cdiv(vocabulary, block_v)
+            states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=device)
+            winners = torch.empty((2, tiles, len(h)), dtype=torch.float32, device=device)
+            winning_token = torch.empty((tiles, len(h)), dtype=torch.int32, device=device)
+            config = configuration(len(h), hidden.dtype, capability)
+            draw_tiles[(triton.cdiv(len(h), config.BLOCK_N) * tiles,)](
+                h, weight, None if bias is None else bias.contiguous(), seed, sequence_ids[part], positions[part],
+                None if temperatures is None else temperatures[part], states, winners, winning_token, len(h),
+                vocabulary,
+                h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
+                1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, not h.is_cuda,
+                **config._asdict(),
+            )  # fmt: skip
+            launch_merge(
+                states, out[0, part], out[1, part],
+                winners=winners, winning_token=winning_token, token=tokens[part],
+            )  # fmt: skip
     return tokens, out[0], out[1]

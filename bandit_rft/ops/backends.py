@@ -86,7 +86,7 @@ def _cuda_refusal(call: Call) -> str | None:
 
 
 def _triton_refusal(call: Call) -> str | None:
-    reason: str | None = kernels.refusal(call.device_type, call.dtype)
+    reason: str | None = kernels.refusal(call.device_type, call.dtype, call.device_index)
     return reason
 
 
@@ -149,7 +149,9 @@ def fused_head(device: torch.device, dtype: torch.dtype) -> bool:
     forced = _forced.get() or os.environ.get("BANDIT_RFT_BACKEND")
     if forced:
         return forced == "triton" and select(device, dtype) == "triton"
-    return device.type == "cuda" and dtype != torch.float32 and kernels.refusal(device.type, dtype) is None
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    return kernels.refusal(device.type, dtype, device.index or 0) is None
 
 
 @contextmanager

@@ -267,3 +267,162 @@ def test_who_serves() -> None:
 
     finally:
         backends._forced.reset(token)
+
+
+def views_of(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values behind other strides and offsets; -7 fills what is skipped, which no argument may be."""
+    filler = torch.full((3 * tensor.numel() + 7,), -7, dtype=tensor.dtype, device=tensor.device)
+    offset = filler[1 : 1 + tensor.numel()].view(tensor.shape).copy_(tensor)
+    wide = torch.full((*tensor.shape, 2), -7, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 1] = tensor
+    found = {"offset": offset, "strided": wide[..., 1]}
+    if tensor.dim() == 2:
+        found["transposed"] = tensor.T.contiguous().T
+        padded = torch.full((len(tensor), tensor.shape[1] + 3), -7, dtype=tensor.dtype, device=tensor.device)
+        padded[:, 1:-2] = tensor
+        found["padded"] = padded[:, 1:-2]
+    return found
+
+
+OPERATIONS = {
+    "linear_logprobs": ("hidden", "weight", "targets", "bias", "temperature"),
+    "linear_sample": ("hidden", "weight", "sequence_ids", "positions", "bias", "temperature"),
+    "linear_sample, filtered": ("hidden", "weight", "sequence_ids", "positions", "bias", "temperature"),
+    "logprobs_from_logits": ("logits", "targets", "temperature"),
+    "sample_from_logits": ("logits", "sequence_ids", "positions", "temperature"),
+    "linear_policy_loss": (
+        "hidden", "weight", "targets", "advantages", "cu_seqlens", "behavior_logprobs", "reference_logprobs", "bias",
+        "temperature",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_any_strides_are_accepted(operation: str) -> None:
+    """Every argument behind every view, and expanded: the values decide, never how they lie."""
+    n, h, v = 6, 8, 70
+    values: dict[str, Tensor] = {
+        "hidden": torch.randn(n, h), "weight": torch.randn(v, h), "bias": torch.randn(v), "logits": torch.randn(n, v),
+        "targets": torch.randint(v, (n,)), "temperature": torch.rand(n) + 0.5, "sequence_ids": torch.arange(n) + 3,
+        "positions": torch.arange(n) * 2, "advantages": torch.randn(n), "cu_seqlens": torch.tensor([0, 2, n]),
+        "behavior_logprobs": -torch.rand(n) - 3, "reference_logprobs": -torch.rand(n) - 3,
+    }  # fmt: skip
+    values = {name: tensor.to(DEVICE) for name, tensor in values.items()}
+    names = OPERATIONS[operation]
+
+    def run(**arguments: Tensor) -> list[Tensor]:
+        given = {name: arguments.get(name, values[name]) for name in names}
+        if "logprobs" in operation:
+            function = linear_logprobs if operation.startswith("linear") else logprobs_from_logits
+            return list(function(**given, return_entropy=True))
+        if operation == "linear_policy_loss":
+            given = {k: t.detach().requires_grad_(k in ("hidden", "weight", "bias")) for k, t in given.items()}
+            objective = OBJECTIVES["ppo-kl3-entropy"]
+            result = linear_policy_loss(**given, objective=objective)
+            result.loss.backward()
+            return [result.loss.detach(), result.logprobs, *(t.grad for t in given.values() if t.grad is not None)]
+        filters = {"top_k": 9} if "filtered" in operation else {}
+        function = linear_sample if operation.startswith("linear") else sample_from_logits
+        return list(function(**given, seed=3, **filters))
+
+    want = run()
+    for name in names:
+        for view, tensor in views_of(values[name]).items():
+            assert torch.equal(tensor, values[name])
+            for w, g in zip(want, run(**{name: tensor}), strict=True):
+                torch.testing.assert_close(
+                    g, w, rtol=1e-4, atol=1e-4, msg=lambda m, n=name, how=view: f"{n}, {how}: {m}"
+                )
+        if values[name].dim() == 1 and name != "cu_seqlens":
+            same = values[name][1:2].expand(len(values[name]))
+            for w, g in zip(run(**{name: same.clone()}), run(**{name: same}), strict=True):
+                torch.testing.assert_close(g, w, msg=lambda m, n=name: f"{n}, expanded: {m}")
+
+
+def test_row_kernels_take_any_strides_themselves() -> None:
+    from bandit_rft.kernels.policy_rows import gradient_rows, logprob_rows
+    from bandit_rft.kernels.sample_rows import sample_rows
+
+    z, targets = torch.randn(5, 70, device=DEVICE), torch.randint(70, (5,), device=DEVICE)
+    given = torch.randn(2, 5, device=DEVICE)
+    ids = torch.arange(5, device=DEVICE)
+    seed = torch.tensor(3, device=DEVICE)
+    gradient = z.clone()
+    gradient_rows(gradient, targets, 1.0, None, None, 1.0, given[0], given[1])
+    for how, view in views_of(z).items():
+        scored, drawn = (
+            logprob_rows(z, targets, 1.0, None, None, 1.0),
+            logprob_rows(view, targets, 1.0, None, None, 1.0),
+        )
+        torch.testing.assert_close(drawn, scored, msg=how)
+        arguments = (1.0, None, None, 1.0, seed, ids, ids, 0, 1.0, 0.0)
+        torch.testing.assert_close(sample_rows(view, *arguments), sample_rows(z, *arguments), msg=how)
+        gradient_rows(view, targets, 1.0, None, None, 1.0, given[0], given[1])
+        torch.testing.assert_close(view, gradient, msg=how)
+
+
+def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device; that must be the tensors', not the process's first."""
+    from contextlib import contextmanager
+    from importlib import import_module
+
+    import triton
+
+    from bandit_rft import kernels
+
+    entered: list[torch.device] = []
+    launches: list[str] = []
+
+    @contextmanager
+    def device(of):
+        entered.append(of.device)
+        yield
+        entered.pop()
+
+    class Guarded:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                assert entered, f"{self.name} was launched on whatever device is current"
+                launches.append(self.name)
+                return self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    modules = [import_module(f"bandit_rft.kernels.{name}") for name in KERNEL_MODULES]
+    for module in modules:
+        if hasattr(module, "on_device_of"):
+            monkeypatch.setattr(module, "on_device_of", device)
+        for name, found in vars(module).copy().items():
+            if isinstance(found, triton.runtime.KernelInterface) and name in LAUNCHED:
+                monkeypatch.setattr(module, name, Guarded(name, found))
+    test_any_strides_are_accepted("linear_logprobs")
+    for operation in OPERATIONS:
+        test_any_strides_are_accepted(operation)
+    assert set(launches) == LAUNCHED
+    monkeypatch.undo()
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", seen.append)
+    kernels.on_device_of(type("OnSecond", (), {"is_cuda": True, "device": torch.device("cuda:1")})())
+    assert seen == [torch.device("cuda:1")]
+
+
+KERNEL_MODULES = ("head_tile", "linear_logprobs", "linear_sample", "policy_rows", "sample_rows")
+LAUNCHED = {"score_tiles", "merge_tiles", "draw_tiles", "visit_rows", "draw_rows"}
+
+
+def test_the_capability_is_that_of_the_asked_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bandit_rft import kernels
+
+    of = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: of[index])
+    kernels._capability.cache_clear()
+    try:
+        assert kernels.refusal("cuda", torch.bfloat16, 0) is None
+        assert "7.5" in str(kernels.refusal("cuda", torch.bfloat16, 1))
+        call = backends.Call("cuda", torch.bfloat16, 1)
+        assert "7.5" in str(backends._triton_refusal(call))
+    finally:
+        kernels._capability.cache_clear()
