@@ -243,11 +243,11 @@ def fused_sample(
     *, seed: Tensor, sequence_ids: Tensor, positions: Tensor,
 ) -> Sample:  # fmt: skip
     """One draw a row from the head's whole softmax in one kernel (where `backends.fused_head`)."""
-    tokens, logp, entropy = _triton("linear_sample").linear_sample(
+    drawn = _triton("linear_sample").linear_sample(
         hidden, weight, seed=seed, sequence_ids=sequence_ids, positions=positions, bias=bias,
         workspace=backends.workspace_bytes(hidden.device), **scaling._asdict(),
     )  # fmt: skip
-    return Sample(tokens, logp, logp.clone(), entropy, torch.ones_like(entropy))
+    return Sample(*drawn)
 
 
 def _native_scaling(scaling: Scaling) -> tuple[float, Any, float, float]:
