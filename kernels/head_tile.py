@@ -26,10 +26,6 @@ from .row_math import LOWEST, weighted
 INTERPRETED_PROGRAMS = 3  # fewer than tiles, so that the interpreter also goes around the loop
 
 
-#: Rows of a tile that are reduced at a time: what a reduction keeps beside the tile must fit the registers.
-PIECE = tl.constexpr(16)
-
-
 class Tile(NamedTuple):
     """BLOCK_V logits of each of BLOCK_N rows, BLOCK_H of the hidden size at a time; and how Triton compiles it."""
 
@@ -60,10 +56,10 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     """
     if dtype == torch.float32:  # exact products on the ordinary arithmetic units
         return Tile(64, 32, 32, 4, 3)
-    least = {80: 16, 90: 8}.get(capability // 10 * 10, 16)
+    least = 8 if capability // 10 == 9 else 16
     few = max(least, triton.next_power_of_2(max(1, min(rows, 64))))
-    if capability < 90:  # four warps along M whatever N is, up to 64
-        return Tile(128, few, 64, 4, 4)
+    if capability < 90:  # up to N = 32 the four warps all lie along M; beyond, they would share out the sums anew
+        return Tile(128, min(few, 32), 64, 4, 4)
     if rows <= 64:
         return Tile(128, few, 64, 8, 5)
     return Tile(128, 128, 64, 8, 4) if draws else Tile(128, 256, 64, 8, 4)
@@ -177,7 +173,10 @@ def halves(z):
 
 @triton.jit
 def piece_of(z, number: tl.constexpr, PIECES: tl.constexpr):
-    """Piece `number` of z [v, n] cut into PIECES (1 to 16, a power of 2) of n / PIECES columns each."""
+    """Piece `number` of z [v, n] cut into PIECES (1 to 16, a power of 2) of n / PIECES columns each.
+
+    The heads reduce 16 columns at a time: what a reduction keeps beside the tile must fit the registers.
+    """
     if PIECES > 1:
         left, right = halves(z)
         z = left if number < PIECES // 2 else right

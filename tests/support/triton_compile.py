@@ -29,8 +29,8 @@ TYPES = {
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
-#: The programs that a batch (or a chunk of tokens) is served by.
-DRAWS, SCORES = (1, 8, 16, 32, 64, 256), (1, 8192)
+#: Rows of a batch (or a chunk of tokens): fewest, as many as one tile has, more.
+DRAWS, SCORES = (8, 64, 256), (8, 8192)
 
 
 def head_case(capability: int, rows: int, draws: bool, described: bool) -> dict[str, Any]:
@@ -53,16 +53,17 @@ def cases(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     filtered = {**row, **sample_rows.filtered_block(151936), "TOP_K": True, "TOP_P": True, "MIN_P": True}
     found: list[tuple[str, Any, dict[str, Any]]] = []
     described = capability >= 90
-    for rows in SCORES:
-        constants = head_case(capability, rows, False, described)
-        found.append((f"linear_logprobs, {rows} rows", linear_logprobs.score_tiles, constants))
-    for rows in DRAWS:
-        found.append(
-            (f"linear_sample, {rows} rows", linear_sample.draw_tiles, head_case(capability, rows, True, described))
-        )
+    heads = [("linear_logprobs", rows, False, described) for rows in SCORES]
+    heads += [("linear_sample", rows, True, described) for rows in DRAWS]
     if described:  # where rows are not aligned to 16 bytes
-        constants = head_case(capability, 8192, False, False)
-        found.append(("linear_logprobs, 8192 rows, pointers", linear_logprobs.score_tiles, constants))
+        heads.append(("linear_logprobs, pointers", 8192, False, False))
+    tiles = set()
+    for name, rows, draws, bulk in heads:
+        constants = head_case(capability, rows, draws, bulk)
+        kernel = linear_sample.draw_tiles if draws else linear_logprobs.score_tiles
+        if (draws, bulk, constants["BLOCK_N"]) not in tiles:
+            tiles.add((draws, bulk, constants["BLOCK_N"]))
+            found.append((f"{name}, {rows} rows", kernel, constants))
     outputs = {"sampling_logprobs": None, "kept_mass": None}
     no_draw = {"winners": None, "winning_token": None, "token": None, **outputs}
     found.append(("merge_tiles", head_tile.merge_tiles, {**no_draw, **head_tile.MERGE}))

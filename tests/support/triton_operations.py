@@ -426,3 +426,79 @@ def test_the_capability_is_that_of_the_asked_device(monkeypatch: pytest.MonkeyPa
         assert "7.5" in str(backends._triton_refusal(call))
     finally:
         kernels._capability.cache_clear()
+
+
+def kernels_of_the_head():
+    from bandit_rft.kernels import head_tile, linear_logprobs, linear_sample
+
+    return head_tile, linear_logprobs, linear_sample
+
+
+@pytest.mark.parametrize("rows,h,v", [(1, 64, 129), (8, 72, 128), (40, 41, 300), (70, 40, 515)])
+def test_ragged_shapes_through_descriptors_and_pointers(rows: int, h: int, v: int) -> None:
+    """Every tile shape (8 to 256 rows); the same bits whether a bulk copy or pointers brought the operands."""
+    head_tile, linear_logprobs, linear_sample = kernels_of_the_head()
+    hidden, weight = torch.randn(rows, h).bfloat16().to(DEVICE), (torch.randn(v, h) * 0.4).bfloat16().to(DEVICE)
+    z = hidden.double() @ weight.double().T
+    want, clear = expected(z, stream(rows))
+    drawn = Sample(*linear_sample.linear_sample(hidden, weight, **stream(rows)))
+    assert_same_draw(drawn, want, clear)
+    scored = linear_logprobs.linear_logprobs(hidden, weight, drawn.tokens)
+    assert torch.equal(scored[0], drawn.logprobs) and torch.equal(scored[1], drawn.entropy)
+    aligned = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert head_tile.describable(hidden, 90) == (h % 8 == 0) and aligned in (True, False)
+    for how, view in views_of(weight).items():
+        # A view that starts off the 16-byte grid, or has such rows, is read through pointers.
+        again = Sample(*linear_sample.linear_sample(hidden, view, **stream(rows)))
+        for name, a, b in zip(Sample._fields, again, drawn, strict=True):
+            assert torch.equal(a, b), f"{how}: {name}"
+
+
+def test_a_column_with_rivals_is_drawn_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin that every column is within, the exact branch draws; its draws are the same."""
+    if DEVICE != "cpu":
+        pytest.skip("a compiled kernel keeps its margin")
+    import triton.language as tl
+
+    _, _, linear_sample = kernels_of_the_head()
+    hidden, weight = torch.randn(5, 16), torch.randn(200, 16)
+    approximately = linear_sample.linear_sample(hidden, weight, **stream(5))
+    monkeypatch.setattr(linear_sample, "MARGIN", tl.constexpr(1e4))
+    exactly = linear_sample.linear_sample(hidden, weight, **stream(5))
+    assert all(torch.equal(a, b) for a, b in zip(approximately, exactly, strict=True))
+
+
+def test_nothing_is_filled_or_copied_around_a_draw() -> None:
+    """One buffer of results, states and winners; no pass of PyTorch's over them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*arguments, **(options or {}))
+
+    _, linear_logprobs, linear_sample = kernels_of_the_head()
+    hidden, weight = torch.randn(5, 16, device=DEVICE), torch.randn(200, 16, device=DEVICE)
+    targets = torch.randint(200, (5,), device=DEVICE)
+    arguments = stream(5)
+    for module, function in (
+        (linear_sample, lambda: linear_sample.linear_sample(hidden, weight, **arguments)),
+        (linear_logprobs, lambda: linear_logprobs.linear_logprobs(hidden, weight, targets)),
+    ):
+        kernels = [name for name in ("draw_tiles", "score_tiles") if hasattr(module, name)]
+        launched = {name: getattr(module, name) for name in kernels}
+        merge = module.launch_merge
+        try:
+            for name in kernels:
+                setattr(module, name, {(n,): lambda *a, **k: None for n in range(1, 4096)})
+            module.launch_merge = lambda *a, **k: None
+            with Seen():
+                function()
+        finally:
+            for name, kernel in launched.items():
+                setattr(module, name, kernel)
+            module.launch_merge = merge
+    writes = set(seen) - {"empty", "slice", "select", "unbind", "detach", "alias", "view"}
+    assert not writes, writes
