@@ -502,3 +502,20 @@ def test_nothing_is_filled_or_copied_around_a_draw() -> None:
             module.launch_merge = merge
     writes = set(seen) - {"empty", "slice", "select", "unbind", "detach", "alias", "view"}
     assert not writes, writes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_is_scaled_in_place_unless_by_one(dtype: torch.dtype) -> None:
+    from bandit_rft.kernels.scale_gradient import BLOCK, scale_
+
+    for count in (0, 1, BLOCK + 5, 3 * BLOCK):
+        given = torch.randn(count, device=DEVICE).to(dtype)
+        for factor in (1.0, 0.5, -2.0, 0.0):
+            gradient = given.clone()
+            version = gradient._version
+            assert scale_(gradient, torch.tensor(factor, device=DEVICE)) is gradient
+            assert torch.equal(gradient, given * factor) and gradient._version > version
+    gradient = torch.ones(4, device=DEVICE).to(dtype)
+    assert torch.isnan(scale_(gradient, torch.tensor(torch.nan, device=DEVICE))).all()
+    strided = torch.ones(4, 6, device=DEVICE).to(dtype).T
+    assert torch.equal(scale_(strided, torch.tensor(3.0, device=DEVICE)), torch.full_like(strided, 3.0))
