@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .row_math import LOWEST, weighted
 
+EIGHT_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 INTERPRETED_PROGRAMS = 3  # fewer than tiles, so that the interpreter also goes around the loop
 
 
@@ -36,6 +37,8 @@ class Tile(NamedTuple):
     num_stages: int
     #: Whether a * b + c becomes one instruction would be decided for each kernel anew, and change bits between them.
     enable_fp_fusion: bool = False
+    #: Left to itself, Triton bounds sm_100's registers by 128 a thread, and a draw spills.
+    maxnreg: int | None = None
 
 
 def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = False) -> Tile:
@@ -46,9 +49,10 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     sizes a little faster (H = 4096: about 1.12 of the bare product, by estimate, against 1.2), but sums in an order of
     its own for every shape: the pair stays together here.
 
-    Few rows: the weight, 2 H bytes an entry, takes H / 2150 ns a tile row at 4.3 TB/s and its noise 40 instructions a
-    padded row and entry, at 21 T instructions a second 1.9 ps. So padding 8 rows to 64 would cost 107 ps where reading
-    the weight takes 417 ps (H = 896): N is the least of 8 (16 on sm_100, whose instruction has no less), 16, 32, 64.
+    Few rows: reading an entry of the weight, 2 H bytes, takes H / 2150 ns at 4.3 TB/s, and its noise 40 instructions a
+    padded row, 1.9 ps at 21 T instructions a second. So padding 8 rows to 64 would cost 107 ps where reading takes
+    417 ps (H = 896): N is the least of 8, 16, 32, 64 (no 8 on sm_100, whose instruction has no less than 16, nor before
+    Triton 3.9, which turns to another instruction there).
     Many rows: a tile of V x N reads (V + N) 2 H bytes of shared memory for 2 V N H FLOP; 128 x 256 has 171 FLOP a byte,
     128 x 128 128, and 6 TFLOP/s a multiprocessor from 33 TB/s / 132 of shared memory need 24. What decides is how often
     hidden states and weight come from L2: 128 x 256 halves that again. The draw keeps 128 x 128: noise needs registers.
@@ -56,13 +60,14 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     """
     if dtype == torch.float32:  # exact products on the ordinary arithmetic units
         return Tile(64, 32, 32, 4, 3)
-    least = 8 if capability // 10 == 9 else 16
+    least = 8 if capability // 10 == 9 and EIGHT_WIDE else 16
     few = max(least, triton.next_power_of_2(max(1, min(rows, 64))))
     if capability < 90:  # up to N = 32 the four warps all lie along M; beyond, they would share out the sums anew
         return Tile(128, min(few, 32), 64, 4, 4)
+    registers = 168 if draws and capability >= 100 else None
     if rows <= 64:
-        return Tile(128, few, 64, 8, 5)
-    return Tile(128, 128, 64, 8, 4) if draws else Tile(128, 256, 64, 8, 4)
+        return Tile(128, few, 64, 8, 5, maxnreg=registers)
+    return Tile(128, 128, 64, 8, 4, maxnreg=registers) if draws else Tile(128, 256, 64, 8, 4)
 
 
 def capability_of(tensor: Tensor) -> int:

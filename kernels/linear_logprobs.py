@@ -47,7 +47,7 @@ def score_tiles(
             H, DESCRIBED, WIDEN, BLOCK_V, BLOCK_N, BLOCK_H,
         )  # fmt: skip
         column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        pieces: tl.constexpr = max(1, BLOCK_N // 16)
+        pieces: tl.constexpr = (BLOCK_N + 15) // 16
         width: tl.constexpr = BLOCK_N // pieces
         for piece in tl.static_range(pieces):
             row = row_block.to(tl.int64) * BLOCK_N + piece * width + tl.arange(0, width)
@@ -57,11 +57,10 @@ def score_tiles(
             z = scaled(piece_of(x, piece, pieces), logit_scale, softcap, divisor, SOFTCAP)
             z = tl.where((column < vocabulary)[:, None], z, -float("inf"))
             store_state(z, states, tile, tiles, row, rows)
+            # Whoever holds the target's logit stores it: at most one a row, nothing to reduce.
             target = tl.load(targets + row, mask=row < rows, other=-1)
-            here = (target >= tile * BLOCK_V) & (target < min((tile + 1) * BLOCK_V, vocabulary))
-            if tl.max(here.to(tl.int32), 0) > 0:  # in a tile in ten or so
-                z_target = tl.sum(tl.where(column[:, None] == target[None, :], z, 0.0), 0)
-                tl.store(target_logit + row, z_target, mask=here)
+            here = (column[:, None] == target[None, :]) & (column < vocabulary)[:, None]
+            tl.store(target_logit + row[None, :] + tl.zeros((BLOCK_V, 1), tl.int64), z, mask=here)
 
 
 def linear_logprobs(

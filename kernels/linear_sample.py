@@ -118,7 +118,7 @@ def draw_tiles(
             H, DESCRIBED, WIDEN, BLOCK_V, BLOCK_N, BLOCK_H,
         )  # fmt: skip
         column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        pieces: tl.constexpr = max(1, BLOCK_N // 16)
+        pieces: tl.constexpr = (BLOCK_N + 15) // 16
         width: tl.constexpr = BLOCK_N // pieces
         for piece in tl.static_range(pieces):
             row = row_block.to(tl.int64) * BLOCK_N + piece * width + tl.arange(0, width)

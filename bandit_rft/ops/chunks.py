@@ -9,8 +9,8 @@ proportional to n,
     4 H V bytes read and written                                      (2 H V of them in bfloat16, each way)
 
 and both grow with V alike: at 790 TFLOP/s on 132 multiprocessors and 4.3 TB/s a wave costs 11.0 ns and the sum
-0.93 ps x H for each entry of the vocabulary. At H = 4096 that is 11.0 against 3.8: 2,048 rows are 256 tiles, 1.94 waves,
-where 1,171 rows (equal shares of 8,192 in 0.75 GiB at V = 151,936) were 160 tiles, 1.2 waves paid as 2.
+0.93 ps x H for each entry of the vocabulary. At H = 4096 that is 11.0 against 3.8: 2,048 rows are 256 tiles, 1.94
+waves, where 1,171 rows (equal shares of 8,192 in 0.75 GiB at V = 151,936) were 160 tiles, 1.2 waves paid as 2.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def test_every_kernel_compiles_without_spills(architecture: int) -> None:
         assert (used["bulk"] > 0) == bulk, f"{name}: {used['bulk']} bulk copies of a tensor"
         assert not head or used["warps"] == WARPS[architecture], f"{name}: {used}"
     if architecture == 90:  # padding draws no noise: the batch is N, as small as the instruction takes
-        assert kernels["linear_sample, 8 rows"]["shapes"] == ["m64n8k16"]
+        eight = Version(version("triton")) >= Version("3.9")
+        assert kernels["linear_sample, 8 rows"]["shapes"] == (["m64n8k16"] if eight else ["m64n16k16"])
         assert kernels["linear_sample, 64 rows"]["shapes"] == ["m64n64k16"]
         assert kernels["linear_logprobs, 8192 rows"]["shapes"] == ["m64n256k16"]
 
@@ -50,7 +51,7 @@ def test_sums_have_one_order_whatever_the_number_of_rows() -> None:
     """BLOCK_V and the warps decide the order; scoring thousands of rows must have those of drawing one."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
-    from bandit_rft.kernels.head_tile import configuration
+    from bandit_rft.kernels.head_tile import EIGHT_WIDE, configuration
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for capability in (80, 86, 89, 90, 100, 120):
@@ -62,4 +63,4 @@ def test_sums_have_one_order_whatever_the_number_of_rows() -> None:
             assert len({(tile.BLOCK_V, tile.BLOCK_H, tile.num_warps, tile.enable_fp_fusion) for tile in tiles}) == 1
             padded = [configuration(rows, dtype, capability, True).BLOCK_N for rows in (1, 9, 17, 33)]
             if dtype != torch.float32 and capability == 90:
-                assert padded == [8, 16, 32, 64]
+                assert padded == [8 if EIGHT_WIDE else 16, 16, 32, 64]

@@ -26,7 +26,7 @@ TYPES = {
     **dict.fromkeys(["logit_scale", "softcap", "temperature", "low", "high", "dual_clip", "kl_coef"], "fp32"),
     **dict.fromkeys(["entropy_coef", "top_k", "top_p", "min_p"], "fp32"),
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 #: Rows of a batch (or a chunk of tokens): fewest, as many as one tile has, more.
