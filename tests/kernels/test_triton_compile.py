@@ -30,7 +30,7 @@ def test_every_kernel_compiles_without_spills(architecture: int) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = json.loads(done.stdout)
-    assert len(kernels) == (9 if architecture == 80 else 10)
+    assert len(kernels) == (8 if architecture == 80 else 10)
     older = Version(version("triton")) < Version("3.6")  # what torch 2.8 and 2.9 bring spills a few registers
     for name, used in kernels.items():
         head = name.startswith("linear")
