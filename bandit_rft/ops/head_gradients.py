@@ -43,7 +43,7 @@ class HeadGradients:
 
     def __init__(self, of: Head, wanted: list[bool], backend: Backend, weight_grad: Tensor | None = None) -> None:
         self.inputs, self.backend = of, backend
-        hidden, weight, bias = of
+        hidden, _, bias = of
         dtype = computing_dtype(hidden)
         want_hidden, want_weight, want_bias = wanted
         kept_in = dtype if hidden.dtype == torch.float16 else hidden.dtype
