@@ -24,6 +24,7 @@ WARPS = {80: ["[4, 1]"], 90: ["[8, 1]"], 100: []}
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.timeout(900)  # half a minute of one core
 def test_every_kernel_compiles_without_spills(architecture: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(SUPPORT / "triton_compile.py"), str(architecture)]
