@@ -83,13 +83,9 @@ sanitize: .venv/.dependencies
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/core_test
 
-# Uses what is installed for $(PYTHON) (torch, pytest, scikit-build-core, pybind11, ninja) and no network.
+# Uses what is installed for $(PYTHON) (torch, pytest, scikit-build-core, pybind11, ninja) and no network; OUT: where to.
 gpu-check:
-	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and __import__("torch").cuda.is_available()))' \
-	|| { echo "gpu-check needs a CUDA GPU and a torch that sees it; there is none here. Nothing was measured." >&2; exit 2; }
-	BANDIT_RFT_CUDA=$$(command -v nvcc >/dev/null && echo ON || echo OFF) \
-	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py --build --output $(or $(OUT),benchmarks/results) $(if $(RESUME),--resume)
 
 wheel: .venv/.dependencies
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,484 +1,213 @@
 """Measures the operations on a CUDA GPU next to what they are made of and what they compete with; needs no network.
 
-    make gpu-check                                             build, test and measure on this machine's GPU
+    make gpu-check                                             build for this GPU, measure, then test
+    python benchmarks/gpu_check.py --resume                    go on with the newest file in --output
     python benchmarks/gpu_check.py --device cpu --small        the same code on small shapes: does it run?
 
-Writes <gpu>-<date>.json and .md to --output (benchmarks/results). Everything compared is timed alternately in one run,
-by device events, and shown as ratios of medians beside the bar. A GPU's cache is overwritten before every sample.
+Nothing that was measured is lost: every measurement runs in a process that may crash or hang, and each of its results
+is in <gpu>-<date>.json (and .md) in --output before the next begins. What decides comes first, what may fault last.
+Everything compared is timed alternately in one process, by device events, and shown as ratios of medians beside the
+bar and beside what a model of the machine predicts. A GPU's cache is overwritten before every sample.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import re
-import statistics
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
+from gpu_measurements.operations import Setting
+from gpu_measurements.plan import TESTS, Measurement, injected, plan
+from gpu_measurements.record import CRASHED, DONE, FAILED, TIMED_OUT, Record
+from gpu_measurements.worker import Worker, serve
 
-from bandit_rft import (
-    PolicyObjective,
-    linear_logprobs,
-    linear_policy_loss,
-    linear_sample,
-    logprobs_from_logits,
-    ops,
-    sample_from_logits,
-)
-from bandit_rft.ops import backends, rows
-from bandit_rft.ops.rows import Scaling, TokenInputs
-
-FULL = {
-    "loss": [(8192, 4096, 151936), (16384, 2048, 151936), (8192, 896, 151936), (8192, 4096, 128256)],
-    "sample": [(b, h, 151936) for h in (896, 2048, 4096) for b in (1, 8, 32, 128, 256)],
-    "rows": (2048, 151936),
-    "copy": 1 << 30,
-}
-SMALL = {"loss": [(96, 64, 512)], "sample": [(1, 64, 512), (8, 64, 512)], "rows": (64, 512), "copy": 1 << 20}
-SEQUENCE = 512  # tokens of a sequence
-REFUSED = 2
+ROOT = Path(__file__).resolve().parents[1]
+REFUSED, INCOMPLETE = 2, 3
+LEAST_SECONDS = 5.0  # what is left must allow this much, or no measurement is begun
 
 
-@dataclass
-class Result:
-    """One comparison: ratio of medians ours / other; `bar` is the most it may be (least, where `at_least`)."""
-
-    case: str
-    shape: str
-    against: str
-    ours_ms: float
-    other_ms: float
-    ratio: float
-    bar: float | None = None
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool | None:
-        if self.bar is None:
-            return None
-        return self.ratio >= self.bar if self.at_least else self.ratio <= self.bar
+def find_nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-class Clock:
-    """Times callables alternately; medians in milliseconds."""
-
-    def __init__(self, device: torch.device, seconds: float):
-        self.device, self.seconds = device, seconds
-        self.cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-
-    def once(self, work: Callable[[], Any]) -> float:
-        if self.cache is None:
-            start = time.perf_counter()
-            work()
-            return (time.perf_counter() - start) * 1e3
-        self.cache.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    def alternately(self, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median of each, after two warm-up runs; a work that raises is left out and named on stderr."""
-        usable = {}
-        for name, work in works.items():
-            try:
-                work(), work()
-                usable[name] = work
-            except Exception as error:  # a peer that cannot do this shape must not end the measurement
-                if name == "ours":
-                    raise
-                print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
-                if self.cache is not None:
-                    torch.cuda.empty_cache()
-        samples: dict[str, list[float]] = {name: [] for name in usable}
-        deadline = time.perf_counter() + self.seconds
-        while len(samples["ours"]) < 5 or (time.perf_counter() < deadline and len(samples["ours"]) < 50):
-            for name, work in usable.items():
-                samples[name].append(self.once(work))
-        return {name: statistics.median(values) for name, values in samples.items()}
-
-
-class Check:
-    """All measurements of one machine."""
-
-    def __init__(self, device: torch.device, small: bool):
-        self.device = device
-        self.shapes: dict[str, Any] = SMALL if small else FULL
-        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.clock = Clock(device, 0.05 if small else 1.5)
-        self.results: list[Result] = []
-        self.limits: dict[str, float] = {}
-        self.errors: list[dict[str, Any]] = []
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        drawn = torch.randn(*shape, generator=self.generator, device=self.device, dtype=self.dtype)
-        return drawn.mul_(scale)
-
-    def add(self, case: str, shape: Any, times: dict[str, float], bars: dict[str, float | None]) -> None:
-        for other, bar in bars.items():
-            if other in times:
-                bar = None if self.shapes is SMALL else bar  # bars are for the full shapes
-                ratio = times["ours"] / times[other]
-                self.results.append(Result(case, str(shape), other, times["ours"], times[other], ratio, bar))
-                print(f"{case:<34}{shape!s:<24}/ {other:<34}{ratio:7.3f}" + (f"  bar {bar}" if bar else ""), flush=True)
-
-    # --- the machine's own limits -------------------------------------------------------------------------------------
-
-    def measure_limits(self) -> None:
-        size = self.shapes["copy"] // 4
-        source, target = torch.ones(size, device=self.device), torch.empty(size, device=self.device)
-        ms = self.clock.alternately({"ours": lambda: target.copy_(source)})["ours"]
-        self.limits["copy GB/s"] = 8 * size / ms / 1e6
-        n, h, v = self.shapes["loss"][0]
-        a, b = self.normal(n, h), self.normal(v, h)
-        ms = self.clock.alternately({"ours": lambda: a @ b.T})["ours"]
-        self.limits[f"{str(self.dtype).removeprefix('torch.')} product TFLOP/s"] = 2 * n * h * v / ms / 1e9
-
-    # --- linear_policy_loss and linear_logprobs -----------------------------------------------------------------------
-
-    def measure_loss(self, n: int, h: int, v: int) -> None:
-        hidden, weight = self.normal(n, h).requires_grad_(), self.normal(v, h, scale=h**-0.5).requires_grad_()
-        sequences = max(2, n // SEQUENCE)
-        bounds = torch.linspace(0, n, sequences + 1).int().to(self.device)
-        targets = torch.randint(v, (n,), generator=self.generator, device=self.device)
-        advantages = torch.randn(sequences, generator=self.generator, device=self.device)
-        sparse = advantages.clone()
-        sparse[: round(0.7 * sequences)] = 0
-        lengths = bounds.diff().long()
-        of_token = advantages.repeat_interleave(lengths)
-
-        def clear() -> None:
-            hidden.grad = weight.grad = None
-
-        def ours(chosen: torch.Tensor = advantages) -> None:
-            clear()
-            linear_policy_loss(hidden, weight, targets, chosen, bounds, objective=PolicyObjective()).loss.backward()  # type: ignore[no-untyped-call]
-
-        def plain() -> None:
-            clear()
-            logits = (hidden @ weight.T).float()
-            logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-            (-(of_token * logprobs).mean()).backward()
-
-        @torch.no_grad()
-        def products() -> None:
-            z = hidden @ weight.T
-            z @ weight
-            z.T @ hidden
-
-        shape, case = (n, h, v), "linear_policy_loss, fwd + bwd"
-        peers = dict(loss_peers(hidden, weight, targets, of_token, bounds, clear))
-        times = self.clock.alternately({"ours": ours, "three bare products": products, "plain PyTorch": plain, **peers})
-        self.add(case, shape, times, {"three bare products": 1.15, "plain PyTorch": 1.0, **dict.fromkeys(peers, 1.0)})
-        times = self.clock.alternately({"ours": lambda: ours(sparse), "every advantage": ours})
-        self.add("the same, 70% of rows at 0", shape, times, {"every advantage": 0.36})
-        clear()
-        ours()
-        self.memory(shape, ours, hidden, weight)
-
-        @torch.no_grad()
-        def score() -> Any:
-            return linear_logprobs(hidden, weight, targets)
-
-        @torch.no_grad()
-        def product() -> Any:
-            return hidden @ weight.T
-
-        peers = dict(logprob_peers(hidden, weight, targets))
-        times = self.clock.alternately({"ours": score, "bare product": product, **peers})
-        self.add("linear_logprobs, forward", shape, times, {"bare product": 1.15, **dict.fromkeys(peers, 1.0)})
-        clear()
-
-    def memory(self, shape: Any, work: Callable[[], Any], hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        """Peak beyond the inputs and their gradients, in GiB; the gradients are there before."""
-        if self.device.type != "cuda":
-            return
-        torch.cuda.synchronize()
-        hidden.grad = weight.grad = None
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        gradients = sum(t.grad.numel() * t.grad.element_size() for t in (hidden, weight) if t.grad is not None)
-        gib = (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
-        self.results.append(Result("memory beyond inputs and gradients, GiB", str(shape), "1 GiB", gib, 1.0, gib, 1.25))
-        print(f"{'memory beyond inputs, gradients':<34}{shape!s:<24}{gib:7.3f} GiB  bar 1.25", flush=True)
-
-    def measure_error(self, n: int = 512, h: int = 896, v: int = 32000) -> None:
-        """The 2x rule: the gradient's distance from float64 against that of plain PyTorch in the same dtype."""
-        if self.shapes is SMALL:
-            n, h, v = 64, 48, 300
-        for dtype in (torch.float32, torch.bfloat16):
-            exact = [self.normal(n, h).double(), self.normal(v, h, scale=h**-0.5).double()]
-            targets = torch.randint(v, (n,), generator=self.generator, device=self.device)
-            bounds = torch.tensor([0, n // 3, n], dtype=torch.int32, device=self.device)
-            advantages = torch.tensor([1.3, -0.7], device=self.device)
-            of_token = advantages.repeat_interleave(bounds.diff().long())
-            gradients = {}
-            exact = [t.to(dtype).double() for t in exact]
-            for name, kind in (("truth", torch.float64), ("plain", dtype), ("ours", dtype)):
-                hidden, weight = (t.detach().clone().to(kind).requires_grad_() for t in exact)
-                if name == "ours":
-                    loss = linear_policy_loss(
-                        hidden, weight, targets, advantages, bounds, objective=PolicyObjective()
-                    ).loss
-                else:
-                    logits = hidden @ weight.T
-                    logits = logits if kind == torch.float64 else logits.float()
-                    loss = -(of_token * logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]).mean()
-                loss.backward()
-                assert hidden.grad is not None and weight.grad is not None
-                gradients[name] = (hidden.grad.double(), weight.grad.double())
-            for what, truth, plain, ours in zip(
-                ("hidden", "weight"), *(gradients[k] for k in ("truth", "plain", "ours")), strict=True
-            ):
-                far = [float((g - truth).norm() / truth.norm()) for g in (ours, plain)]
-                self.errors.append({
-                    "dtype": str(dtype).removeprefix("torch."), "gradient": what, "ours": far[0], "plain": far[1],
-                    "met": far[0] <= 2 * far[1] + 1e-7,
-                })  # fmt: skip
-
-    # --- linear_sample ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def measure_sample(self, b: int, h: int, v: int) -> None:
-        hidden, weight = self.normal(b, h), self.normal(v, h, scale=h**-0.5)
-        stream = {"sequence_ids": torch.arange(b, device=self.device), "seed": 1}
-        stream["positions"] = torch.zeros(b, dtype=torch.int64, device=self.device)
-
-        def ours() -> Any:
-            return linear_sample(hidden, weight, **stream)  # type: ignore[arg-type]
-
-        def product() -> Any:
-            return hidden @ weight.T
-
-        def plain() -> Any:
-            logprobs = (hidden @ weight.T).float().log_softmax(-1)
-            token = torch.multinomial(logprobs.exp(), 1)
-            return token, logprobs.gather(1, token)
-
-        times = self.clock.alternately({"ours": ours, "bare product": product, "plain PyTorch": plain})
-        self.add("linear_sample", (b, h, v), times, {"bare product": 1.10, "plain PyTorch": 1.0})
-
-    # --- the row kernels against a copy of the same bytes -------------------------------------------------------------
-
-    @torch.no_grad()
-    def measure_rows(self) -> None:
-        n, v = self.shapes["rows"]
-        z = torch.randn(n, v, generator=self.generator, device=self.device)
-        other = torch.empty_like(z)
-        bandwidth = statistics.median(self.clock.once(lambda: other.copy_(z)) for _ in range(15))
-        targets = torch.randint(v, (n,), generator=self.generator, device=self.device)
-        backend = backends.select(self.device, torch.float32)
-        advantages = torch.randn(n, generator=self.generator, device=self.device)
-        inputs = TokenInputs(advantages, torch.full((n,), 1.0 / n, device=self.device), None, None)
-        stream = {"sequence_ids": torch.arange(n, device=self.device), "seed": 1}
-        stream["positions"] = torch.zeros(n, dtype=torch.int64, device=self.device)
-        works = row_works(z, inputs, targets, stream)
-        for name, (work, share) in works.items():
-            ms = statistics.median(self.clock.once(work) for _ in range(15))
-            ratio = bandwidth * share / ms
-            self.results.append(
-                Result(f"{name} ({backend})", str((n, v)), "copy bandwidth", ms, bandwidth, ratio, 0.85, True)
+def build() -> str | None:
+    """Build the module with CUDA for this GPU's architecture alone; what went wrong, or None."""
+    environment = dict(os.environ)
+    if environment.setdefault("BANDIT_RFT_CUDA", "ON") == "ON":
+        nvcc = find_nvcc()
+        if nvcc is None:
+            return (
+                "gpu-check needs nvcc to build the CUDA kernels, and finds none on PATH or in /usr/local/cuda/bin. "
+                "Nothing was measured. BANDIT_RFT_CUDA=OFF measures Triton and PyTorch alone."
             )
-            print(f"{name + ' rows':<34}{(n, v)!s:<24}{ratio:7.3f} of the copy bandwidth  bar 0.85", flush=True)
-
-    def run(self) -> None:
-        self.measure_limits()
-        self.measure_error()
-        self.measure_rows()
-        for shape in self.shapes["sample"]:
-            self.measure_sample(*shape)
-        for shape in self.shapes["loss"]:
-            self.measure_loss(*shape)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        environment["CUDACXX"] = nvcc
+    major, minor = torch.cuda.get_device_capability()
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps",
+        "-C", f"cmake.define.BANDIT_RFT_CUDA_ARCHITECTURES={major}{minor}", "--editable", str(ROOT),
+    ]  # fmt: skip
+    code = subprocess.run(command, env=environment).returncode
+    return f"gpu-check could not build the module (pip: exit status {code}). Nothing was measured." if code else None
 
 
-def row_works(
-    z: torch.Tensor, inputs: TokenInputs, targets: torch.Tensor, stream: dict[str, Any]
-) -> dict[str, tuple[Callable[[], Any], float]]:
-    """The row kernels, each with the bytes it must move as a share of those of a copy."""
-    scratch = z.clone()
-
-    def differentiate() -> Any:
-        return rows.policy_(scratch, targets, Scaling(), PolicyObjective(), inputs)
-
-    return {
-        "policy": (differentiate, 1.0),  # one read, one write
-        "logprob": (lambda: logprobs_from_logits(z, targets), 0.5),  # one read
-        "sample": (lambda: sample_from_logits(z, **stream), 0.5),
-    }
+def newest(folder: Path) -> Path:
+    found = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"--resume: there is no earlier .json in {folder}")
+    return found[-1]
 
 
-# --- peers, where they are installed ----------------------------------------------------------------------------------
-
-
-def loss_peers(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, of_token: torch.Tensor, bounds: torch.Tensor,
-    clear: Callable[[], None],
-) -> Iterator[tuple[str, Callable[[], Any]]]:  # fmt: skip
-    """Losses that give the same gradients: -sum(A logp) / tokens."""
-    try:
-        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
-
-        sequences = len(bounds) - 1
-        if len(targets) % sequences == 0:
-            grpo = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", compiled=True)
-            mask = torch.ones(sequences, len(targets) // sequences, device=hidden.device, dtype=torch.int64)
-            advantages = of_token.view(sequences, -1)[:, 0].contiguous()
-
-            def liger() -> None:
-                clear()
-                loss, _ = grpo(
-                    hidden.view(sequences, -1, hidden.shape[1]), weight, targets.view(sequences, -1), mask, advantages
-                )
-                loss.backward()
-
-            yield "Liger chunked GRPO", liger
-    except ImportError:
-        pass
-    if hidden.device.type != "cuda":
-        return
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-        def scaled() -> None:
-            clear()
-            losses = LigerFusedLinearCrossEntropyFunction.apply(
-                hidden, weight, targets, None, None, -100, 0.0, 0.0, "none"
-            )
-            ((losses[0] if isinstance(losses, tuple) else losses) * of_token).mean().backward()
-
-        yield "Liger fused cross-entropy, scaled", scaled
-    except ImportError:
-        pass
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        def cut() -> None:
-            clear()
-            (linear_cross_entropy(hidden, weight, targets, reduction="none") * of_token).mean().backward()
-
-        yield "cut-cross-entropy", cut
-    except ImportError:
-        pass
-
-
-def logprob_peers(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    @torch.no_grad()
-    def plain() -> Any:
-        return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-    yield "plain PyTorch", plain
-    try:
-        from trl.trainer.utils import selective_log_softmax
-
-        @torch.no_grad()
-        def trl() -> Any:
-            parts = zip(hidden.split(1024), targets.split(1024), strict=True)
-            return torch.cat([selective_log_softmax(h @ weight.T, t) for h, t in parts])
-
-        yield "TRL selective_log_softmax, chunked", trl
-    except ImportError:
-        pass
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
-def report(check: Check, tests: str) -> dict[str, Any]:
-    packages = ("bandit_rft", "torch", "triton", "liger-kernel", "trl", "cut-cross-entropy")
-    versions = {}
-    for package in packages:
+def run_tests(measurement: Measurement, seconds: float, log: Path) -> tuple[str, str]:
+    """(status, last lines) of pytest over tests/gpu; what it had said is kept where it hangs."""
+    command = [
+        sys.executable, "-u", "-m", "pytest", "-rfE", "tests/gpu", "-k", TESTS[measurement.name],
+        "-p", "no:cacheprovider",
+    ]  # fmt: skip
+    with log.open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
         try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    name = torch.cuda.get_device_name() if check.device.type == "cuda" else platform.machine() + " CPU"
-    return {
-        "schema": 1, "device": name, "date": datetime.date.today().isoformat(), "dtype": str(check.dtype),
-        "versions": versions, "backends": ops.describe().splitlines(), "tests": tests, "limits": check.limits,
-        "errors": check.errors, "results": [{**asdict(r), "met": r.met} for r in check.results],
-    }  # fmt: skip
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+    with log.open("rb") as said:
+        said.seek(start)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    kept = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40] + lines[-1:]
+    status = TIMED_OUT if code is None else DONE if code == 0 else CRASHED if code < 0 else FAILED
+    return status, "\n".join(kept)
 
 
-def markdown(data: dict[str, Any]) -> str:
-    lines = [f"# {data['device']}, {data['date']}", "", f"Tests: {data['tests']}. dtype {data['dtype']}. Versions: "]
-    lines[-1] += ", ".join(f"{k} {v}" for k, v in data["versions"].items()) + "."
-    lines += ["", "| limit | measured |", "|---|---|", *(f"| {k} | {v:,.1f} |" for k, v in data["limits"].items())]
-    lines += [
-        "",
-        "| case | shape | against | ours ms | other ms | ratio | bar | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in data["results"]:
-        sign = "" if r["bar"] is None else (">= " if r["at_least"] else "<= ") + f"{r['bar']:.2f}"
-        verdict = {None: "", True: "met", False: "MISSED"}[r["met"]]
-        lines.append(
-            f"| {r['case']} | {r['shape']} | {r['against']} | {r['ours_ms']:.3f} | {r['other_ms']:.3f} "
-            f"| {r['ratio']:.3f} | {sign} | {verdict} |"
-        )
-    lines += ["", "| gradient | dtype | relative error | plain PyTorch's | |", "|---|---|---|---|---|"]
-    for e in data["errors"]:
-        verdict = "met" if e["met"] else "MISSED"
-        lines.append(f"| {e['gradient']} | {e['dtype']} | {e['ours']:.2e} | {e['plain']:.2e} | {verdict} |")
-    return "\n".join(lines) + "\n"
+class Checker:
+    """Runs a plan: one worker after another, one record, one deadline."""
+
+    def __init__(self, record: Record, command: list[str], worker: Worker, deadline: float, log: Path):
+        self.record, self.command, self.log = record, command, log
+        self.worker: Worker | None = worker
+        self.deadline = deadline
+
+    def measure(self, measurement: Measurement) -> None:
+        name, start = measurement.name, time.monotonic()
+        seconds = min(measurement.seconds, self.deadline - start)
+        self.record.begin(name, measurement.section)
+        if measurement.run is None:
+            self._stop()  # the tests need the GPU's memory
+            status, text = run_tests(measurement, seconds, self.log)
+        else:
+            try:
+                worker = self.worker or self._start()
+                status, text, usable = worker.run(name, seconds, lambda result: self._keep(name, result))
+                if not usable:
+                    self._stop()
+            except RuntimeError as error:
+                status, text = CRASHED, str(error)
+        if status == TIMED_OUT and self.deadline - time.monotonic() < LEAST_SECONDS:
+            text += ": the time limit of the whole"
+        self.record.end(name, status, text, time.monotonic() - start)
+        print(f"{measurement.section:<18}{name:<50}{status:<10}{text.splitlines()[-1] if text else ''}", flush=True)
+
+    def _keep(self, name: str, result: dict[str, object]) -> None:
+        self.record.add(name, result)
+        if "ratio" in result:
+            print(f"    {result['case']} {result['shape']} / {result['against']}: {result['ratio']:.3f}", flush=True)
+
+    def _start(self) -> Worker:
+        self.worker = Worker(self.command, self.log)
+        self.worker.start()
+        return self.worker
+
+    def _stop(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker = None
+
+    def run(self, measurements: list[Measurement]) -> bool:
+        """Whether everything was begun before the time limit."""
+        try:
+            for measurement in measurements:
+                if self.record.is_done(measurement.name):
+                    continue
+                if self.deadline - time.monotonic() < LEAST_SECONDS:
+                    return False
+                self.measure(measurement)
+            return True
+        finally:
+            self._stop()
 
 
-def run_tests() -> str:
-    """The last line of `pytest tests/gpu`; the measurements go on whatever it says."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
-    print(done.stdout[-4000:])
-    return (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
-
-
-def main() -> int:
+def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes: whether it runs, not how fast")
-    parser.add_argument("--skip_tests", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
+    parser.add_argument("--build", action="store_true", help="first build the module with CUDA for this GPU")
+    parser.add_argument("--only", default="", help="only measurements whose section or name has this (a regex)")
+    parser.add_argument("--seconds", type=float, default=560.0, help="time limit of the whole, the build included")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
+    parser.add_argument(
+        "--resume", type=Path, nargs="?", const=Path(), metavar="FILE",
+        help="measure what an earlier file (default: the newest in --output) has not as done",
+    )  # fmt: skip
+    parser.add_argument("--fault", action="append", default=[], metavar="NAME=abort|hang|raise|missing", help="tests")
+    parser.add_argument("--hung_after", type=float, default=None, help="seconds for every measurement (tests)")
+    parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.monotonic()
+    arguments = arguments_of(argv)
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            f"gpu-check needs a CUDA GPU; torch {torch.__version__} finds none here. Nothing was measured.",
-            file=sys.stderr,
-        )
+        text = f"gpu-check needs a CUDA GPU; torch {torch.__version__} finds none here. Nothing was measured."
+        print(text, file=sys.stderr)
         return REFUSED
     os.environ.pop("BANDIT_RFT_BACKEND", None)
-    print(ops.describe())
-    tests = "not run" if arguments.skip_tests or device.type != "cuda" else run_tests()
-    check = Check(device, arguments.small)
-    check.run()
-    data = report(check, tests)
-    slug = re.sub(r"[^a-z0-9]+", "-", data["device"].lower()).strip("-")
+    measurements = [
+        one for one in plan(arguments.small, device.type) if re.search(arguments.only, f"{one.section} {one.name}")
+    ]
+    faults = dict(fault.rsplit("=", 1) for fault in arguments.fault)
+    if unknown := set(faults) - {one.name for one in measurements}:
+        raise SystemExit(f"--fault: no measurement is called {', '.join(sorted(unknown))}")
+    measurements = [injected(one, faults[one.name]) if one.name in faults else one for one in measurements]
+    if arguments.hung_after is not None:
+        measurements = [one._replace(seconds=arguments.hung_after) for one in measurements]
+    if arguments.worker is not None:
+        serve(
+            arguments.worker, {one.name: one.run for one in measurements if one.run}, Setting(device, arguments.small)
+        )
+        return 0
+    if arguments.build and (problem := build()) is not None:
+        print(problem, file=sys.stderr)
+        return REFUSED
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"{slug}-{data['date']}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(data))
-    print(markdown(data))
-    print(path)
-    return 0
+    log = arguments.output / "gpu-check.log"
+    command = [sys.executable, "-u", str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)]
+    worker = Worker(command, log)
+    try:
+        worker.start()
+        resumed = arguments.resume
+        if resumed is not None and not resumed.name:
+            resumed = newest(arguments.output)
+        record = Record(arguments.output, worker.about, resumed)
+    except (RuntimeError, ValueError, OSError) as error:
+        worker.stop()
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return REFUSED
+    whole = Checker(record, command, worker, start + arguments.seconds, log).run(measurements)
+    left = [one.name for one in measurements if not record.is_done(one.name)]
+    print(record.path.with_suffix(".md").read_text())
+    print(f"{record.path}: {len(measurements) - len(left)} of {len(measurements)} measured", end="")
+    print("" if whole else f"; the {arguments.seconds:.0f} s are over, --resume continues")
+    return INCOMPLETE if left else 0
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ Importing this package imports no Triton; importing one of its modules does. A m
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,6 +28,16 @@ def _installed() -> bool:
 @cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where to launch: Triton launches on the current device, so the tensor's must be it."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix itself if its columns are neighbours in memory, as the kernels read them; otherwise a copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def refusal(device_type: str, dtype: torch.dtype, device_index: int = 0) -> str | None:

@@ -1,12 +1,15 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
-"""What the two fused heads share: the tile of logits, its softmax state, how states merge, and how big tiles are.
+"""What the two fused heads share: the tile of logits, its softmax state, how states merge, and which kernel serves.
 
-    tile[n, v] = sum_h hidden[n, h] weight[v, h] + bias[v], in float32; h ascending in one accumulator
+    tile[v, n] = sum_h weight[v, h] hidden[n, h] + bias[v], in float32; h ascending in one accumulator
     state of a tile = (m, s, t) of each row n;  states merge 512 tiles at a time, tiles ascending (row_math.py)
 
-How many columns a tile has, which instruction multiplies and in which order sums are taken depends on the dtype and the
-architecture, never on how many rows there are: one hidden state gets the same bits alone (a decoding step) and among
-thousands (scoring a batch). Of a row of logits only states exist in memory: 12 bytes a tile, 1-2% of float32 logits.
+The vocabulary lies along the product's M: its instructions take at least 64 there, which the weight always fills, while
+N can be as small as the batch. Programs are persistent: each computes many tiles, loading the next while it reduces
+the last. How many vocabulary entries a tile has, how many warps share them, and so in which order sums are taken,
+depends on the dtype and the architecture, never on how many rows there are: one hidden state gets the same bits alone
+(a decoding step) and among thousands (scoring a batch). Of a row of logits only states exist in memory: 12 bytes a
+tile, 1-2% of float32 logits.
 """
 
 from __future__ import annotations
@@ -20,32 +23,51 @@ from torch import Tensor
 
 from .row_math import LOWEST, weighted
 
+EIGHT_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+INTERPRETED_PROGRAMS = 3  # fewer than tiles, so that the interpreter also goes around the loop
+
 
 class Tile(NamedTuple):
     """BLOCK_V logits of each of BLOCK_N rows, BLOCK_H of the hidden size at a time; and how Triton compiles it."""
 
-    BLOCK_N: int
     BLOCK_V: int
+    BLOCK_N: int
     BLOCK_H: int
     num_warps: int
     num_stages: int
     #: Whether a * b + c becomes one instruction would be decided for each kernel anew, and change bits between them.
     enable_fp_fusion: bool = False
+    #: Left to itself, Triton bounds sm_100's registers by 128 a thread, and a draw spills.
+    maxnreg: int | None = None
 
 
-def configuration(rows: int, dtype: torch.dtype, capability: int) -> Tile:
-    """The tile for this many rows on sm_80, sm_90 or sm_100; all but BLOCK_N and the stages depend on the dtype and the
-    architecture alone.
+def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = False) -> Tile:
+    """Which kernel serves: the tile for this many rows on sm_80, sm_90 or sm_100, for scoring or for drawing.
 
-    64 rows are the least that wgmma (sm_90) and tcgen05 (sm_100) take; few rows are padded to that, which costs nothing
-    where reading the weight is what takes the time. Stages fill the shared memory (164 KiB a multiprocessor on sm_80,
-    228 KiB from sm_90 on) with loads in flight.
+    BLOCK_V and the warps, hence all sums over the vocabulary, depend on the dtype and the architecture alone, so that
+    scoring a drawn token gives its bits again. The vendor's product with the CUDA row kernel would score large hidden
+    sizes a little faster (H = 4096: about 1.12 of the bare product, by estimate, against 1.2), but sums in an order of
+    its own for every shape: the pair stays together here.
+
+    Few rows: reading an entry of the weight, 2 H bytes, takes H / 2150 ns at 4.3 TB/s, and its noise 40 instructions a
+    padded row, 1.9 ps at 21 T instructions a second. So padding 8 rows to 64 would cost 107 ps where reading takes
+    417 ps (H = 896): N is the least of 8, 16, 32, 64 (no 8 on sm_100, whose instruction has no less than 16, nor before
+    Triton 3.9, which turns to another instruction there).
+    Many rows: a tile of V x N reads (V + N) 2 H bytes of shared memory for 2 V N H FLOP; 128 x 256 has 171 FLOP a byte,
+    128 x 128 128, and 6 TFLOP/s a multiprocessor from 33 TB/s / 132 of shared memory need 24. What decides is how often
+    hidden states and weight come from L2: 128 x 256 halves that again. The draw keeps 128 x 128: noise needs registers.
+    Stages fill the shared memory (164 KiB a multiprocessor on sm_80, 228 KiB from sm_90 on) with loads in flight.
     """
     if dtype == torch.float32:  # exact products on the ordinary arithmetic units
-        return Tile(32, 64, 32, 4, 3)
-    if capability < 90:
-        return Tile(64, 128, 64, 4, 3) if rows <= 64 else Tile(128, 128, 64, 8, 3)
-    return Tile(64, 128, 64, 4, 4) if rows <= 64 else Tile(128, 128, 64, 8, 4)
+        return Tile(64, 32, 32, 4, 3)
+    least = 8 if capability // 10 == 9 and EIGHT_WIDE else 16
+    few = max(least, triton.next_power_of_2(max(1, min(rows, 64))))
+    if capability < 90:  # up to N = 32 the four warps all lie along M; beyond, they would share out the sums anew
+        return Tile(128, min(few, 32), 64, 4, 4)
+    registers = 168 if draws and capability >= 100 else None
+    if rows <= 64:
+        return Tile(128, few, 64, 8, 5, maxnreg=registers)
+    return Tile(128, 128, 64, 8, 4, maxnreg=registers) if draws else Tile(128, 256, 64, 8, 4)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -56,9 +78,38 @@ def capability_of(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
+def programs_for(tiles: int, tile: Tile, tensor: Tensor) -> int:
+    """Persistent programs: as many as reside on the GPU at once, two a multiprocessor where registers allow."""
+    if not tensor.is_cuda:
+        return min(tiles, INTERPRETED_PROGRAMS)
+    multiprocessors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return min(tiles, multiprocessors * (2 if tile.BLOCK_N <= 16 else 1))
+
+
+def describable(matrix: Tensor, capability: int) -> bool:
+    """Whether a tensor memory accelerator (sm_90 on) can copy tiles of it: 16-bit, rows and start aligned to 16 bytes.
+
+    A matrix of one row, or with rows on top of each other (expanded), has no row stride that counts.
+    """
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return capability >= 90 and matrix.element_size() == 2 and aligned and matrix.stride(0) >= matrix.shape[1] > 0
+
+
+def operands(hidden: Tensor, weight: Tensor, tile: Tile, capability: int) -> tuple[Any, Any, bool]:
+    """(hidden, weight, whether they are descriptors) as the kernels take them."""
+    if len(hidden) == 0 or not (describable(hidden, capability) and describable(weight, capability)):
+        return hidden, weight, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def described(matrix: Tensor, rows: int) -> Any:
+        return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, tile.BLOCK_H])
+
+    return described(hidden, tile.BLOCK_N), described(weight, tile.BLOCK_V), True
+
+
 @triton.jit
-def place(rows, vocabulary, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(block of rows, block of the vocabulary) of this program.
+def place(index, rows, vocabulary, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(block of rows, tile of the vocabulary) number `index`, int32 both.
 
     2048 rows at a time walk through the vocabulary together: their hidden states stay in the L2 cache and every tile of
     the weight is read once for all of them.
@@ -66,70 +117,112 @@ def place(rows, vocabulary, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     row_blocks = tl.cdiv(rows, BLOCK_N)
     together = min(row_blocks, 2048 // BLOCK_N)
     tiles = tl.cdiv(vocabulary, BLOCK_V)
-    program = tl.program_id(0).to(tl.int64)
-    group = program // (together * tiles)
-    inside = program % (together * tiles)
+    group = index // (together * tiles)
+    inside = index % (together * tiles)
     size = min(row_blocks - group * together, together)
     return group * together + inside % size, inside // size
 
 
 @triton.jit
 def logits_tile(
-    hidden, weight, bias, row, column, rows, vocabulary, hidden_stride, weight_stride,
-    H: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    hidden, weight, bias, first_row, first_column, rows, vocabulary, hidden_stride, weight_stride,
+    H: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits float32 [BLOCK_N, BLOCK_V] of row [BLOCK_N] and column [BLOCK_V], both int64.
+    """Raw logits float32 [BLOCK_V, BLOCK_N] from vocabulary entry first_column and row first_row on, int32 both.
 
-    Rows past the end are not read (a decoding step may have one row of 64). WIDEN makes float32 of the operands:
-    Triton's interpreter multiplies bfloat16 as the integers that encode it (the products are the same).
+    DESCRIBED: hidden and weight are tensor descriptors, whose loads are bulk copies and give zeros past the end; else
+    pointers. WIDEN makes float32 of the operands: Triton's interpreter multiplies bfloat16 as the integers that encode
+    it (the products are the same).
     """
-    h = tl.arange(0, BLOCK_H)
-    hiddens = hidden + row[:, None] * hidden_stride + h[None, :]
-    weights = weight + column[None, :] * weight_stride + h[:, None]
-    row_exists = (row < rows)[:, None]
-    column_exists = (column < vocabulary)[None, :]
-    tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        if H % BLOCK_H == 0:
-            x = tl.load(hiddens, mask=row_exists, other=0.0)
-            w = tl.load(weights, mask=column_exists, other=0.0)
-        else:
-            x = tl.load(hiddens, mask=row_exists & (h < H - start)[None, :], other=0.0)
-            w = tl.load(weights, mask=column_exists & (h < H - start)[:, None], other=0.0)
-        if WIDEN:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        tile = tl.dot(x, w, tile, input_precision="ieee")
-        hiddens += BLOCK_H
-        weights += BLOCK_H
+    tile = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    column = first_column + tl.arange(0, BLOCK_V)
+    if DESCRIBED:
+        for start in range(0, H, BLOCK_H):
+            w = weight.load([first_column, start])
+            x = hidden.load([first_row, start])
+            if WIDEN:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            tile = tl.dot(w, tl.trans(x), tile, input_precision="ieee")
+    else:
+        h = tl.arange(0, BLOCK_H)
+        row = first_row + tl.arange(0, BLOCK_N)
+        hiddens = hidden + row.to(tl.int64)[None, :] * hidden_stride + h[:, None]
+        weights = weight + column.to(tl.int64)[:, None] * weight_stride + h[None, :]
+        row_exists = (row < rows)[None, :]
+        column_exists = (column < vocabulary)[:, None]
+        for start in range(0, H, BLOCK_H):
+            if H % BLOCK_H == 0:
+                x = tl.load(hiddens, mask=row_exists, other=0.0)
+                w = tl.load(weights, mask=column_exists, other=0.0)
+            else:
+                x = tl.load(hiddens, mask=row_exists & (h < H - start)[:, None], other=0.0)
+                w = tl.load(weights, mask=column_exists & (h < H - start)[None, :], other=0.0)
+            if WIDEN:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            tile = tl.dot(w, x, tile, input_precision="ieee")
+            hiddens += BLOCK_H
+            weights += BLOCK_H
     if bias is not None:
-        tile += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
+        tile += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[:, None]
     return tile
 
 
 @triton.jit
+def halves(z):
+    """The left and the right half of z [v, n]: registers change names, nothing moves."""
+    return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def piece_of(z, number: tl.constexpr, PIECES: tl.constexpr):
+    """Piece `number` of z [v, n] cut into PIECES (1 to 16, a power of 2) of n / PIECES columns each.
+
+    The heads reduce 16 columns at a time: what a reduction keeps beside the tile must fit the registers.
+    """
+    if PIECES > 1:
+        left, right = halves(z)
+        z = left if number < PIECES // 2 else right
+        if PIECES > 2:
+            left, right = halves(z)
+            z = left if number % (PIECES // 2) < PIECES // 4 else right
+            if PIECES > 4:
+                left, right = halves(z)
+                z = left if number % (PIECES // 4) < PIECES // 8 else right
+                if PIECES > 8:
+                    left, right = halves(z)
+                    z = left if number % (PIECES // 8) < PIECES // 16 else right
+    return z
+
+
+@triton.jit
 def store_state(z, states, tile, tiles, row, rows):
-    """The state of z [BLOCK_N, BLOCK_V] (-inf past the end) into states [3, tiles, rows]."""
-    m = tl.maximum(tl.max(z, 1), LOWEST)
-    d = z - m[:, None]
+    """The state of z [BLOCK_V, n] (-inf past the end) into states [3, tiles, rows]; row int64 [n]."""
+    m = tl.maximum(tl.max(z, 0), LOWEST)
+    d = z - m[None, :]
     p = tl.exp(d)
-    at = states + tile * rows + row
+    plane = tiles.to(tl.int64) * rows
+    at = states + tile.to(tl.int64) * rows + row
     inside = row < rows
     tl.store(at, m, mask=inside)
-    tl.store(at + tiles.to(tl.int64) * rows, tl.sum(p, 1), mask=inside)
-    tl.store(at + 2 * tiles.to(tl.int64) * rows, tl.sum(weighted(d, p), 1), mask=inside)
+    tl.store(at + plane, tl.sum(p, 0), mask=inside)
+    tl.store(at + 2 * plane, tl.sum(weighted(d, p), 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows"])
+@triton.jit(do_not_specialize=["vocabulary", "tiles", "rows"])
 def merge_tiles(
-    states, chosen_logit, winners, winning_token, token, logprobs, entropy, tiles, rows,
+    states, chosen_logit, targets, winners, winning_token, token, logprobs, entropy, sampling_logprobs, kept_mass,
+    vocabulary, tiles, rows,
     BLOCK_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merge the states [3, tiles, rows] of each row into its log-probability and entropy.
 
-    The chosen logit is read from chosen_logit [rows], or, where there are winners [2, tiles, rows] (the best perturbed
-    logit of each tile, and its logit) and winning_token [tiles, rows], it is that of the best tile (the lowest on a
-    tie), whose token is written to token [rows].
+    The chosen logit is read from chosen_logit [rows] (a target outside the vocabulary has none, and gets NaN), or,
+    where there are winners [2, tiles, rows] (the best perturbed logit of each tile, and its logit) and winning_token
+    [tiles, rows], it is that of the best tile (the lowest on a tie), whose token is written to token [rows]; nothing
+    was filtered, so sampling_logprobs are the log-probabilities and kept_mass is 1.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     plane = tiles.to(tl.int64) * rows
@@ -164,26 +257,34 @@ def merge_tiles(
         z = tl.load(winners + plane + at, mask=inside, other=0.0)
         tl.store(token + row, tl.load(winning_token + at, mask=inside, other=0).to(tl.int64), mask=inside)
     else:
-        z = tl.load(chosen_logit + row, mask=inside, other=0.0)
+        target = tl.load(targets + row, mask=inside, other=0)
+        exists = (target >= 0) & (target < vocabulary)
+        z = tl.where(exists, tl.load(chosen_logit + row, mask=inside & exists, other=0.0), float("nan"))
     log_s = tl.log(s)
-    tl.store(logprobs + row, (z - m) - log_s, mask=inside)
+    logp = (z - m) - log_s
+    tl.store(logprobs + row, logp, mask=inside)
     tl.store(entropy + row, log_s - tl.div_rn(t, s), mask=inside)
+    if winners is not None:
+        tl.store(sampling_logprobs + row, logp, mask=inside)
+        tl.store(kept_mass + row, 1.0, mask=inside)
 
 
 MERGE: dict[str, Any] = {"BLOCK_TILES": 512, "BLOCK_N": 8, "num_warps": 8, "enable_fp_fusion": False}
 
 
 def launch_merge(
-    states: Tensor, logprobs: Tensor, entropy: Tensor, *, chosen_logit: Tensor | None = None,
-    winners: Tensor | None = None, winning_token: Tensor | None = None, token: Tensor | None = None,
+    states: Tensor, vocabulary: int, logprobs: Tensor, entropy: Tensor, *, chosen_logit: Tensor | None = None,
+    targets: Tensor | None = None, winners: Tensor | None = None, winning_token: Tensor | None = None,
+    token: Tensor | None = None, sampling_logprobs: Tensor | None = None, kept_mass: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Called where the states' device is the current one."""
     _, tiles, rows = states.shape
     merge_tiles[(triton.cdiv(rows, MERGE["BLOCK_N"]),)](
-        states, chosen_logit, winners, winning_token, token, logprobs, entropy, tiles, rows, **MERGE
-    )
+        states, chosen_logit, targets, winners, winning_token, token, logprobs, entropy, sampling_logprobs, kept_mass,
+        vocabulary, tiles, rows, **MERGE,
+    )  # fmt: skip
 
 
-def row_chunks(rows: int, vocabulary: int, block_v: int, bytes_a_tile: int, workspace: int) -> range:
+def row_chunks(rows: int, tiles: int, bytes_a_tile: int, workspace: int) -> range:
     """Starts (and, as its step, the size) of stretches of rows whose states fit the workspace."""
-    most = workspace // (triton.cdiv(vocabulary, block_v) * bytes_a_tile)
-    return range(0, rows, max(256, most // 256 * 256))
+    return range(0, rows, max(256, workspace // (tiles * bytes_a_tile) // 256 * 256))

@@ -16,33 +16,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head_tile import capability_of, configuration, launch_merge, logits_tile, place, row_chunks, store_state
+from . import on_device_of, rows_contiguous
+from .head_tile import (
+    capability_of,
+    configuration,
+    launch_merge,
+    logits_tile,
+    operands,
+    piece_of,
+    place,
+    programs_for,
+    row_chunks,
+    store_state,
+)
 from .row_math import scaled
 
 
 @triton.jit(do_not_specialize=["rows", "vocabulary"])
 def score_tiles(
     hidden, weight, bias, targets, temperatures, states, target_logit, rows, vocabulary, hidden_stride, weight_stride,
-    logit_scale, softcap, temperature, H: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    logit_scale, softcap, temperature, H: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIBED: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """States [3, tiles, rows] of every tile, and the target's logit [rows] from the tile that has it."""
-    row_block, tile = place(rows, vocabulary, BLOCK_N, BLOCK_V)
-    row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = logits_tile(
-        hidden, weight, bias, row, column, rows, vocabulary, hidden_stride, weight_stride,
-        H, WIDEN, BLOCK_N, BLOCK_V, BLOCK_H,
-    )  # fmt: skip
-    if temperatures is not None:
-        temperature = tl.load(temperatures + row, mask=row < rows, other=1.0)[:, None]
-    z = scaled(x, logit_scale, softcap, temperature, SOFTCAP)
-    z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
-    store_state(z, states, tile, tl.cdiv(vocabulary, BLOCK_V), row, rows)
-    target = tl.load(targets + row, mask=row < rows, other=-1)
-    here = (target >= tile * BLOCK_V) & (target < min((tile + 1) * BLOCK_V, vocabulary))
-    z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-    tl.store(target_logit + row, z_target, mask=here)
+    tiles = tl.cdiv(vocabulary, BLOCK_V)
+    for index in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N) * tiles, tl.num_programs(0), flatten=True):
+        row_block, tile = place(index, rows, vocabulary, BLOCK_N, BLOCK_V)
+        x = logits_tile(
+            hidden, weight, bias, row_block * BLOCK_N, tile * BLOCK_V, rows, vocabulary, hidden_stride, weight_stride,
+            H, DESCRIBED, WIDEN, BLOCK_V, BLOCK_N, BLOCK_H,
+        )  # fmt: skip
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        pieces: tl.constexpr = (BLOCK_N + 15) // 16
+        width: tl.constexpr = BLOCK_N // pieces
+        for piece in tl.static_range(pieces):
+            row = row_block.to(tl.int64) * BLOCK_N + piece * width + tl.arange(0, width)
+            divisor = temperature
+            if temperatures is not None:
+                divisor = tl.load(temperatures + row, mask=row < rows, other=1.0)[None, :]
+            z = scaled(piece_of(x, piece, pieces), logit_scale, softcap, divisor, SOFTCAP)
+            z = tl.where((column < vocabulary)[:, None], z, -float("inf"))
+            store_state(z, states, tile, tiles, row, rows)
+            # Whoever holds the target's logit stores it: at most one a row, nothing to reduce.
+            target = tl.load(targets + row, mask=row < rows, other=-1)
+            here = (column[:, None] == target[None, :]) & (column < vocabulary)[:, None]
+            tl.store(target_logit + row[None, :] + tl.zeros((BLOCK_V, 1), tl.int64), z, mask=here)
 
 
 def linear_logprobs(
@@ -63,28 +81,29 @@ def linear_logprobs(
     nothing.
     """
     rows, vocabulary = len(hidden), len(weight)
-    hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
+    hidden, weight, targets = rows_contiguous(hidden), rows_contiguous(weight), targets.contiguous()
     out = torch.empty((2, rows), dtype=torch.float32, device=hidden.device)
-    chosen = torch.full((rows,), torch.nan, dtype=torch.float32, device=hidden.device)
+    chosen = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     temperatures = temperature.contiguous() if isinstance(temperature, Tensor) else None
+    bias = None if bias is None else bias.contiguous()
     capability = capability_of(hidden)
-    block_v = configuration(rows, hidden.dtype, capability).BLOCK_V
-    chunks = row_chunks(rows, vocabulary, block_v, 12, workspace)
-    for start in chunks:
-        part = slice(start, min(start + chunks.step, rows))
-        h, tiles = hidden[part], triton.cdiv(vocabulary, block_v)
-        states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=hidden.device)
-        config = configuration(len(h), hidden.dtype, capability)
-        score_tiles[(triton.cdiv(len(h), config.BLOCK_N) * tiles,)](
-            h, weight, None if bias is None else bias.contiguous(), targets[part],
-            None if temperatures is None else temperatures[part], states, chosen[part], len(h), vocabulary,
-            h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
-            1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, not h.is_cuda,
-            **config._asdict(),
-        )  # fmt: skip
-        launch_merge(states, out[0, part], out[1, part], chosen_logit=chosen[part])
+    tiles = triton.cdiv(vocabulary, configuration(rows, hidden.dtype, capability).BLOCK_V)
+    chunks = row_chunks(rows, tiles, 12, workspace)
+    with on_device_of(hidden):
+        for start in chunks:
+            part = slice(start, min(start + chunks.step, rows))
+            h = hidden[part]
+            states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=hidden.device)
+            tile = configuration(len(h), hidden.dtype, capability)
+            programs = programs_for(triton.cdiv(len(h), tile.BLOCK_N) * tiles, tile, h)
+            hiddens, weights, described = operands(h, weight, tile, capability)
+            score_tiles[(programs,)](
+                hiddens, weights, bias, targets[part], None if temperatures is None else temperatures[part], states,
+                chosen[part], len(h), vocabulary, h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
+                1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, described,
+                not h.is_cuda, **tile._asdict(),
+            )  # fmt: skip
+            launch_merge(
+                states, vocabulary, out[0, part], out[1, part], chosen_logit=chosen[part], targets=targets[part]
+            )
     return out[0], out[1]
-
-
-def rows_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

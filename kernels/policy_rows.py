@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of, rows_contiguous
 from .row_math import LOWEST, expm1, scaled, token_coefficient, weighted
 
 
@@ -155,9 +156,13 @@ def _visit(
     if rows:
         block, warps = block_of(vocabulary)
         vectors = [None if v is None else v.contiguous() for v in (targets, temperatures, *given, *inputs)]
-        visit_rows[(rows,)](
-            logits, gradient, *vectors, out[0], out[1], vocabulary, logits.stride(0), gradient.stride(0),
-            logit_scale, softcap or 0.0, temperature, *bounds,
-            KIND=kind, KL=kl, SOFTCAP=softcap is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        logits, written = rows_contiguous(logits), rows_contiguous(gradient)
+        with on_device_of(logits):
+            visit_rows[(rows,)](
+                logits, written, *vectors, out[0], out[1], vocabulary, logits.stride(0), written.stride(0),
+                logit_scale, softcap or 0.0, temperature, *bounds,
+                KIND=kind, KL=kl, SOFTCAP=softcap is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        if kind >= 0 and written is not gradient:
+            gradient.copy_(written)
     return out[0], out[1]

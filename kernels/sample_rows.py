@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of, rows_contiguous
 from .philox import gumbel_noise, random_words
 from .policy_rows import block_of, row_state
 from .row_math import scaled
@@ -196,11 +197,13 @@ def sample_rows(
         shape: dict[str, Any] = {"BLOCK": block, "num_warps": warps}
         if 0 < top_k < vocabulary or top_p < 1:
             shape = filtered_block(vocabulary)
-        draw_rows[(rows,)](
-            logits, seed, sequence_ids.contiguous(), positions.contiguous(),
-            None if temperatures is None else temperatures.contiguous(), tokens, *out, vocabulary, logits.stride(0),
-            logit_scale, softcap or 0.0, temperature, float(min(top_k, vocabulary)), top_p, min_p,
-            TOP_K=0 < top_k < vocabulary, TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap is not None,
-            enable_fp_fusion=False, **shape,
-        )  # fmt: skip
+        logits = rows_contiguous(logits)
+        with on_device_of(logits):
+            draw_rows[(rows,)](
+                logits, seed, sequence_ids.contiguous(), positions.contiguous(),
+                None if temperatures is None else temperatures.contiguous(), tokens, *out, vocabulary,
+                logits.stride(0), logit_scale, softcap or 0.0, temperature, float(min(top_k, vocabulary)), top_p, min_p,
+                TOP_K=0 < top_k < vocabulary, TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap is not None,
+                enable_fp_fusion=False, **shape,
+            )  # fmt: skip
     return tokens, out[0], out[1], out[2], out[3]

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .chunks import plan
 from .reference import computing_dtype
 
 _TILE_BYTES = 8 << 20  # of widened weight at a time
@@ -22,7 +23,7 @@ BLOCK = 128  # vocabulary entries that a sparse backward leaves out together
 
 def workspace_bytes(device: torch.device) -> int:
     """How much memory an operation may use beyond its inputs and results; BANDIT_RFT_WORKSPACE_MIB overrides it."""
-    default = 64 if device.type == "cpu" else 1024
+    default = 64 if device.type == "cpu" else 1280
     text = os.environ.get("BANDIT_RFT_WORKSPACE_MIB", "")
     if not text:
         return default << 20
@@ -32,16 +33,18 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def chunks(
-    rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype, copies: int, share: float = 0.85
+    rows: int, weight: Tensor, device: torch.device, dtype: torch.dtype, copies: int, share: float = 0.85
 ) -> list[slice]:
-    """Equal stretches of rows whose logits, `copies` times, fit a share of the workspace."""
-    if rows == 0:
-        return []
+    """Stretches of rows whose logits, `copies` times, fit a share of the workspace (chunks.py: which size)."""
+    vocabulary, hidden_size = weight.shape
     bytes_a_row = vocabulary * copies * (8 if dtype == torch.float64 else 4)
-    most = max(1, int(workspace_bytes(device) * share) // bytes_a_row)
-    count = -(-rows // most)
-    size = -(-rows // count)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    most = int(workspace_bytes(device) * share) // bytes_a_row
+    return plan(rows, most, hidden_size, multiprocessors(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def workspace(rows: int, vocabulary: int, like: Tensor) -> Tensor:
@@ -107,9 +110,9 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def add_weight_gradient(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out [V, H] (+)= dz [n, V]^T . hidden [n, H]; out is in the computing dtype."""
+    """out [V, H] (+)= dz [n, V]^T . hidden [n, H]; out is in the computing dtype, or rounded to hidden's each time."""
     if hidden.dtype == out.dtype or widens(hidden):
-        out.addmm_(dz.T, hidden.to(out.dtype), beta=1.0 if accumulate else 0.0)
+        out.addmm_(dz.to(out.dtype).T, hidden.to(out.dtype), beta=1.0 if accumulate else 0.0)
     else:
         _mixed_product(dz.to(hidden.dtype).T, hidden, out, accumulate)
 

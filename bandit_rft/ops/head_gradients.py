@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import head
 from .backend import Backend, Head, Scaling
+from .chunks import ROUNDED_SUMS
 from .reference import computing_dtype
 
 Fill: TypeAlias = Callable[[Tensor, slice | Tensor, Tensor | None], None]
@@ -25,7 +26,8 @@ class GivenGradients(NamedTuple):
 class HeadGradients:
     """dL/dhidden, dL/dweight and dL/dbias, summed over chunks of rows; those not wanted cost nothing.
 
-    Weight and bias gradients are accumulated in float32 (float64 for float64 inputs) and rounded once, in `results`.
+    Weight and bias gradients are accumulated in float32 (float64 for float64 inputs) and rounded once, in `results`; a
+    bfloat16 weight's gradient on a GPU straight in bfloat16 (`_sum_dtype`), unless it is added into `weight_grad`.
 
     Of float16 inputs hidden's gradient is kept in float32 as well: a loss may be scaled after its gradients were
     computed, and what had underflowed by then would stay zero. Where products take dL/dlogits in float16 (on a GPU), it
@@ -41,14 +43,13 @@ class HeadGradients:
 
     def __init__(self, of: Head, wanted: list[bool], backend: Backend, weight_grad: Tensor | None = None) -> None:
         self.inputs, self.backend = of, backend
-        hidden, weight, bias = of
+        hidden, _, bias = of
         dtype = computing_dtype(hidden)
         want_hidden, want_weight, want_bias = wanted
         kept_in = dtype if hidden.dtype == torch.float16 else hidden.dtype
         self.hidden = torch.empty_like(hidden, dtype=kept_in) if want_hidden else None
         self.given, self.started = weight_grad is not None, weight_grad is not None
-        if weight_grad is None and want_weight:
-            weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self.want_weight = want_weight
         self.weight = weight_grad
         self.bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if want_bias and bias is not None else None
         self.floor = 0.0  # |dL/dlogit| below which a block of the vocabulary is left out of the products
@@ -88,9 +89,12 @@ class HeadGradients:
             self.hidden.zero_()
         if self.given and self.scale is not None and self.weight is not None:
             self.weight.mul_(self.scale)  # exact, by a power of two
-        # A quarter is left for the rows gathered, their gradient, and what the products pack.
+        # What is left is for the rows gathered, their gradient, and (on a CPU) what the products pack.
         dtype = computing_dtype(hidden)
-        plan = head.chunks(count, len(weight), hidden.device, dtype, self.backend.copies_of_logits, share=0.75)
+        share = 0.75 if head.widens(hidden) else 0.95
+        plan = head.chunks(count, weight, hidden.device, dtype, self.backend.copies_of_logits, share)
+        if self.weight is None and self.want_weight:
+            self.weight = torch.empty(weight.shape, dtype=self._sum_dtype(len(plan)), device=weight.device)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         for chunk in plan:
             taken = chunk if index is None else index[chunk]
@@ -105,6 +109,15 @@ class HeadGradients:
             for gradient in (self.hidden, self.weight, self.bias):
                 if gradient is not None:
                     gradient.div_(self.scale)
+
+    def _sum_dtype(self, chunks: int) -> torch.dtype:
+        """Of the weight's gradient: bfloat16 where autograd wants it so and few enough roundings add up (chunks.py).
+
+        Half the traffic of every sum, and no float32 [V, H] beside the gradient.
+        """
+        weight = self.inputs.weight
+        rounded = weight.dtype == torch.bfloat16 and not head.widens(weight) and chunks <= ROUNDED_SUMS
+        return weight.dtype if rounded and not self.floor else computing_dtype(weight)
 
     def _add(self, dz: Tensor, h: Tensor, taken: slice | Tensor) -> None:
         """Add what dL/dlogits [n, V] of the rows h [n, H], which are hidden[taken], contribute."""

@@ -96,7 +96,7 @@ def score(of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
     else:
         dtype = computing_dtype(hidden)
         backend = backends.serving(hidden.device, dtype)
-        plan = head.chunks(len(hidden), len(weight), hidden.device, dtype, backend.copies_of_logits)
+        plan = head.chunks(len(hidden), weight, hidden.device, dtype, backend.copies_of_logits)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         seen = RowStatistics(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2)))
         for chunk in plan:

@@ -125,7 +125,7 @@ def _linear_sample(
     else:
         dtype = computing_dtype(hidden)
         backend = backends.serving(hidden.device, dtype)
-        plan = head.chunks(len(hidden), len(weight), hidden.device, dtype, backend.copies_of_logits)
+        plan = head.chunks(len(hidden), weight, hidden.device, dtype, backend.copies_of_logits)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         parts = []
         for chunk in plan or [slice(0, 0)]:

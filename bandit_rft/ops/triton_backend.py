@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .backend import KINDS, KLS, Backend, Filters, Head, RowStatistics, Scaling, Stream, TokenInputs, ratio_bounds
@@ -49,10 +48,10 @@ class TritonBackend(Backend):
         return RowStatistics(*seen)
 
     def linear_sample(self, of: Head, scaling: Scaling, stream: Stream, workspace: int) -> Sample:
-        tokens, logp, entropy = _module("linear_sample").linear_sample(
+        drawn = _module("linear_sample").linear_sample(
             of.hidden, of.weight, **stream._asdict(), bias=of.bias, workspace=workspace, **_named(scaling)
         )
-        return Sample(tokens, logp, logp.clone(), entropy, torch.ones_like(entropy))
+        return Sample(*drawn)
 
 
 def _module(name: str) -> Any:

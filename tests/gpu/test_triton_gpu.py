@@ -36,9 +36,9 @@ def test_a_drawn_token_has_the_logprob_that_scoring_gives(hidden_size: int, rows
     hidden = torch.randn(rows, hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator)
     weight = torch.randn(32001, hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator) * 0.03
     ids = torch.arange(rows, device="cuda")
-    tokens, logprobs, entropy = linear_sample(
+    tokens, logprobs, _, entropy, _ = linear_sample(
         hidden, weight, seed=torch.tensor(5, device="cuda"), sequence_ids=ids, positions=torch.zeros_like(ids)
-    )[:3]
+    )
     scored = linear_logprobs(hidden, weight, tokens)
     assert torch.equal(logprobs, scored[0])
     assert torch.equal(entropy, scored[1])

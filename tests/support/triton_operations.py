@@ -267,3 +267,255 @@ def test_who_serves() -> None:
 
     finally:
         backends._forced.reset(token)
+
+
+def views_of(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values behind other strides and offsets; -7 fills what is skipped, which no argument may be."""
+    filler = torch.full((3 * tensor.numel() + 7,), -7, dtype=tensor.dtype, device=tensor.device)
+    offset = filler[1 : 1 + tensor.numel()].view(tensor.shape).copy_(tensor)
+    wide = torch.full((*tensor.shape, 2), -7, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 1] = tensor
+    found = {"offset": offset, "strided": wide[..., 1]}
+    if tensor.dim() == 2:
+        found["transposed"] = tensor.T.contiguous().T
+        padded = torch.full((len(tensor), tensor.shape[1] + 3), -7, dtype=tensor.dtype, device=tensor.device)
+        padded[:, 1:-2] = tensor
+        found["padded"] = padded[:, 1:-2]
+    return found
+
+
+OPERATIONS = {
+    "linear_logprobs": ("hidden", "weight", "targets", "bias", "temperature"),
+    "linear_sample": ("hidden", "weight", "sequence_ids", "positions", "bias", "temperature"),
+    "linear_sample, filtered": ("hidden", "weight", "sequence_ids", "positions", "bias", "temperature"),
+    "logprobs_from_logits": ("logits", "targets", "temperature"),
+    "sample_from_logits": ("logits", "sequence_ids", "positions", "temperature"),
+    "linear_policy_loss": (
+        "hidden", "weight", "targets", "advantages", "cu_seqlens", "behavior_logprobs", "reference_logprobs", "bias",
+        "temperature",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_any_strides_are_accepted(operation: str) -> None:
+    """Every argument behind every view, and expanded: the values decide, never how they lie."""
+    n, h, v = 6, 8, 70
+    values: dict[str, Tensor] = {
+        "hidden": torch.randn(n, h), "weight": torch.randn(v, h), "bias": torch.randn(v), "logits": torch.randn(n, v),
+        "targets": torch.randint(v, (n,)), "temperature": torch.rand(n) + 0.5, "sequence_ids": torch.arange(n) + 3,
+        "positions": torch.arange(n) * 2, "advantages": torch.randn(n), "cu_seqlens": torch.tensor([0, 2, n]),
+        "behavior_logprobs": -torch.rand(n) - 3, "reference_logprobs": -torch.rand(n) - 3,
+    }  # fmt: skip
+    values = {name: tensor.to(DEVICE) for name, tensor in values.items()}
+    names = OPERATIONS[operation]
+
+    def run(**arguments: Tensor) -> list[Tensor]:
+        given = {name: arguments.get(name, values[name]) for name in names}
+        if "logprobs" in operation:
+            function = linear_logprobs if operation.startswith("linear") else logprobs_from_logits
+            return list(function(**given, return_entropy=True))
+        if operation == "linear_policy_loss":
+            given = {k: t.detach().requires_grad_(k in ("hidden", "weight", "bias")) for k, t in given.items()}
+            objective = OBJECTIVES["ppo-kl3-entropy"]
+            result = linear_policy_loss(**given, objective=objective)
+            result.loss.backward()
+            return [result.loss.detach(), result.logprobs, *(t.grad for t in given.values() if t.grad is not None)]
+        filters = {"top_k": 9} if "filtered" in operation else {}
+        function = linear_sample if operation.startswith("linear") else sample_from_logits
+        return list(function(**given, seed=3, **filters))
+
+    want = run()
+    for name in names:
+        for view, tensor in views_of(values[name]).items():
+            assert torch.equal(tensor, values[name])
+            for w, g in zip(want, run(**{name: tensor}), strict=True):
+                torch.testing.assert_close(
+                    g, w, rtol=1e-4, atol=1e-4, msg=lambda m, n=name, how=view: f"{n}, {how}: {m}"
+                )
+        if values[name].dim() == 1 and name != "cu_seqlens":
+            same = values[name][1:2].expand(len(values[name]))
+            for w, g in zip(run(**{name: same.clone()}), run(**{name: same}), strict=True):
+                torch.testing.assert_close(g, w, msg=lambda m, n=name: f"{n}, expanded: {m}")
+
+
+def test_row_kernels_take_any_strides_themselves() -> None:
+    from bandit_rft.kernels.policy_rows import gradient_rows, logprob_rows
+    from bandit_rft.kernels.sample_rows import sample_rows
+
+    z, targets = torch.randn(5, 70, device=DEVICE), torch.randint(70, (5,), device=DEVICE)
+    given = torch.randn(2, 5, device=DEVICE)
+    ids = torch.arange(5, device=DEVICE)
+    seed = torch.tensor(3, device=DEVICE)
+    gradient = z.clone()
+    gradient_rows(gradient, targets, 1.0, None, None, 1.0, given[0], given[1])
+    for how, view in views_of(z).items():
+        scored, drawn = (
+            logprob_rows(z, targets, 1.0, None, None, 1.0),
+            logprob_rows(view, targets, 1.0, None, None, 1.0),
+        )
+        torch.testing.assert_close(drawn, scored, msg=how)
+        arguments = (1.0, None, None, 1.0, seed, ids, ids, 0, 1.0, 0.0)
+        torch.testing.assert_close(sample_rows(view, *arguments), sample_rows(z, *arguments), msg=how)
+        gradient_rows(view, targets, 1.0, None, None, 1.0, given[0], given[1])
+        torch.testing.assert_close(view, gradient, msg=how)
+
+
+def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device; that must be the tensors', not the process's first."""
+    from contextlib import contextmanager
+    from importlib import import_module
+
+    import triton
+
+    from bandit_rft import kernels
+
+    entered: list[torch.device] = []
+    launches: list[str] = []
+
+    @contextmanager
+    def device(of):
+        entered.append(of.device)
+        yield
+        entered.pop()
+
+    class Guarded:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                assert entered, f"{self.name} was launched on whatever device is current"
+                launches.append(self.name)
+                return self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    modules = [import_module(f"bandit_rft.kernels.{name}") for name in KERNEL_MODULES]
+    for module in modules:
+        if hasattr(module, "on_device_of"):
+            monkeypatch.setattr(module, "on_device_of", device)
+        for name, found in vars(module).copy().items():
+            if isinstance(found, triton.runtime.KernelInterface) and name in LAUNCHED:
+                monkeypatch.setattr(module, name, Guarded(name, found))
+    test_any_strides_are_accepted("linear_logprobs")
+    for operation in OPERATIONS:
+        test_any_strides_are_accepted(operation)
+    assert set(launches) == LAUNCHED
+    monkeypatch.undo()
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", seen.append)
+    kernels.on_device_of(type("OnSecond", (), {"is_cuda": True, "device": torch.device("cuda:1")})())
+    assert seen == [torch.device("cuda:1")]
+
+
+KERNEL_MODULES = ("head_tile", "linear_logprobs", "linear_sample", "policy_rows", "sample_rows")
+LAUNCHED = {"score_tiles", "merge_tiles", "draw_tiles", "visit_rows", "draw_rows"}
+
+
+def test_the_capability_is_that_of_the_asked_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bandit_rft import kernels
+
+    of = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: of[index])
+    kernels._capability.cache_clear()
+    try:
+        assert kernels.refusal("cuda", torch.bfloat16, 0) is None
+        assert "7.5" in str(kernels.refusal("cuda", torch.bfloat16, 1))
+        call = backends.Call("cuda", torch.bfloat16, 1)
+        assert "7.5" in str(backends._triton_refusal(call))
+    finally:
+        kernels._capability.cache_clear()
+
+
+def kernels_of_the_head():
+    from bandit_rft.kernels import head_tile, linear_logprobs, linear_sample
+
+    return head_tile, linear_logprobs, linear_sample
+
+
+@pytest.mark.parametrize("rows,h,v", [(1, 64, 129), (8, 72, 128), (40, 41, 300), (70, 40, 515)])
+def test_ragged_shapes_through_descriptors_and_pointers(rows: int, h: int, v: int) -> None:
+    """Every tile shape (8 to 256 rows); the same bits whether a bulk copy or pointers brought the operands."""
+    head_tile, linear_logprobs, linear_sample = kernels_of_the_head()
+    hidden, weight = torch.randn(rows, h).bfloat16().to(DEVICE), (torch.randn(v, h) * 0.4).bfloat16().to(DEVICE)
+    z = hidden.double() @ weight.double().T
+    want, clear = expected(z, stream(rows))
+    drawn = Sample(*linear_sample.linear_sample(hidden, weight, **stream(rows)))
+    assert_same_draw(drawn, want, clear)
+    scored = linear_logprobs.linear_logprobs(hidden, weight, drawn.tokens)
+    assert torch.equal(scored[0], drawn.logprobs) and torch.equal(scored[1], drawn.entropy)
+    aligned = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert head_tile.describable(hidden, 90) == (h % 8 == 0) and aligned in (True, False)
+    for how, view in views_of(weight).items():
+        # A view that starts off the 16-byte grid, or has such rows, is read through pointers.
+        again = Sample(*linear_sample.linear_sample(hidden, view, **stream(rows)))
+        for name, a, b in zip(Sample._fields, again, drawn, strict=True):
+            assert torch.equal(a, b), f"{how}: {name}"
+
+
+def test_a_column_with_rivals_is_drawn_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin that every column is within, the exact branch draws; its draws are the same."""
+    if DEVICE != "cpu":
+        pytest.skip("a compiled kernel keeps its margin")
+    import triton.language as tl
+
+    _, _, linear_sample = kernels_of_the_head()
+    hidden, weight = torch.randn(5, 16), torch.randn(200, 16)
+    approximately = linear_sample.linear_sample(hidden, weight, **stream(5))
+    monkeypatch.setattr(linear_sample, "MARGIN", tl.constexpr(1e4))
+    exactly = linear_sample.linear_sample(hidden, weight, **stream(5))
+    assert all(torch.equal(a, b) for a, b in zip(approximately, exactly, strict=True))
+
+
+def test_nothing_is_filled_or_copied_around_a_draw() -> None:
+    """One buffer of results, states and winners; no pass of PyTorch's over them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*arguments, **(options or {}))
+
+    _, linear_logprobs, linear_sample = kernels_of_the_head()
+    hidden, weight = torch.randn(5, 16, device=DEVICE), torch.randn(200, 16, device=DEVICE)
+    targets = torch.randint(200, (5,), device=DEVICE)
+    arguments = stream(5)
+    for module, function in (
+        (linear_sample, lambda: linear_sample.linear_sample(hidden, weight, **arguments)),
+        (linear_logprobs, lambda: linear_logprobs.linear_logprobs(hidden, weight, targets)),
+    ):
+        kernels = [name for name in ("draw_tiles", "score_tiles") if hasattr(module, name)]
+        launched = {name: getattr(module, name) for name in kernels}
+        merge = module.launch_merge
+        try:
+            for name in kernels:
+                setattr(module, name, {(n,): lambda *a, **k: None for n in range(1, 4096)})
+            module.launch_merge = lambda *a, **k: None
+            with Seen():
+                function()
+        finally:
+            for name, kernel in launched.items():
+                setattr(module, name, kernel)
+            module.launch_merge = merge
+    writes = set(seen) - {"empty", "slice", "select", "unbind", "detach", "alias", "view"}
+    assert not writes, writes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_is_scaled_in_place_unless_by_one(dtype: torch.dtype) -> None:
+    from bandit_rft.kernels.scale_gradient import BLOCK, scale_
+
+    for count in (0, 1, BLOCK + 5, 3 * BLOCK):
+        given = torch.randn(count, device=DEVICE).to(dtype)
+        for factor in (1.0, 0.5, -2.0, 0.0):
+            gradient = given.clone()
+            version = gradient._version
+            assert scale_(gradient, torch.tensor(factor, device=DEVICE)) is gradient
+            assert torch.equal(gradient, given * factor) and gradient._version > version
+    gradient = torch.ones(4, device=DEVICE).to(dtype)
+    assert torch.isnan(scale_(gradient, torch.tensor(torch.nan, device=DEVICE))).all()
+    strided = torch.ones(4, 6, device=DEVICE).to(dtype).T
+    assert torch.equal(scale_(strided, torch.tensor(3.0, device=DEVICE)), torch.full_like(strided, 3.0))

@@ -1,0 +1,111 @@
+"""A small model of the machine: what each ratio of gpu-check should be, from a few rates and instruction counts.
+
+    time = max(bytes / copy bandwidth, logits x instructions a logit / instruction rate, FLOP / product rate), by stage
+
+A prediction is not a measurement and is never shown as one: it stands in a column of its own, so that the difference
+tells what the model (or the kernel) has wrong. The bandwidth and the product rate are replaced by what the limits
+section measured; the others are assumptions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Machine(NamedTuple):
+    copy: float  # bytes a second, read and written together
+    product: float  # FLOP a second of a large bfloat16 product
+    instructions: float  # lane instructions a second: multiprocessors x 128 lanes x clock x the share that issues
+    multiprocessors: int = 132
+
+
+ISSUED = 0.65  # of the lane instructions a row kernel could issue
+H200 = Machine(4.3e12, 790e12, ISSUED * 132 * 128 * 1.98e9)
+#: The H200's multiprocessors and clock; its copy bandwidth scaled by the data sheets' 3.35 / 4.8 TB/s.
+H100 = H200._replace(copy=H200.copy * 3.35 / 4.8)
+
+#: Instructions a logit, plain scaling: what the row kernels are built to need at most on sm_90.
+INSTRUCTIONS = {"logprob": 12, "policy": 20, "sample": 40}
+#: Bytes a logit: policy rows read float32 and write it (the copy's traffic); in the loss they write bfloat16.
+BYTES = {"logprob": 4, "policy": 8, "sample": 4}
+CHUNK = 2048  # rows of logits at a time in the loss and, unfused, in scoring
+HIDDEN = 0.5  # of a fused epilogue's instructions: what runs while other blocks load
+
+
+def machine_of(name: str, limits: dict[str, float]) -> Machine | None:
+    """The model of the GPU with this name, with measured limits where there are some; None for an unknown one."""
+    found = H200 if "H200" in name else H100 if "H100" in name else None
+    if found is None:
+        return None
+    copy = limits.get("copy GB/s", found.copy / 1e9) * 1e9
+    return found._replace(copy=copy, product=limits.get("bfloat16 product TFLOP/s", found.product / 1e12) * 1e12)
+
+
+def wave_efficiency(tiles: int, multiprocessors: int) -> float:
+    """The share of the multiprocessors at work: the last wave of tiles is rarely full."""
+    return tiles / (math.ceil(tiles / multiprocessors) * multiprocessors)
+
+
+def products(machine: Machine, n: int, h: int, v: int, count: int) -> float:
+    return count * 2 * n * h * v / machine.product
+
+
+def rows(machine: Machine, kind: str, count: float, bytes_a_logit: float | None = None) -> float:
+    """Seconds of a row kernel over `count` logits."""
+    traffic = count * (bytes_a_logit or BYTES[kind]) / machine.copy
+    return max(traffic, count * INSTRUCTIONS[kind] / machine.instructions)
+
+
+def row_share(machine: Machine, kind: str) -> float:
+    """The share of the copy bandwidth that rows reach."""
+    return BYTES[kind] / machine.copy / rows(machine, kind, 1)
+
+
+def loss_ratio(machine: Machine, n: int, h: int, v: int) -> float:
+    """linear_policy_loss / its three bare products: waves, rows (4 bytes read, 2 written), dW read again each chunk."""
+    bare = products(machine, n, h, v, 3)
+    step = min(CHUNK, n)
+    of_hidden = wave_efficiency(math.ceil(step / 128) * math.ceil(h / 256), machine.multiprocessors)
+    again = (math.ceil(n / CHUNK) - 1) * 2 * h * v / machine.copy
+    return (bare * (2 / 3 + 1 / 3 / of_hidden) + rows(machine, "policy", n * v, 6) + again) / bare
+
+
+def logprobs_ratio(machine: Machine, n: int, h: int, v: int) -> float:
+    """linear_logprobs, forward / the bare product: float32 logits written (not under the product), read by the rows."""
+    bare = products(machine, n, h, v, 1)
+    return (max(bare, 4 * n * v / machine.copy) + rows(machine, "logprob", n * v)) / bare
+
+
+def sample_ratio(machine: Machine, b: int, h: int, v: int) -> float:
+    """linear_sample / the bare product: the weight read once, and the noise of a batch padded to 8, 16, 32, 64."""
+    bare = max(products(machine, b, h, v, 1), 2 * h * v / machine.copy)
+    padded = max(8, 2 ** math.ceil(math.log2(b))) if b <= 64 else math.ceil(b / 64) * 64
+    return (bare + (1 - HIDDEN) * padded * v * INSTRUCTIONS["sample"] / machine.instructions) / bare
+
+
+#: (N, H, V) of the loss and of scoring; (B, H, V) of sampling: the shapes that have bars.
+LOSSES = [(8192, 4096, 151936), (16384, 2048, 151936), (8192, 896, 151936), (8192, 4096, 128256)]
+DRAWS = [(b, h, 151936) for h in (896, 4096, 2048) for b in (1, 8, 32, 64, 256)]
+
+
+def table(machine: Machine) -> list[str]:
+    """Markdown: every bar, what is predicted for it, and an empty place for what gpu-check will measure."""
+    lines = ["| case | shape | bar | predicted | measured |", "|---|---|---|---|---|"]
+    for kind in INSTRUCTIONS:
+        lines.append(f"| {kind} rows, share of the copy bandwidth | | >= 0.85 | {row_share(machine, kind):.2f} | |")
+    for name, bar, shapes, ratio in (
+        ("`linear_policy_loss` / its three bare products", 1.15, LOSSES, loss_ratio),
+        ("`linear_logprobs`, forward / the bare product", 1.15, LOSSES, logprobs_ratio),
+        ("`linear_sample` / the bare product", 1.10, DRAWS, sample_ratio),
+    ):
+        for a, h, v in shapes:
+            lines.append(f"| {name} | {a} x {h} x {v} | <= {bar:.2f} | {ratio(machine, a, h, v):.2f} | |")
+    for shape in LOSSES:
+        lines.append(f"| memory beyond inputs and gradients | {' x '.join(map(str, shape))} | <= 1.25 GiB | | |")
+        lines.append(f"| 70% of rows at advantage 0 / none | {' x '.join(map(str, shape))} | <= 0.36 | 0.31-0.35 | |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table(H200)))
