@@ -56,6 +56,9 @@ BRFT_DEVICE T shuffle_up(T value, int distance) {
     return __shfl_up_sync(0xFFFFFFFFu, value, unsigned(distance));
 }
 
+// 16 bytes in one instruction, to be evicted first: nobody reads them again soon.
+BRFT_DEVICE void store_streaming(uint4* to, const uint4& value) { __stcs(to, value); }
+
 BRFT_DEVICE float log_approximate(float x) { return __logf(x); }
 BRFT_DEVICE uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 BRFT_DEVICE uint16_t f16_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     cluster_arrive();
     const int64_t index = int64_t(blockIdx.x) / a.plan.blocks;
     const int rank = int(blockIdx.x) % a.plan.blocks;
-    const Share share(a.rows, a.plan, index, rank, states + 1);
+    const Share share(a.rows, a.plan, index, rank, after_header(states));
     const int64_t target = a.targets[index];
     const bool exists = uint64_t(target) < uint64_t(a.rows.vocabulary);
     const float z_target = exists ? share.scale(In::widen(share.row[target])) : NAN;  // before it is written over
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
                 if constexpr (kOutBytes == 16) {
                     uint4 packed;
                     memcpy(&packed, dz, 16);
-                    *reinterpret_cast<uint4*>(out + column) = packed;
+                    store_streaming(reinterpret_cast<uint4*>(out + column), packed);
                 } else {
                     uint2 packed;
                     memcpy(&packed, dz, 8);
@@ -179,7 +179,7 @@ void logprob_rows(const Logits& logits, const int64_t* targets, float* logprobs,
     require_grid(logits.count);
     const OnDevice on(where.device);
     PolicyArguments a = arguments_of(logits, targets, logprobs, entropy);
-    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), int(sizeof(SharedStates)), 1, false, on.limits());
+    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), kHeaderBytes<SharedStates>, 1, false, on.limits());
     auto* kernel = logits.dtype == DType::f32 ? score<F32> : logits.dtype == DType::bf16 ? score<Bf16> : score<F16>;
     launch(kernel, a.plan, logits.count, where.stream, a);
 }
@@ -210,7 +210,7 @@ void policy_rows(const Logits& logits, const int64_t* targets, const PolicyInput
     if (logits.count == 0) return;
     require_grid(logits.count);
     const OnDevice on(where.device);
-    a.plan = plan_rows(logits.vocabulary, int(width), int(sizeof(SharedStates)), 2, overlay, on.limits());
+    a.plan = plan_rows(logits.vocabulary, int(width), kHeaderBytes<SharedStates>, 2, overlay, on.limits());
     a.overlaid = overlay && a.plan.cached < a.plan.share;
     void (*kernel)(PolicyArguments);
     if (logits.dtype == DType::f32)

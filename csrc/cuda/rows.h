@@ -81,13 +81,13 @@ struct RowShare {
     uint4* cache;
     RowScaling scale;
 
-    BRFT_DEVICE RowShare(const Rows& rows, const RowPlan& plan, int64_t index, int block_rank, void* cache_memory)
+    BRFT_DEVICE RowShare(const Rows& rows, const RowPlan& plan, int64_t index, int block_rank, uint4* cache_memory)
         : row(static_cast<const Stored*>(rows.logits) + index * rows.stride),
           vocabulary(rows.vocabulary),
           shift(int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(Stored))),
           rank(block_rank),
           cached(plan.cached),
-          cache(static_cast<uint4*>(cache_memory)),
+          cache(cache_memory),
           scale(rows.scaling, rows.temperatures ? rows.temperatures[index] : rows.temperature) {
         const int vectors = int((vocabulary + shift + kWidth - 1) / kWidth);
         first = rank * plan.share < vectors ? rank * plan.share : vectors;
@@ -191,8 +191,17 @@ BRFT_DEVICE SoftmaxState<double> merged_over_warp(SoftmaxState<double> state) {
     return state;
 }
 
+// The row's vectors begin in shared memory where a kernel's own header ends, so a header is a multiple of their size.
+template <class Header>
+constexpr int kHeaderBytes = int(sizeof(Header));
+template <class Header>
+BRFT_DEVICE uint4* after_header(Header* header) {
+    static_assert(alignof(Header) % 16 == 0 && sizeof(Header) % 16 == 0, "the row's vectors would be misaligned");
+    return reinterpret_cast<uint4*>(header + 1);
+}
+
 // Every warp's state, in the shared memory of every block of the cluster.
-struct SharedStates {
+struct alignas(16) SharedStates {
     float m[kMaxCluster * kMaxWarps];
     double s[kMaxCluster * kMaxWarps], t[kMaxCluster * kMaxWarps];
 };

@@ -45,11 +45,11 @@ struct Selection {
     uint32_t digit, members;
 };
 
-struct Shared {
+struct alignas(16) Shared {
     SharedStates states;
     Drawn drawn;
 };
-struct FilterShared : Shared {
+struct alignas(16) FilterShared : Shared {
     Selection selection;
 };
 
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     const int64_t index = int64_t(blockIdx.x) / blocks;
     const int block = int(blockIdx.x) % blocks;
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, warps = int(blockDim.x) / 32;
-    const Share share(a.rows, a.plan, index, block, shared + 1);
+    const Share share(a.rows, a.plan, index, block, after_header(shared));
     const uint64_t seed = uint64_t(*a.in.seed), sequence = uint64_t(a.in.sequence_ids[index]);
     const PhiloxKey key{uint32_t(seed), uint32_t(seed >> 32)};
     const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
@@ -271,7 +271,7 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;
     const bool filtered = in.top_k > 0 || in.top_p < 1.0 || in.min_p > 0.0f;
     a.plan = plan_rows(logits.vocabulary, logits.dtype == DType::f32 ? 4 : 2,
-                       int(filtered ? sizeof(FilterShared) : sizeof(Shared)), filtered ? 2 : 1, false, on.limits());
+                       filtered ? kHeaderBytes<FilterShared> : kHeaderBytes<Shared>, filtered ? 2 : 1, false, on.limits());
     auto* kernel = logits.dtype == DType::f32    ? kernel_for<F32>(filtered)
                    : logits.dtype == DType::bf16 ? kernel_for<Bf16>(filtered)
                                                  : kernel_for<F16>(filtered);

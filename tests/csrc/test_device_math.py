@@ -51,11 +51,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler: the CUDA kernels' source cannot be run on this CPU")
     library = tmp_path_factory.mktemp("emulated") / "cuda.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE", f"-I{ROOT / 'tests/native'}"]
+    flags += ["-fsanitize=alignment", "-fsanitize-recover=alignment"]  # emulated_cuda.cpp has the handler
     source = ROOT / "tests/native/emulated_cuda.cpp"
     built = subprocess.run([compiler, *flags, "-o", library, source], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(library))
-    for name in ("logprob_rows", "policy_rows", "sample_rows"):
+    for name in ("logprob_rows", "policy_rows", "sample_rows", "write_vector"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -292,6 +293,17 @@ def test_gradient_memory_is_checked(kernels: ctypes.CDLL) -> None:
                     ctypes.c_int64(gradient.stride(0)), pointer(out), pointer(out),
                 )
             )  # fmt: skip
+
+
+def test_misaligned_vectors_are_seen(kernels: ctypes.CDLL) -> None:
+    """As on a device, a 16-byte access that is not on a 16-byte address ends the kernel, in shared and in global memory."""
+    room = torch.zeros(64, dtype=torch.uint8)  # torch aligns allocations to 64 bytes
+    for memory in (None, room):
+        raise_if(kernels.write_vector(16, pointer(memory)))
+        for offset in (4, 8):
+            with pytest.raises(ValueError, match=f"misaligned address: {offset} modulo 16"):
+                raise_if(kernels.write_vector(offset, pointer(memory)))
+    assert room.view(torch.int32)[:8].tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
 
 
 def planned(kernels: ctypes.CDLL, device: tuple[int, int, int], vocabulary: int, *, alone: bool = False) -> list[int]:

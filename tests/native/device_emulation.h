@@ -9,16 +9,18 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define BRFT_DEVICE inline
 #define __global__ static
 #define __launch_bounds__(...)
 
-struct uint4 {
+struct alignas(16) uint4 {  // as on the device: a misaligned access is an error there
     uint32_t x, y, z, w;
 };
-struct uint2 {
+struct alignas(8) uint2 {
     uint32_t x, y;
 };
 struct Index {
@@ -59,6 +61,7 @@ struct Cluster {
     Fiber* current = nullptr;
     unsigned first_block = 0, threads = 0;
     std::function<void()> kernel;
+    std::string fault;
 };
 inline Cluster cluster;
 inline bool backwards = false;  // which way round the fibers are scheduled
@@ -66,6 +69,11 @@ inline bool backwards = false;  // which way round the fibers are scheduled
 inline void yield() { swapcontext(&cluster.current->context, &cluster.scheduler); }
 inline void wait(const Barrier& barrier, long ticket) {
     while (barrier.generation == ticket) yield();
+}
+// Ends the kernel with an error, from within one of its threads: as on a device, nothing after the access happens.
+inline void fault(const std::string& what) {
+    cluster.fault = what;
+    yield();
 }
 inline void enter() {
     cluster.kernel();
@@ -81,6 +89,7 @@ inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t 
     c.first_block = first_block;
     c.threads = threads;
     c.kernel = std::move(kernel);
+    c.fault.clear();
     c.fibers.resize(blocks * threads);
     c.memory.assign(blocks, std::vector<char>(bytes + 16, char(0x7f)));
     c.block_barriers.assign(blocks, Barrier{int(threads)});
@@ -110,6 +119,7 @@ inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t 
             blockIdx.x = f.block;
             threadIdx.x = f.thread;
             swapcontext(&c.scheduler, &f.context);
+            if (!c.fault.empty()) throw std::runtime_error(c.fault);
         }
     }
 }
@@ -164,6 +174,7 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
     *to += value;
     return before;
 }
+inline void store_streaming(uint4* to, const uint4& value) { *to = value; }
 inline float log_approximate(float x) { return logf(x); }
 inline uint16_t bf16_bits(float x) {
     uint32_t bits;
