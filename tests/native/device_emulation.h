@@ -14,6 +14,7 @@
 #include <vector>
 
 #define BRFT_DEVICE inline
+#define BRFT_NO_UNROLL
 #define __global__ static
 #define __launch_bounds__(...)
 
@@ -124,16 +125,21 @@ inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t 
     }
 }
 
+// Shows `value` to the warp; where lane 0's is then, and each other's two slots after the one before.
 template <class T>
-T shuffle(T value, int from_lane) {
+const uint64_t* exchange(T value) {
     static_assert(sizeof(T) <= 8);
     Fiber& f = *cluster.current;
     const size_t parity = size_t(f.shuffles++ % 2), self = size_t(&f - cluster.fibers.data());
     memcpy(&cluster.exchanged[self * 2 + parity], &value, sizeof(T));
     Barrier& barrier = cluster.warp_barriers[warp_of(f)];
     wait(barrier, barrier.arrive());
-    if (from_lane >= 0)
-        memcpy(&value, &cluster.exchanged[(self - self % 32 + size_t(from_lane)) * 2 + parity], sizeof(T));
+    return &cluster.exchanged[(self - self % 32) * 2 + parity];
+}
+template <class T>
+T shuffle(T value, int from_lane) {
+    const uint64_t* shown = exchange(value);
+    if (from_lane >= 0) memcpy(&value, shown + from_lane * 2, sizeof(T));
     return value;
 }
 
@@ -164,6 +170,12 @@ template <class T>
 T shuffle_xor(T value, int mask) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) ^ mask);
 }
+inline bool any_in_warp(bool condition) {
+    const uint64_t* shown = emulation::exchange(uint64_t(condition));
+    for (int lane = 0; lane < 32; ++lane)
+        if (shown[lane * 2]) return true;
+    return false;
+}
 template <class T>
 T shuffle_up(T value, int distance) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) - distance);
@@ -175,18 +187,33 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
     return before;
 }
 inline void store_streaming(uint4* to, const uint4& value) { *to = value; }
-inline float log_approximate(float x) { return logf(x); }
-inline uint16_t bf16_bits(float x) {
+// A model of ex2.approx.ftz: every result is off by up to the documented 2 units in the last place, in a direction that
+// depends on the argument's bits; subnormal results are 0.
+inline float exp2_approximate(float x) {
+    const float exact = exp2f(x);
+    if (!(exact < INFINITY) || exact == 1.0f) return exact;
+    if (exact < 0x1p-126f) return 0.0f;
+    uint32_t bits, seed;
+    memcpy(&bits, &exact, 4);
+    memcpy(&seed, &x, 4);
+    bits += (seed * 2654435761u >> 16) % 5 - 2;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+inline uint32_t bf16_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return x != x ? 0x7FFF : uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+    return x != x ? 0x7FFF : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
 }
-inline uint16_t f16_bits(float x) {
+inline uint32_t f16_bits(float x) {
     const _Float16 half = _Float16(x);
     uint16_t bits;
     memcpy(&bits, &half, 2);
     return bits;
 }
+inline uint32_t bf16_pair(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t f16_pair(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
 inline float from_f16_bits(uint16_t bits) {
     _Float16 half;
     memcpy(&half, &bits, 2);

@@ -54,7 +54,14 @@ void use_device(int major, int shared_per_block, int shared_per_sm, int max_thre
     cuda::emulation::backwards = backwards;
 }
 
-void plan_of(int64_t vocabulary, int width, int header, int passes, bool alone, int* out) {
+// What a launch of score, differentiate, sample or filtered decides.
+void plan_of(int64_t vocabulary, int width, const char* kernel, bool alone, int* out) {
+    const std::string name(kernel);
+    const int header = name == "score"           ? cuda::kHeaderBytes<cuda::SharedStates>
+                       : name == "differentiate" ? cuda::kHeaderBytes<cuda::PolicyShared>
+                       : name == "sample"        ? cuda::kHeaderBytes<cuda::Shared>
+                                                 : cuda::kHeaderBytes<cuda::FilterShared>;
+    const int passes = name == "score" || name == "sample" ? 1 : 2;
     const auto plan = cuda::plan_rows(vocabulary, width, header, passes, alone, cuda::emulated_limits);
     const int fields[] = {plan.blocks, plan.threads, plan.cached, plan.share, plan.shared_bytes};
     for (int i = 0; i < 5; ++i) out[i] = fields[i];
