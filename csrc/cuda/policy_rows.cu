@@ -34,6 +34,10 @@ struct alignas(16) PolicyShared {
 };
 static_assert(sizeof(PolicyShared) % 16 == 0);
 
+BRFT_DEVICE bool has_target(const PolicyArguments& a, int64_t index) {
+    return uint64_t(a.targets[index]) < uint64_t(a.rows.vocabulary);
+}
+
 template <class In, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, 2) score(PolicyArguments a) {
     auto* states = reinterpret_cast<SharedStates*>(shared_memory());
@@ -50,9 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) score(PolicyArguments a) {
     if (share.warp > 0) return;
     const RowSoftmax softmax(whole_state(states, k, share.warps), share.scale);
     if (share.lane > 0) return;
-    const int64_t target = a.targets[index];
-    const bool exists = uint64_t(target) < uint64_t(a.rows.vocabulary);
-    a.logprobs[index] = exists ? softmax.logprob(share.v_of(target)) : NAN;
+    a.logprobs[index] = has_target(a, index) ? softmax.logprob(share.v_of(a.targets[index])) : NAN;
     a.entropy[index] = softmax.entropy();
 }
 
@@ -84,9 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     const int rank = int(blockIdx.x) % a.plan.blocks;
     const Share share(a.rows, a.plan, index, rank, after_header(shared));
     const float k = share.scale.k, cap = a.rows.scaling.softcap;
-    const int64_t target = a.targets[index];
-    const bool exists = uint64_t(target) < uint64_t(a.rows.vocabulary);
-    const float logit = exists ? In::widen(share.row[target]) : NAN;  // before it is written over
+    const float logit = has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
     ThreadState own;
     share.template each<Pass::first>([&](int, const float* v) {
         float x[kLogits];
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         const RowSoftmax softmax(whole_state(&shared->states, k, a.plan.blocks * share.warps), share.scale);
         const float v = share.scale.value(logit), logp = softmax.logprob(v), entropy = softmax.entropy();
         Coefficients of(a.in, index, logp);
-        if (!exists) of.c = NAN;  // must be seen, not taken for a gradient
+        if (!has_target(a, index)) of.c = NAN;  // must be seen, not taken for a gradient
         const double chain = double(a.rows.scaling.logit_scale) / double(share.scale.temperature);
         const double slope = double(of.e) * kLn2 / softmax.s * chain;
         float at_target = (-of.c * expm1f(logp) + of.e * expf(logp) * (logp + entropy)) * float(chain);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
                 if (extent.inside(l)) to[Share::offset(l)] = Out::narrow(g[l]);
         }
     }
-    if (exists && share.owns(target)) out[target] = Out::narrow(term.at_target);
+    if (has_target(a, index) && share.owns(a.targets[index])) out[a.targets[index]] = Out::narrow(term.at_target);
 }
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {
