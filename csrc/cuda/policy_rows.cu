@@ -30,6 +30,7 @@ struct alignas(16) PolicyShared {
     SharedStates states;
     struct {
         float top, constant, slope, at_target;  // M, a, b, and dz of the target
+        float unit;                             // z times this is tanh(...): temperature / softcap, 0 without
     } row;
 };
 static_assert(sizeof(PolicyShared) % 16 == 0);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     const int64_t index = int64_t(blockIdx.x) / a.plan.blocks;
     const int rank = int(blockIdx.x) % a.plan.blocks;
     const Share share(a.rows, a.plan, index, rank, after_header(shared));
-    const float k = share.scale.k, cap = a.rows.scaling.softcap;
+    const float k = share.scale.k;
     const float logit = has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
     ThreadState own;
     share.template each<Pass::first>([&](int, const float* v) {
@@ -93,7 +94,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         add_to_state(own, v, k, x);
     });
     share_state(own, k, &shared->states, a.plan.blocks, rank);
-    const float unit = cap != 0.0f ? share.scale.temperature / cap : 0.0f;
     if (share.warp == 0) {  // a row's own numbers cost more than a span: one warp finds them for its block
         const RowSoftmax softmax(whole_state(&shared->states, k, a.plan.blocks * share.warps), share.scale);
         const float v = share.scale.value(logit), logp = softmax.logprob(v), entropy = softmax.entropy();
@@ -102,10 +102,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         const double chain = double(a.rows.scaling.logit_scale) / double(share.scale.temperature);
         const double slope = double(of.e) * kLn2 / softmax.s * chain;
         float at_target = (-of.c * expm1f(logp) + of.e * expf(logp) * (logp + entropy)) * float(chain);
-        if (!kPlain && cap != 0.0f) at_target *= 1.0f - (v * unit) * (v * unit);
+        const float cap = a.rows.scaling.softcap, unit = cap == 0.0f ? 0.0f : share.scale.temperature / cap;
+        if (unit != 0.0f) at_target *= 1.0f - (v * unit) * (v * unit);
         if (share.lane == 0) {
             shared->row = {softmax.top, float(double(-of.c) / softmax.s * chain - slope * softmax.mean), float(slope),
-                           at_target};
+                           at_target, unit};
             if (rank == 0) {
                 a.logprobs[index] = logp;
                 a.entropy[index] = entropy;
@@ -115,8 +116,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     block_barrier();
     const auto term = shared->row;
 
-    auto* out = static_cast<Stored*>(a.gradient) + index * a.gradient_stride;
-    const bool aligned = reinterpret_cast<uintptr_t>(out - share.shift) % 16 == 0;
+    Stored* const start = static_cast<Stored*>(a.gradient) + index * a.gradient_stride + share.column(0);
+    const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0;
     BRFT_NO_UNROLL
     for (int base = (share.count - 1) / share.warps * share.warps; base >= 0; base -= share.warps) {
         const int i = base + share.warp;
@@ -130,9 +131,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         for (int l = 0; l < kLogits; ++l) {
             const float y = fmaxf(fmaf(v[l], k, -term.top), kExponentFloor);
             g[l] = exp2_approximate(y) * fmaf(term.slope, y, term.constant);
-            if (!kPlain && cap != 0.0f) g[l] *= 1.0f - (v[l] * unit) * (v[l] * unit);
+            if constexpr (!kPlain) g[l] *= term.unit == 0.0f ? 1.0f : 1.0f - (v[l] * term.unit) * (v[l] * term.unit);
         }
-        Stored* to = out + share.column(i);
+        Stored* to = start + int64_t(i) * kSpan;
         if (aligned && share.edgeless(i)) {
             BRFT_UNROLL
             for (int l = 0; l < kLogits; l += kVector)
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
                 if (extent.inside(l)) to[Share::offset(l)] = Out::narrow(g[l]);
         }
     }
-    if (has_target(a, index) && share.owns(a.targets[index])) out[a.targets[index]] = Out::narrow(term.at_target);
+    if (has_target(a, index) && share.owns(a.targets[index])) start[a.targets[index] - share.column(0)] = Out::narrow(term.at_target);
 }
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {

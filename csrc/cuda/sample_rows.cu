@@ -249,7 +249,10 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     const int lane = share.lane, warp = share.warp, warps = share.warps;
     const float k = share.scale.k;
     const uint64_t seed = uint64_t(*a.in.seed), sequence = uint64_t(a.in.sequence_ids[index]);
-    const PhiloxKey key{uint32_t(seed), uint32_t(seed >> 32)};
+    // One half of the key in a register that the compiler knows to be the warp's: it then keeps that half's ten round keys
+    // instead of adding them up for every counter. Both halves, or with a softcap one, would spill.
+    const uint32_t low = kPlain ? warp_uniform(uint32_t(seed)) : uint32_t(seed);
+    const PhiloxKey key{low, uint32_t(seed >> 32)};
     const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
 
     Winner winner;

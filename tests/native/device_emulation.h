@@ -170,6 +170,7 @@ template <class T>
 T shuffle_xor(T value, int mask) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) ^ mask);
 }
+inline uint32_t warp_uniform(uint32_t value) { return value; }
 inline bool any_in_warp(bool condition) {
     const uint64_t* shown = emulation::exchange(uint64_t(condition));
     for (int lane = 0; lane < 32; ++lane)
