@@ -1,14 +1,14 @@
-"""Compiles csrc/cuda without a GPU and reads the machine code: what each kernel does with a logit, and what it occupies.
+"""Compiles csrc/cuda without a GPU and reads the machine code: what each kernel does with a logit and occupies.
 
     python tools/check_cuda.py            prints the tables of docs/building.md (every architecture)
     python tools/check_cuda.py --write    puts them there
     python tools/check_cuda.py --loop 'differentiate<F32, F32, plain>' 90      the instructions that are counted
 
-How instructions are counted: a kernel's loops are its backward branches. A loop that moves a row has 16-byte loads on the
-way from the branch's target to the branch; of the ways through it, the one with most 16-byte accesses and then fewest
-instructions is the one that a span without an edge takes (scalar accesses at a row's edge, barriers of overlaid
+How instructions are counted: a kernel's loops are its backward branches. A loop that moves a row has 16-byte loads on
+the way from the branch's target to the branch; of the ways through it, the one with most 16-byte accesses and then
+fewest instructions is the one that a span without an edge takes (scalar accesses at a row's edge, barriers of overlaid
 gradients and the exact noise of a token that may win lie on other ways). Its instructions, predicated ones included,
-are divided by its logits: the bytes of its 16-byte loads by the size of a logit. What passes over a row it adds up.
+are divided by its logits: the bytes of its 16-byte loads by the size of a logit. Passes over a row are added up.
 
 Compilations are remembered in build/check-cuda by what they depend on, so only a change costs its time.
 """
@@ -42,8 +42,9 @@ VOCABULARY = 151_936  # of the plans whose shared memory is shown
 LIMITS = {80: (8, 166_912, 167_936, 64), 90: (9, 232_448, 233_472, 64), 100: (10, 232_448, 233_472, 64)}
 REGISTERS = 65_536
 BYTES = {"F32": 4, "Bf16": 2, "F16": 2}
-#: An H200: lane instructions a second (132 SMs x 128 lanes x 1.98 GHz), the share that issues, bytes a second of a copy.
+#: An H200: lane instructions a second (132 SMs x 128 lanes x 1.98 GHz), the share that issues, a copy's bytes a second.
 LANE_INSTRUCTIONS, ISSUED, COPY = 33e12, 0.65, 4.3e12
+MUFU_SLOTS = 8  # the special function unit takes 16 lanes a clock of a multiprocessor's 128
 
 
 class Loop(NamedTuple):
@@ -65,7 +66,6 @@ class Kernel(NamedTuple):
     registers: int
     spilled: int  # bytes of stores and loads
     loops: list[Loop]
-    body: int  # instructions of the whole kernel
 
     @property
     def instructions(self) -> float:
@@ -84,7 +84,8 @@ class Kernel(NamedTuple):
     def copy_bandwidth(self) -> float:
         """The share of a copy's bytes a second that the instructions allow on an H200: a prediction, no measurement."""
         moved = sum(BYTES[kind] for kind in self.types)  # in, and out where something is written
-        return LANE_INSTRUCTIONS * ISSUED / self.instructions * moved / COPY
+        logits = min(LANE_INSTRUCTIONS * ISSUED / self.instructions, LANE_INSTRUCTIONS / MUFU_SLOTS / self.mufu)
+        return logits * moved / COPY
 
 
 def release(nvcc: Path) -> str:
@@ -107,9 +108,11 @@ def _sources() -> list[Path]:
     return [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*"))]
 
 
-def _key(nvcc: Path, source: str, architecture: int) -> str:
+def remembered(nvcc: Path, source: str, architecture: int) -> Path:
+    """The file of what one compilation gave."""
     parts = [run(nvcc, "--version"), source, str(architecture), Path(__file__).read_text()]
-    return hashlib.sha256("\0".join([*parts, *(p.read_text() for p in _sources())]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\0".join([*parts, *(p.read_text() for p in _sources())]).encode()).hexdigest()[:20]
+    return ROOT / "build" / "check-cuda" / f"{key}.json"
 
 
 def _demangled(name: str) -> str:
@@ -192,7 +195,9 @@ def row_ways(code: list[Instruction]) -> list[list[Instruction]]:
     ways: list[list[Instruction]] = []
     for begin, end in branches:
         way = _way(code, begin, end)
-        outer = any((b, e) != (begin, end) and begin <= b and e <= end and _loads(_way(code, b, e)) for b, e in branches)
+        outer = any(
+            (b, e) != (begin, end) and begin <= b and e <= end and _loads(_way(code, b, e)) for b, e in branches
+        )
         if _loads(way) and not outer:
             ways.append(way)
     return ways
@@ -230,9 +235,9 @@ def _assembled(nvcc: Path, source: str, architecture: int) -> tuple[str, str]:
 
 
 def compiled(nvcc: Path, source: str, architecture: int) -> list[Kernel]:
-    remembered = ROOT / "build" / "check-cuda" / f"{_key(nvcc, source, architecture)}.json"
-    if remembered.exists():
-        return [Kernel(*row[:4], [Loop(*loop) for loop in row[4]], row[5]) for row in json.loads(remembered.read_text())]
+    known = remembered(nvcc, source, architecture)
+    if known.exists():
+        return [Kernel(*row[:4], [Loop(*loop) for loop in row[4]]) for row in json.loads(known.read_text())]
     said, sass = _assembled(nvcc, source, architecture)
     code = functions(sass)
     kernels = []
@@ -242,11 +247,9 @@ def compiled(nvcc: Path, source: str, architecture: int) -> list[Kernel]:
         said,
     ):
         short, body = _demangled(name), [i for i in code[name] if i.operation != "NOP"]
-        kernels.append(
-            Kernel(short, architecture, int(registers), int(stores) + int(loads), _loops(short, body), len(body))
-        )
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    remembered.write_text(json.dumps(kernels))
+        kernels.append(Kernel(short, architecture, int(registers), int(stores) + int(loads), _loops(short, body)))
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(kernels))
     return kernels
 
 
@@ -293,9 +296,9 @@ def tables(kernels: list[Kernel]) -> str:
     names = list(dict.fromkeys(k.name for k in kernels))
     head = "".join(f" sm_{a} |" for a in ARCHITECTURES)
     lines = [
-        "Instructions a logit in all passes over the row (of them on the special function unit), and the share of a copy's",
-        "bandwidth on an H200 that the instructions allow. **Predicted**, not measured: 33 T lane instructions a second, of",
-        "which 65% issue, against 4.3 TB/s; 1 means that memory is the limit.",
+        "Instructions a logit in all passes over the row (of them on the special function unit), and the share of a",
+        "copy's bandwidth on an H200 that those of sm_90 allow. **Predicted**, not measured: 33 T lane instructions a",
+        "second, of which 65% issue, against 4.3 TB/s; 1 means that memory is the limit.",
         "",
         f"| kernel |{head} of copy bandwidth, predicted |",
         "|---|" + "---|" * (len(ARCHITECTURES) + 1),
@@ -307,8 +310,8 @@ def tables(kernels: list[Kernel]) -> str:
         lines.append(f"| `{name}` | {' | '.join(cells)} | {share} |")
     lines += [
         "",
-        f"Registers a thread / bytes spilled, then for a row of {VOCABULARY:,} logits on sm_90: blocks on the row x shared memory of",
-        "each, warps on a multiprocessor, and the accesses of one turn of each loop (16 logits a lane).",
+        f"Registers a thread / bytes spilled; then for a row of {VOCABULARY:,} logits on sm_90: blocks on it x shared",
+        "memory of each, warps on a multiprocessor, and the accesses of one turn of each loop (16 logits a lane).",
         "",
         f"| kernel |{head} blocks, shared memory | warps | accesses |",
         "|---|" + "---|" * (len(ARCHITECTURES) + 3),

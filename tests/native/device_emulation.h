@@ -65,6 +65,7 @@ struct Cluster {
     std::string fault;
 };
 inline Cluster cluster;
+inline long votes = 0, votes_for = 0;  // calls of any_in_warp by a warp, and those that were true
 inline bool backwards = false;  // which way round the fibers are scheduled
 
 inline void yield() { swapcontext(&cluster.current->context, &cluster.scheduler); }
@@ -173,9 +174,13 @@ T shuffle_xor(T value, int mask) {
 inline uint32_t warp_uniform(uint32_t value) { return value; }
 inline bool any_in_warp(bool condition) {
     const uint64_t* shown = emulation::exchange(uint64_t(condition));
-    for (int lane = 0; lane < 32; ++lane)
-        if (shown[lane * 2]) return true;
-    return false;
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= shown[lane * 2] != 0;
+    if (emulation::cluster.current->thread % 32 == 0) {
+        ++emulation::votes;
+        emulation::votes_for += any;
+    }
+    return any;
 }
 template <class T>
 T shuffle_up(T value, int distance) {

@@ -67,6 +67,15 @@ void plan_of(int64_t vocabulary, int width, const char* kernel, bool alone, int*
     for (int i = 0; i < 5; ++i) out[i] = fields[i];
 }
 
+// How often a warp asked whether a token may win, and how often one might, since the last call.
+void votes(long* out) {
+    out[0] = cuda::emulation::votes;
+    out[1] = cuda::emulation::votes_for;
+    cuda::emulation::votes = cuda::emulation::votes_for = 0;
+}
+
+float exp2_approximate(float x) { return cuda::exp2_approximate(x); }
+
 // The emulation's own check: 16 bytes written `offset` bytes into shared or (`global`) other memory.
 const char* write_vector(int offset, void* global) {
     return guarded([&] {
