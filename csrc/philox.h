@@ -21,7 +21,8 @@ struct PhiloxWords {
     uint32_t word[4];
 };
 
-// a * b in 64 bits. nvcc makes a 64-bit product of a widened factor and adds its upper half, which is 0: a third more work.
+// a * b in 64 bits. nvcc makes a 64-bit product of a widened factor and adds its upper half, which is 0: a third more
+// work.
 BRFT_INLINE uint64_t multiply_wide(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
     uint64_t product;

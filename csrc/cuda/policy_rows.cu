@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     const int rank = int(blockIdx.x) % a.plan.blocks;
     const Share share(a.rows, a.plan, index, rank, after_header(shared));
     const float k = share.scale.k;
-    const float logit = has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
+    const float logit =
+        has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
     ThreadState own;
     share.template each<Pass::first>([&](int, const float* v) {
         float x[kLogits];
@@ -145,13 +146,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
                 if (extent.inside(l)) to[Share::offset(l)] = Out::narrow(g[l]);
         }
     }
-    if (has_target(a, index) && share.owns(a.targets[index])) start[a.targets[index] - share.column(0)] = Out::narrow(term.at_target);
+    if (has_target(a, index) && share.owns(a.targets[index]))
+        start[a.targets[index] - share.column(0)] = Out::narrow(term.at_target);
 }
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {
     PolicyArguments a{};
-    a.rows = {logits.data,    logits.count,       logits.vocabulary,   logits.stride,
-              logits.scaling, logits.temperature, logits.temperatures, 0.0f, 0.0f};
+    a.rows = {logits.data,         logits.count,   logits.vocabulary,
+              logits.stride,       logits.scaling, logits.temperature,
+              logits.temperatures, 0.0f,           0.0f};
     a.targets = targets;
     a.logprobs = logprobs;
     a.entropy = entropy;

@@ -118,9 +118,9 @@ enum class Pass { only, first, again };  // the first leaves in shared memory wh
 template <class In, bool kPlain, int kVector = 16 / int(sizeof(typename In::Stored))>
 struct RowShare {
     using Stored = typename In::Stored;
-    static constexpr int kParts = int(sizeof(Stored));               // 16-byte loads of a lane
-    static constexpr int kPartsOfVector = kVector * kParts / 16;     // side by side; the next are 32 vectors on
-    static constexpr int kStep = 32 * kVector;                       // logits from one vector of a lane to its next
+    static constexpr int kParts = int(sizeof(Stored));            // 16-byte loads of a lane
+    static constexpr int kPartsOfVector = kVector * kParts / 16;  // side by side; the next are 32 vectors on
+    static constexpr int kStep = 32 * kVector;                    // logits from one vector of a lane to its next
 
     struct Raw {
         uint4 part[kParts];
@@ -335,9 +335,9 @@ BRFT_DEVICE RowState whole_state(const SharedStates* shared, float k, int states
     return merged_over_warp(all, k);
 }
 
-// What is known of a row once its state is. The likeliest logit's own term is taken out of s as it was added and put back
-// exact: the log-probability of a token that is nearly certain hangs on it. The rounding of k is made good to first
-// order: d log2(s) / d log(k) = E[y].
+// What is known of a row once its state is. The likeliest logit's own term is taken out of s as it was added and put
+// back exact: the log-probability of a token that is nearly certain hangs on it. The rounding of k is made good to
+// first order: d log2(s) / d log(k) = E[y].
 struct RowSoftmax {
     float m, top;  // top: M
     double s, mean, log2_s;

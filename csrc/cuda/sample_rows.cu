@@ -51,9 +51,7 @@ struct Winner {
         const float exponent = max_over_warp(best) * float(kLog2E);
         reach = exponent - (32.0f + kAbsolute) - kRelative * fabsf(exponent);
     }
-    BRFT_DEVICE float limit(float top) const {
-        return exp2_approximate(fmaf(kRelative, fabsf(top), top - reach));
-    }
+    BRFT_DEVICE float limit(float top) const { return exp2_approximate(fmaf(kRelative, fabsf(top), top - reach)); }
 };
 
 struct Drawn {  // what is left to say of a row after its one or two visits, a warp each
@@ -115,8 +113,8 @@ BRFT_DEVICE T one_of(const T* four, int j) {  // in registers: no address is tak
     return j < 2 ? (j == 0 ? four[0] : four[1]) : (j == 2 ? four[2] : four[3]);
 }
 
-// Offers a lane's logits of span i to its draw; x = 2^(y - M), M = top, and 0 for what may not be drawn. What may win is
-// read again: that is rare, and 16 registers are free in the meantime.
+// Offers a lane's logits of span i to its draw; x = 2^(y - M), M = top, and 0 for what may not be drawn. What may win
+// is read again: that is rare, and 16 registers are free in the meantime.
 template <bool kAligned, class Share>
 BRFT_DEVICE void draw(Winner& winner, const Share& share, int i, const float* x, float top, const uint32_t* counter,
                       PhiloxKey key) {
@@ -249,8 +247,8 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     const int lane = share.lane, warp = share.warp, warps = share.warps;
     const float k = share.scale.k;
     const uint64_t seed = uint64_t(*a.in.seed), sequence = uint64_t(a.in.sequence_ids[index]);
-    // One half of the key in a register that the compiler knows to be the warp's: it then keeps that half's ten round keys
-    // instead of adding them up for every counter. Both halves, or with a softcap one, would spill.
+    // One half of the key in a register that the compiler knows to be the warp's: it then keeps that half's ten round
+    // keys instead of adding them up for every counter. Both halves, or with a softcap one, would spill.
     const uint32_t low = kPlain ? warp_uniform(uint32_t(seed)) : uint32_t(seed);
     const PhiloxKey key{low, uint32_t(seed >> 32)};
     const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
@@ -279,8 +277,8 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
             BRFT_UNROLL
             for (int l = 0; l < kLogits; ++l) {
                 const float relative = expf(exp_domain(z[l] - m));
-                const bool keep = rank_of(z[l], column + Share::offset(l)) >= threshold && relative >= a.in.min_p &&
-                                  extent.inside(l);
+                const bool keep =
+                    rank_of(z[l], column + Share::offset(l)) >= threshold && relative >= a.in.min_p && extent.inside(l);
                 left[l] = keep ? relative : 0.0f;
                 kept += left[l];
             }
@@ -332,8 +330,9 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     require_grid(logits.count);
     const OnDevice on(where.device);
     SampleArguments a{};
-    a.rows = {logits.data,    logits.count,       logits.vocabulary,   logits.stride,
-              logits.scaling, logits.temperature, logits.temperatures, 0.0f, 0.0f};
+    a.rows = {logits.data,         logits.count,   logits.vocabulary,
+              logits.stride,       logits.scaling, logits.temperature,
+              logits.temperatures, 0.0f,           0.0f};
     a.in = in;
     a.out = out;
     for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;

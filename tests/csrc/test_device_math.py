@@ -33,6 +33,8 @@ DEVICES = {
     "cluster-that-filters": (9, 40000, 60000),
     "overflowing-cluster": (9, 3400, 9000),
     "overflowing-block": (8, 3000, 9000),
+    "cluster-with-room": (9, 12000, 15500),  # two spans a block
+    "partly-cached-block": (8, 8900, 9000),  # three spans
 }
 
 

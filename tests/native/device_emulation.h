@@ -66,7 +66,7 @@ struct Cluster {
 };
 inline Cluster cluster;
 inline long votes = 0, votes_for = 0;  // calls of any_in_warp by a warp, and those that were true
-inline bool backwards = false;  // which way round the fibers are scheduled
+inline bool backwards = false;         // which way round the fibers are scheduled
 
 inline void yield() { swapcontext(&cluster.current->context, &cluster.scheduler); }
 inline void wait(const Barrier& barrier, long ticket) {

@@ -19,8 +19,8 @@ const char* guarded(const Call& call) {
 }
 }  // namespace
 
-// What -fsanitize=alignment calls at an access that would fault on a GPU. Defined here, so that no sanitizer's runtime has
-// to be loaded into the Python that runs the tests.
+// What -fsanitize=alignment calls at an access that would fault on a GPU. Defined here, so that no sanitizer's runtime
+// has to be loaded into the Python that runs the tests.
 struct SanitizedAccess {
     const char* file;
     uint32_t line, column;
