@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #define BRFT_DEVICE __device__ __forceinline__
+#define BRFT_NO_UNROLL _Pragma("unroll 1")
 
 namespace bandit_rft::cuda {
 
@@ -51,14 +52,35 @@ template <class T>
 BRFT_DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+BRFT_DEVICE bool any_in_warp(bool condition) { return __any_sync(0xFFFFFFFFu, condition); }
+// The value that every lane of the warp has, in a register that the warp shares: what is made of it once stays there.
+BRFT_DEVICE uint32_t warp_uniform(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }
 template <class T>
 BRFT_DEVICE T shuffle_up(T value, int distance) {
     return __shfl_up_sync(0xFFFFFFFFu, value, unsigned(distance));
 }
 
-BRFT_DEVICE float log_approximate(float x) { return __logf(x); }
-BRFT_DEVICE uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-BRFT_DEVICE uint16_t f16_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+// 16 bytes in one instruction, to be evicted first: nobody reads them again soon.
+BRFT_DEVICE void store_streaming(uint4* to, const uint4& value) { __stcs(to, value); }
+
+// 2^x to within 2 units in the last place, in one instruction; results below 2^-126 are 0.
+BRFT_DEVICE float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+BRFT_DEVICE uint32_t bf16_pair(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+BRFT_DEVICE uint32_t f16_pair(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
 BRFT_DEVICE float from_f16_bits(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 }  // namespace bandit_rft::cuda

@@ -22,22 +22,22 @@ struct Limits {
 // even eight blocks cannot hold the row (or before sm_90 one), the rest is read again, latest first, from L2 as far as
 // it is there. `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
 inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, const Limits& limits) {
-    const int per_vector = 16 / width;
-    const int64_t vectors = (vocabulary + per_vector - 1) / per_vector + 1;  // one more where the row starts inside one
-    const int64_t half = (limits.shared_per_sm / 2 - 1024 - header) / 16,
-                  full = (limits.shared_per_block - header) / 16;
+    // A row may start up to 32 bytes, less one logit, after an aligned address.
+    const int64_t spans = (vocabulary + 32 / width - 1 + kSpan - 1) / kSpan;
+    const int64_t half = std::max(0, (limits.shared_per_sm / 2 - 1024 - header) / (kSpan * width)),
+                  full = std::max(0, (limits.shared_per_block - header) / (kSpan * width));
     int64_t blocks = 1;
     if (passes > 1 && limits.major >= 9) {
-        while (blocks < kMaxCluster && (vectors + blocks - 1) / blocks > half) blocks *= 2;
-        if (alone && (vectors + blocks - 1) / blocks > full) blocks = 1;
+        while (blocks < kMaxCluster && (spans + blocks - 1) / blocks > half) blocks *= 2;
+        if (alone && (spans + blocks - 1) / blocks > full) blocks = 1;
     }
     RowPlan plan;
-    const int64_t share = (vectors + blocks - 1) / blocks;
+    const int64_t share = (spans + blocks - 1) / blocks;
     plan.blocks = int(blocks);
     plan.share = int(share);
-    plan.cached = passes > 1 ? int(std::max<int64_t>(0, std::min(share, share <= half ? half : full))) : 0;
-    plan.threads = int(std::min<int64_t>(limits.max_threads, std::max<int64_t>(32, (share + 127) / 128 * 32)));
-    plan.shared_bytes = header + 16 * plan.cached;
+    plan.cached = passes > 1 ? int(std::min(share, share <= half ? half : full)) : 0;
+    plan.threads = int(std::min<int64_t>(limits.max_threads, share * 32));
+    plan.shared_bytes = header + kSpan * width * plan.cached;
     return plan;
 }
 

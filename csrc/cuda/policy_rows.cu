@@ -1,11 +1,12 @@
 // Rows of logits on a GPU: log-probability and entropy, and dL/dlogits written over the logits.
 //
-//   pass 1   (m, s, t) of each thread's vectors, merged over warps, blocks and the cluster     -> lse, logp, entropy
-//   pass 2   dz_j = p_j (-c + e (log p_j + entropy)) + c [j = target]                          -> over the logits
+//   pass 1   (m, s, t) of each lane's logits, merged over warps, blocks and the cluster        -> lse, logp, entropy
+//   pass 2   dz_j = 2^(y_j - M) (a + b (y_j - M)), p_j being 2^(y_j - M) / s                   -> over the logits
+//            a = chain (-c - e ln2 E[y - M]) / s, b = chain e ln2 / s, chain = dz / dlogit; the target's is stored last
 //
 // Never in memory: probabilities, or anything of the row's length but the row. On sm_90 and later a row is read from
 // global memory once and written once: in between a cluster of up to eight blocks holds it in shared memory (V =
-// 151,936 in float32 is 74 KiB a block, two blocks a multiprocessor; up to 464,000 logits fit with one). Before sm_90 a
+// 151,936 in float32 is 76 KiB a block, two blocks a multiprocessor; up to 450,000 logits fit with one). Before sm_90 a
 // block holds the first 160 KiB (sm_80) of the row; the rest is read a second time, latest first: from L2 where it is
 // still there. float32 a thread, double across threads; p_target - 1 is formed as expm1(logp), without cancellation.
 #include "launch.h"
@@ -25,118 +26,152 @@ struct PolicyArguments {
     float *logprobs, *entropy;
 };
 
-BRFT_DEVICE void write_statistics(const PolicyArguments& a, int64_t index, float logp, float entropy, int rank) {
-    if (threadIdx.x == 0 && rank == 0) {
-        a.logprobs[index] = logp;
-        a.entropy[index] = entropy;
-    }
+struct alignas(16) PolicyShared {
+    SharedStates states;
+    struct {
+        float top, constant, slope, at_target;  // M, a, b, and dz of the target
+        float unit;                             // z times this is tanh(...): temperature / softcap, 0 without
+    } row;
+};
+static_assert(sizeof(PolicyShared) % 16 == 0);
+
+BRFT_DEVICE bool has_target(const PolicyArguments& a, int64_t index) {
+    return uint64_t(a.targets[index]) < uint64_t(a.rows.vocabulary);
 }
 
-template <class In>
+template <class In, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, 2) score(PolicyArguments a) {
     auto* states = reinterpret_cast<SharedStates*>(shared_memory());
     cluster_arrive();
     const int64_t index = blockIdx.x;
-    const RowShare<In> share(a.rows, a.plan, index, 0, nullptr);
-    const int64_t target = a.targets[index];
-    const bool exists = uint64_t(target) < uint64_t(a.rows.vocabulary);
-    SoftmaxState<float> own;
-    share.template each<true>([&](int, const float* z) { add_to_state<RowShare<In>::kWidth>(own, z); });
-    const auto state = merged_over_cluster(own, states, 1, 0);
-    const float z_target = exists ? share.scale(In::widen(share.row[target])) : NAN;
-    write_statistics(a, index, row_logprob(state, z_target), row_entropy(state), 0);
+    const RowShare<In, kPlain> share(a.rows, a.plan, index, 0, nullptr);
+    const float k = share.scale.k;
+    ThreadState own;
+    share.template each<Pass::only>([&](int, const float* v) {
+        float x[kLogits];
+        add_to_state(own, v, k, x);
+    });
+    share_state(own, k, states, 1, 0);
+    if (share.warp > 0) return;
+    const RowSoftmax softmax(whole_state(states, k, share.warps), share.scale);
+    if (share.lane > 0) return;
+    a.logprobs[index] = has_target(a, index) ? softmax.logprob(share.v_of(a.targets[index])) : NAN;
+    a.entropy[index] = softmax.entropy();
 }
 
-template <class In, class Out>
+// dL/dlogp and -dL/dentropy of a row.
+struct Coefficients {
+    float c, e;
+
+    BRFT_DEVICE Coefficients(const PolicyInputs& in, int64_t index, float logp) {
+        if (in.objective.kind == ObjectiveKind::given) {
+            c = in.given_logprob[index];
+            e = in.given_entropy ? -in.given_entropy[index] : 0.0f;
+        } else {
+            const float ratio = in.behavior ? expf(logp - in.behavior[index]) : 1.0f;
+            c = token_coefficient(in.objective, logp, ratio, in.advantages[index], in.weights[index],
+                                  in.reference ? in.reference[index] : 0.0f);
+            e = in.objective.entropy_coef * in.weights[index];
+        }
+    }
+};
+
+template <class In, class Out, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments a) {
-    using Share = RowShare<In>;
-    constexpr int kWidth = Share::kWidth;
-    auto* states = reinterpret_cast<SharedStates*>(shared_memory());
+    using Stored = typename Out::Stored;
+    constexpr int kVector = 16 / int(sizeof(Stored));  // In is never narrower than Out
+    using Share = RowShare<In, kPlain, kVector>;
+    auto* shared = reinterpret_cast<PolicyShared*>(shared_memory());
     cluster_arrive();
     const int64_t index = int64_t(blockIdx.x) / a.plan.blocks;
     const int rank = int(blockIdx.x) % a.plan.blocks;
-    const Share share(a.rows, a.plan, index, rank, states + 1);
-    const int64_t target = a.targets[index];
-    const bool exists = uint64_t(target) < uint64_t(a.rows.vocabulary);
-    const float z_target = exists ? share.scale(In::widen(share.row[target])) : NAN;  // before it is written over
-    SoftmaxState<float> own;
-    share.template each<true>([&](int, const float* z) { add_to_state<kWidth>(own, z); });
-    const auto state = merged_over_cluster(own, states, a.plan.blocks, rank);
-
-    const float logp_target = row_logprob(state, z_target), entropy = row_entropy(state);
-    write_statistics(a, index, logp_target, entropy, rank);
-    float c, e;  // dL/dlogp, and -dL/dentropy
-    if (a.in.objective.kind == ObjectiveKind::given) {
-        c = a.in.given_logprob[index];
-        e = a.in.given_entropy ? -a.in.given_entropy[index] : 0.0f;
-    } else {
-        const float ratio = a.in.behavior ? expf(logp_target - a.in.behavior[index]) : 1.0f;
-        c = token_coefficient(a.in.objective, logp_target, ratio, a.in.advantages[index], a.in.weights[index],
-                              a.in.reference ? a.in.reference[index] : 0.0f);
-        e = a.in.objective.entropy_coef * a.in.weights[index];
-    }
-    if (!exists) c = NAN;  // must be seen, not taken for a gradient
-    const float m = state.m, log_s = float(log(state.s));
-    const float chain = a.rows.scaling.logit_scale / share.scale.temperature;
-    const float constant = (-c + e * entropy) * chain, slope = e * chain;
-    const float cap = a.rows.scaling.softcap, unit = cap != 0.0f ? share.scale.temperature / cap : 0.0f;
-    float at_target = (-c * expm1f(logp_target) + e * expf(logp_target) * (logp_target + entropy)) * chain;
-    if (cap != 0.0f) at_target *= 1.0f - (z_target * unit) * (z_target * unit);
-
-    auto* out = static_cast<typename Out::Stored*>(a.gradient) + index * a.gradient_stride;
-    constexpr int kOutBytes = kWidth * int(sizeof(typename Out::Stored));
-    const bool aligned = reinterpret_cast<uintptr_t>(out - share.shift) % kOutBytes == 0;
-    const int tile = Share::kUnroll * int(blockDim.x);
-    for (int start = (share.count - 1) / tile * tile; start >= 0 && share.count > 0; start -= tile) {
-        uint4 raw[Share::kUnroll];
-        BRFT_UNROLL
-        for (int u = 0; u < Share::kUnroll; ++u) {
-            const int i = start + u * int(blockDim.x) + int(threadIdx.x);
-            if (i < share.count) raw[u] = share.load_cached(i);
+    const Share share(a.rows, a.plan, index, rank, after_header(shared));
+    const float k = share.scale.k;
+    const float logit =
+        has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
+    ThreadState own;
+    share.template each<Pass::first>([&](int, const float* v) {
+        float x[kLogits];
+        add_to_state(own, v, k, x);
+    });
+    share_state(own, k, &shared->states, a.plan.blocks, rank);
+    if (share.warp == 0) {  // a row's own numbers cost more than a span: one warp finds them for its block
+        const RowSoftmax softmax(whole_state(&shared->states, k, a.plan.blocks * share.warps), share.scale);
+        const float v = share.scale.value(logit), logp = softmax.logprob(v), entropy = softmax.entropy();
+        Coefficients of(a.in, index, logp);
+        if (!has_target(a, index)) of.c = NAN;  // must be seen, not taken for a gradient
+        const double chain = double(a.rows.scaling.logit_scale) / double(share.scale.temperature);
+        const double slope = double(of.e) * kLn2 / softmax.s * chain;
+        float at_target = (-of.c * expm1f(logp) + of.e * expf(logp) * (logp + entropy)) * float(chain);
+        const float cap = a.rows.scaling.softcap, unit = cap == 0.0f ? 0.0f : share.scale.temperature / cap;
+        if (unit != 0.0f) at_target *= 1.0f - (v * unit) * (v * unit);
+        if (share.lane == 0) {
+            shared->row = {softmax.top, float(double(-of.c) / softmax.s * chain - slope * softmax.mean), float(slope),
+                           at_target, unit};
+            if (rank == 0) {
+                a.logprobs[index] = logp;
+                a.entropy[index] = entropy;
+            }
         }
+    }
+    block_barrier();
+    const auto term = shared->row;
+
+    Stored* const start = static_cast<Stored*>(a.gradient) + index * a.gradient_stride + share.column(0);
+    const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0;
+    BRFT_NO_UNROLL
+    for (int base = (share.count - 1) / share.warps * share.warps; base >= 0; base -= share.warps) {
+        const int i = base + share.warp;
+        typename Share::Raw raw;
+        if (i < share.count) raw = share.load_kept(i);
         if (a.overlaid) block_barrier();
+        if (i >= share.count) continue;
+        float v[kLogits], g[kLogits];
+        share.values(i, raw, v);
         BRFT_UNROLL
-        for (int u = 0; u < Share::kUnroll; ++u) {
-            const int i = start + u * int(blockDim.x) + int(threadIdx.x);
-            if (i >= share.count) continue;
-            float z[kWidth];
-            share.scaled(i, raw[u], z);
-            const int64_t column = share.column(i);
-            typename Out::Stored dz[kWidth];
+        for (int l = 0; l < kLogits; ++l) {
+            const float y = fmaxf(fmaf(v[l], k, -term.top), kExponentFloor);
+            g[l] = exp2_approximate(y) * fmaf(term.slope, y, term.constant);
+            if constexpr (!kPlain) g[l] *= term.unit == 0.0f ? 1.0f : 1.0f - (v[l] * term.unit) * (v[l] * term.unit);
+        }
+        Stored* to = start + int64_t(i) * kSpan;
+        if (aligned && share.edgeless(i)) {
             BRFT_UNROLL
-            for (int l = 0; l < kWidth; ++l) {
-                const float logp = exp_domain((z[l] - m) - log_s);
-                float g = expf(logp) * (slope == 0.0f ? constant : constant + slope * logp);
-                if (cap != 0.0f) g *= 1.0f - (z[l] * unit) * (z[l] * unit);
-                if (column + l == target) g = at_target;
-                dz[l] = Out::narrow(g);
-            }
-            if (aligned && share.whole(i)) {
-                if constexpr (kOutBytes == 16) {
-                    uint4 packed;
-                    memcpy(&packed, dz, 16);
-                    *reinterpret_cast<uint4*>(out + column) = packed;
-                } else {
-                    uint2 packed;
-                    memcpy(&packed, dz, 8);
-                    *reinterpret_cast<uint2*>(out + column) = packed;
-                }
-            } else {
-                for (int l = 0; l < kWidth; ++l)
-                    if (share.inside(i, l)) out[column + l] = dz[l];
-            }
+            for (int l = 0; l < kLogits; l += kVector)
+                store_streaming(reinterpret_cast<uint4*>(to + Share::offset(l)), Out::pack(g + l));
+        } else {
+            const auto extent = share.extent(i);
+            BRFT_UNROLL
+            for (int l = 0; l < kLogits; ++l)
+                if (extent.inside(l)) to[Share::offset(l)] = Out::narrow(g[l]);
         }
     }
+    if (has_target(a, index) && share.owns(a.targets[index]))
+        start[a.targets[index] - share.column(0)] = Out::narrow(term.at_target);
 }
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {
     PolicyArguments a{};
-    a.rows = {logits.data,    logits.count,       logits.vocabulary,  logits.stride,
-              logits.scaling, logits.temperature, logits.temperatures};
+    a.rows = {logits.data,         logits.count,   logits.vocabulary,
+              logits.stride,       logits.scaling, logits.temperature,
+              logits.temperatures, 0.0f,           0.0f};
     a.targets = targets;
     a.logprobs = logprobs;
     a.entropy = entropy;
     return a;
+}
+
+template <bool kPlain>
+auto* score_for(DType in) {
+    return in == DType::f32 ? score<F32, kPlain> : in == DType::bf16 ? score<Bf16, kPlain> : score<F16, kPlain>;
+}
+template <bool kPlain>
+auto* differentiate_for(DType in, DType out) {
+    if (in == DType::f32)
+        return out == DType::f32    ? differentiate<F32, F32, kPlain>
+               : out == DType::bf16 ? differentiate<F32, Bf16, kPlain>
+                                    : differentiate<F32, F16, kPlain>;
+    return out == DType::bf16 ? differentiate<Bf16, Bf16, kPlain> : differentiate<F16, F16, kPlain>;
 }
 
 int width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -156,7 +191,7 @@ std::string refusal(int device) {
     try {
         const OnDevice on(device);
         cudaFuncAttributes found;
-        const cudaError_t status = cudaFuncGetAttributes(&found, score<F32>);
+        const cudaError_t status = cudaFuncGetAttributes(&found, score<F32, true>);
         if (status == cudaSuccess) return "";
         cudaGetLastError();  // not for the next caller to find
         int major = 0, minor = 0;
@@ -179,9 +214,10 @@ void logprob_rows(const Logits& logits, const int64_t* targets, float* logprobs,
     require_grid(logits.count);
     const OnDevice on(where.device);
     PolicyArguments a = arguments_of(logits, targets, logprobs, entropy);
-    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), int(sizeof(SharedStates)), 1, false, on.limits());
-    auto* kernel = logits.dtype == DType::f32 ? score<F32> : logits.dtype == DType::bf16 ? score<Bf16> : score<F16>;
-    launch(kernel, a.plan, logits.count, where.stream, a);
+    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), kHeaderBytes<SharedStates>, 1, false, on.limits());
+    const bool plain = set_scaling(a.rows, true);
+    launch(plain ? score_for<true>(logits.dtype) : score_for<false>(logits.dtype), a.plan, logits.count, where.stream,
+           a);
 }
 
 void policy_rows(const Logits& logits, const int64_t* targets, const PolicyInputs& in, const Gradient& gradient,
@@ -210,16 +246,11 @@ void policy_rows(const Logits& logits, const int64_t* targets, const PolicyInput
     if (logits.count == 0) return;
     require_grid(logits.count);
     const OnDevice on(where.device);
-    a.plan = plan_rows(logits.vocabulary, int(width), int(sizeof(SharedStates)), 2, overlay, on.limits());
+    a.plan = plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, on.limits());
     a.overlaid = overlay && a.plan.cached < a.plan.share;
-    void (*kernel)(PolicyArguments);
-    if (logits.dtype == DType::f32)
-        kernel = out == DType::f32    ? differentiate<F32, F32>
-                 : out == DType::bf16 ? differentiate<F32, Bf16>
-                                      : differentiate<F32, F16>;
-    else
-        kernel = out == DType::bf16 ? differentiate<Bf16, Bf16> : differentiate<F16, F16>;
-    launch(kernel, a.plan, logits.count, where.stream, a);
+    const bool plain = set_scaling(a.rows, true);
+    launch(plain ? differentiate_for<true>(logits.dtype, out) : differentiate_for<false>(logits.dtype, out), a.plan,
+           logits.count, where.stream, a);
 }
 
 }  // namespace bandit_rft::cuda

@@ -1,7 +1,13 @@
-// One row of logits spread over the threads of a block, or of a cluster of blocks, in 16-byte vectors.
+// One row of logits spread over the warps of a block, or of a cluster of blocks.
 //
-// Vectors lie on 16-byte addresses whatever the row's own address; the first and the last of a row may be partial. Each
-// thread owns the same vectors in every pass, so what it leaves in shared memory or writes in place needs no barrier.
+//   y_j = k v_j      the exponent in base 2, one multiply-add from what is loaded
+//   plain            v = logit, k = log2(e) logit_scale / temperature (no softcap, one temperature, k > 0)
+//   general          v = z = softcap tanh(logit_scale logit / softcap) / temperature, k = log2(e)
+//   state (m, s, t)  m = max v, M = fl(k m), s = sum 2^(y - M), t = sum (y - M) 2^(y - M)
+//
+// A row is cut into spans of 512 logits on aligned addresses: a warp takes one at a time, 16 logits a lane, in 16-byte
+// loads whose offsets are constants. Only a span over the row's edge looks at columns; what it has outside is -inf. A
+// warp owns the same spans in every pass, so what it leaves in shared memory or writes in place needs no barrier.
 #pragma once
 
 #include "../row_math.h"
@@ -10,54 +16,53 @@
 namespace bandit_rft::cuda {
 
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32, kMaxCluster = 8;
-constexpr float kExpFloor = -104.0f;  // exp is exactly 0 from here on down, and 0 * kExpFloor is no NaN
+constexpr int kLogits = 16, kSpan = 32 * kLogits;  // of a lane and of a warp at a time
+constexpr float kNoLogit = -1e30f;  // stands for -inf as a maximum: -inf - (-inf) would be NaN, and k * this is finite
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// exp2_approximate is exactly 0 below -126, and 0 * -inf would be NaN.
+constexpr float kExponentFloor = -128.0f;
 
 struct F32 {
     using Stored = float;
+    static constexpr uint32_t kMinusInfinity = 0xFF800000u;
     BRFT_DEVICE static float widen(float x) { return x; }
     BRFT_DEVICE static float narrow(float x) { return x; }
+    BRFT_DEVICE static uint4 pack(const float* x) {
+        uint4 packed;
+        memcpy(&packed, x, 16);
+        return packed;
+    }
 };
 struct Bf16 {
     using Stored = uint16_t;
+    static constexpr uint16_t kMinusInfinity = 0xFF80u;
     BRFT_DEVICE static float widen(uint16_t x) {
         const uint32_t bits = uint32_t(x) << 16;
         float value;
         memcpy(&value, &bits, 4);
         return value;
     }
-    BRFT_DEVICE static uint16_t narrow(float x) { return bf16_bits(x); }
+    BRFT_DEVICE static uint16_t narrow(float x) { return uint16_t(bf16_pair(x, x)); }
+    BRFT_DEVICE static uint4 pack(const float* x) {
+        return {bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7])};
+    }
 };
 struct F16 {
     using Stored = uint16_t;
+    static constexpr uint16_t kMinusInfinity = 0xFC00u;
     BRFT_DEVICE static float widen(uint16_t x) { return from_f16_bits(x); }
-    BRFT_DEVICE static uint16_t narrow(float x) { return f16_bits(x); }
-};
-
-// Logits as they are to z = softcap * tanh(logit_scale * x / softcap) / temperature.
-struct RowScaling {
-    Scaling scaling;
-    float temperature, reciprocal;
-
-    BRFT_DEVICE RowScaling(const Scaling& s, float t) : scaling(s), temperature(t), reciprocal(1.0f / t) {}
-    BRFT_DEVICE float operator()(float x) const {
-        float z = x;
-        if (scaling.logit_scale != 1.0f) z *= scaling.logit_scale;
-        if (scaling.softcap != 0.0f) z = scaling.softcap * tanhf(z / scaling.softcap);
-        if (temperature != 1.0f) {
-            // z / temperature, rounded once: an approximate quotient and its exact remainder. An infinity has none.
-            const float q = z * reciprocal, exact = fmaf(fmaf(-q, temperature, z), reciprocal, q);
-            z = fabsf(q) <= 3.402823466e+38f ? exact : q;
-        }
-        return z;
+    BRFT_DEVICE static uint16_t narrow(float x) { return uint16_t(f16_pair(x, x)); }
+    BRFT_DEVICE static uint4 pack(const float* x) {
+        return {f16_pair(x[0], x[1]), f16_pair(x[2], x[3]), f16_pair(x[4], x[5]), f16_pair(x[6], x[7])};
     }
 };
 
-// What the launch decides about rows of one shape.
+// What the launch decides about rows of one shape; a block's share of a row is counted in spans.
 struct RowPlan {
     int blocks;   // of a cluster, on one row
     int threads;  // of a block
-    int cached;   // vectors of a block's share that its shared memory holds
-    int share;    // vectors of a block's share
+    int cached;   // spans of a block's share that its shared memory holds
+    int share;    // spans of a block's share
     int shared_bytes;
 };
 
@@ -67,123 +72,218 @@ struct Rows {
     Scaling scaling;
     float temperature;
     const float* temperatures;  // [count], or null for the one above
+    float k, k_error;           // k as it is rounded, and (what it stands for) / k - 1
 };
 
-template <class In>
+// Whether the plain template serves (if it is `wanted`), and k for it or for the general one.
+inline bool set_scaling(Rows& rows, bool wanted) {
+    const double k = kLog2E * double(rows.scaling.logit_scale) / double(rows.temperature);
+    // Beyond these bounds k * kNoLogit overflows or vanishes.
+    const bool plain = wanted && rows.scaling.softcap == 0.0f && !rows.temperatures && k > 1e-7 && k < 1e7;
+    rows.k = float(plain ? k : kLog2E);
+    rows.k_error = float((plain ? k : kLog2E) / double(rows.k) - 1.0);
+    return plain;
+}
+
+template <bool kPlain>
+struct RowScaling {
+    Scaling scaling;
+    float temperature, reciprocal, k, k_error;
+
+    BRFT_DEVICE RowScaling(const Rows& rows, int64_t index)
+        : scaling(rows.scaling),
+          temperature(rows.temperatures ? rows.temperatures[index] : rows.temperature),
+          reciprocal(1.0f / temperature),
+          k(rows.k),
+          k_error(rows.k_error) {}
+
+    BRFT_DEVICE float z_of_logit(float x) const {
+        float z = x;
+        if (scaling.logit_scale != 1.0f) z *= scaling.logit_scale;
+        if (!kPlain && scaling.softcap != 0.0f) z = scaling.softcap * tanhf(z / scaling.softcap);
+        if (temperature != 1.0f) {
+            // z / temperature, rounded once: an approximate quotient and its exact remainder. An infinity has none.
+            const float q = z * reciprocal, exact = fmaf(fmaf(-q, temperature, z), reciprocal, q);
+            z = fabsf(q) <= 3.402823466e+38f ? exact : q;
+        }
+        return z;
+    }
+    BRFT_DEVICE float value(float x) const { return kPlain ? x : z_of_logit(x); }  // v
+};
+
+enum class Pass { only, first, again };  // the first leaves in shared memory what the next ones read
+
+// A block's spans of one row. kVector logits that a lane has side by side, so that they are 16 bytes as they come or as
+// they go, whichever is more logits.
+template <class In, bool kPlain, int kVector = 16 / int(sizeof(typename In::Stored))>
 struct RowShare {
     using Stored = typename In::Stored;
-    static constexpr int kWidth = 16 / int(sizeof(Stored));
-    static constexpr int kUnroll = 16 / kWidth;  // vectors of a thread in flight: 16 logits
+    static constexpr int kParts = int(sizeof(Stored));            // 16-byte loads of a lane
+    static constexpr int kPartsOfVector = kVector * kParts / 16;  // side by side; the next are 32 vectors on
+    static constexpr int kStep = 32 * kVector;                    // logits from one vector of a lane to its next
 
-    const Stored* row;
+    struct Raw {
+        uint4 part[kParts];
+    };
+
+    const Stored *row, *start;  // of the row; of this lane's part of the block's first span
     int64_t vocabulary;
-    int shift, rank, first, count, cached;
+    int lane, warp, warps, shift, first, count, cached;
+    int inner, inner_count;  // the first span without an edge, and how many there are
     uint4* cache;
-    RowScaling scale;
+    RowScaling<kPlain> scale;
 
-    BRFT_DEVICE RowShare(const Rows& rows, const RowPlan& plan, int64_t index, int block_rank, void* cache_memory)
+    BRFT_DEVICE RowShare(const Rows& rows, const RowPlan& plan, int64_t index, int rank, uint4* cache_memory)
         : row(static_cast<const Stored*>(rows.logits) + index * rows.stride),
           vocabulary(rows.vocabulary),
-          shift(int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(Stored))),
-          rank(block_rank),
+          lane(int(threadIdx.x) % 32),
+          warp(int(threadIdx.x) / 32),
+          warps(int(blockDim.x) / 32),
+          shift(int(reinterpret_cast<uintptr_t>(row) % (kVector * sizeof(Stored)) / sizeof(Stored))),
           cached(plan.cached),
-          cache(static_cast<uint4*>(cache_memory)),
-          scale(rows.scaling, rows.temperatures ? rows.temperatures[index] : rows.temperature) {
-        const int vectors = int((vocabulary + shift + kWidth - 1) / kWidth);
-        first = rank * plan.share < vectors ? rank * plan.share : vectors;
-        count = vectors - first < plan.share ? vectors - first : plan.share;
+          cache(cache_memory + lane),
+          scale(rows, index) {
+        const int spans = int((vocabulary + shift + kSpan - 1) / kSpan);
+        first = rank * plan.share < spans ? rank * plan.share : spans;
+        count = spans - first < plan.share ? spans - first : plan.share;
+        start = row + column(0);
+        inner = shift > 0 && first == 0 ? 1 : 0;
+        const int whole = int((vocabulary + shift) / kSpan) - first;  // from the share's first on
+        inner_count = (whole < count ? whole : count) - inner;
+        if (inner_count < 0) inner_count = 0;
     }
 
-    BRFT_DEVICE int64_t column(int i) const { return int64_t(first + i) * kWidth - shift; }
-    BRFT_DEVICE bool whole(int i) const { return column(i) >= 0 && column(i) + kWidth <= vocabulary; }
-    BRFT_DEVICE bool inside(int i, int lane) const {
-        return uint64_t(column(i) + lane) < uint64_t(vocabulary);  // a negative column is a huge one
+    // The column of the first logit that this lane has of span i; its others are in kLogits / kVector vectors of
+    // neighbours, each kStep after the one before.
+    BRFT_DEVICE int64_t column(int i) const { return int64_t(first + i) * kSpan + lane * kVector - shift; }
+    BRFT_DEVICE static constexpr int offset(int l) { return l / kVector * kStep + l % kVector; }
+    BRFT_DEVICE bool edgeless(int i) const { return unsigned(i - inner) < unsigned(inner_count); }
+    // Whether this thread is the one that has logit `c`.
+    BRFT_DEVICE bool owns(int64_t c) const {
+        const int64_t at = c + shift, i = at / kSpan - first;
+        return i >= 0 && i < count && int(i) % warps == warp && int(at % kSpan) / kVector % 32 == lane;
     }
 
-    BRFT_DEVICE uint4 load(int i) const {
-        if (whole(i)) return *reinterpret_cast<const uint4*>(row + column(i));
-        Stored parts[kWidth];
-        for (int l = 0; l < kWidth; ++l) parts[l] = inside(i, l) ? row[column(i) + l] : Stored(0);
-        uint4 raw;
-        memcpy(&raw, parts, 16);
+    BRFT_DEVICE float v_of(int64_t c) const { return scale.value(In::widen(row[c])); }
+    BRFT_DEVICE float z_of(int64_t c) const { return scale.z_of_logit(In::widen(row[c])); }
+
+    // Which of a lane's logits of a span are the row's: inside(l).
+    struct Extent {
+        int before, logits;  // from the row's first logit, and past its last, to this lane's first
+
+        BRFT_DEVICE bool inside(int l) const { return unsigned(offset(l) - before) < unsigned(logits); }
+    };
+    BRFT_DEVICE Extent extent(int i) const {
+        const int64_t c = column(i), left = vocabulary - c;
+        const int before = c < 0 ? int(-c) : 0;
+        return {before, (left < kSpan ? left < 0 ? 0 : int(left) : kSpan) - before};
+    }
+
+    BRFT_DEVICE Raw load(int i) const {
+        const Stored* from = start + int64_t(i) * kSpan;
+        Raw raw;
+        if (edgeless(i)) {
+            const uint4* parts = reinterpret_cast<const uint4*>(from);
+            BRFT_UNROLL
+            for (int p = 0; p < kParts; ++p)
+                raw.part[p] = parts[p / kPartsOfVector * 32 * kPartsOfVector + p % kPartsOfVector];
+        } else {
+            Stored parts[kLogits];
+            const Extent extent = this->extent(i);
+            BRFT_UNROLL
+            for (int l = 0; l < kLogits; ++l) {
+                const auto outside = In::kMinusInfinity;
+                memcpy(&parts[l], &outside, sizeof(Stored));
+                if (extent.inside(l)) parts[l] = from[offset(l)];
+            }
+            memcpy(&raw, parts, sizeof(raw));
+        }
         return raw;
     }
-    BRFT_DEVICE uint4 load_cached(int i) const { return i < cached ? cache[i] : load(i); }
-
-    BRFT_DEVICE void scaled(int i, const uint4& raw, float* z) const {
-        Stored parts[kWidth];
-        memcpy(parts, &raw, 16);
+    BRFT_DEVICE void keep(int i, const Raw& raw) const {
         BRFT_UNROLL
-        for (int l = 0; l < kWidth; ++l) z[l] = scale(In::widen(parts[l]));
-        if (!whole(i))
-            for (int l = 0; l < kWidth; ++l)
-                if (!inside(i, l)) z[l] = -INFINITY;
+        for (int p = 0; p < kParts; ++p) cache[(i * kParts + p) * 32] = raw.part[p];
+    }
+    BRFT_DEVICE Raw load_kept(int i) const {
+        if (i >= cached) return load(i);
+        Raw raw;
+        BRFT_UNROLL
+        for (int p = 0; p < kParts; ++p) raw.part[p] = cache[(i * kParts + p) * 32];
+        return raw;
     }
 
-    // visit(i, z): kUnroll vectors are loaded before the first is looked at. Fills the cache on the first pass.
-    template <bool kFirstPass, class Visit>
+    BRFT_DEVICE void values(int i, const Raw& raw, float* v) const {
+        Stored parts[kLogits];
+        memcpy(parts, &raw, sizeof(raw));
+        BRFT_UNROLL
+        for (int l = 0; l < kLogits; ++l) v[l] = scale.value(In::widen(parts[l]));
+        if constexpr (!kPlain) {
+            if (!edgeless(i)) {
+                const Extent extent = this->extent(i);
+                BRFT_UNROLL
+                for (int l = 0; l < kLogits; ++l)
+                    if (!extent.inside(l)) v[l] = -INFINITY;
+            }
+        }
+    }
+
+    // visit(i, v) for every span of this warp, all its lanes together.
+    template <Pass kPass, class Visit>
     BRFT_DEVICE void each(const Visit& visit) const {
-        for (int base = int(threadIdx.x); base < count; base += kUnroll * int(blockDim.x)) {
-            uint4 raw[kUnroll];
-            BRFT_UNROLL
-            for (int u = 0; u < kUnroll; ++u) {
-                const int i = base + u * int(blockDim.x);
-                if (i < count) raw[u] = kFirstPass ? load(i) : load_cached(i);
-            }
-            BRFT_UNROLL
-            for (int u = 0; u < kUnroll; ++u) {
-                const int i = base + u * int(blockDim.x);
-                if (i < count) {
-                    if (kFirstPass && i < cached) cache[i] = raw[u];
-                    float z[kWidth];
-                    scaled(i, raw[u], z);
-                    visit(i, z);
-                }
-            }
+        BRFT_NO_UNROLL
+        for (int i = warp; i < count; i += warps) {
+            const Raw raw = kPass == Pass::again ? load_kept(i) : load(i);
+            if (kPass == Pass::first && i < cached) keep(i, raw);
+            float v[kLogits];
+            values(i, raw, v);
+            visit(i, v);
         }
     }
 };
 
-BRFT_DEVICE float exp_domain(float d) { return d < kExpFloor ? kExpFloor : d; }  // a NaN stays
+struct ThreadState {
+    float m = kNoLogit, s = 0.0f, t = 0.0f;
+};
 
-// Adds the logits z of one vector to a thread's state.
-template <int kWidth>
-BRFT_DEVICE void add_to_state(SoftmaxState<float>& state, const float* z) {
+// Adds a lane's logits v to its state. x: 2^(y - M) of each, by the state's new maximum.
+BRFT_DEVICE void add_to_state(ThreadState& state, const float* v, float k, float* x) {
     float m = state.m;
     BRFT_UNROLL
-    for (int l = 0; l < kWidth; ++l) m = z[l] > m ? z[l] : m;
-    if (m > state.m) {
-        const float d = exp_domain(state.m - m), w = expf(d);
-        state.t = (state.t + d * state.s) * w;
-        state.s *= w;
-        state.m = m;
-    }
+    for (int l = 0; l < kLogits; ++l) m = fmaxf(m, v[l]);
+    const float top = m * k, d = state.m * k - top, w = exp2_approximate(d);
+    float s[2] = {0.0f, 0.0f}, t[2] = {0.0f, 0.0f};
     BRFT_UNROLL
-    for (int l = 0; l < kWidth; ++l) {
-        const float d = exp_domain(z[l] - m), x = expf(d);
-        state.s += x;
-        state.t += x * d;
+    for (int l = 0; l < kLogits; ++l) {
+        const float y = fmaf(v[l], k, -top);
+        x[l] = exp2_approximate(y);
+        s[l % 2] += x[l];
+        t[l % 2] = fmaf(x[l], fmaxf(y, kExponentFloor), t[l % 2]);
     }
+    state.t = fmaf(fmaf(d, state.s, state.t), w, t[0] + t[1]);
+    state.s = fmaf(state.s, w, s[0] + s[1]);
+    state.m = m;
 }
 
-// The state brought to a larger maximum; sums that threads add up from here on are double.
-BRFT_DEVICE SoftmaxState<double> raised(const SoftmaxState<double>& state, float m) {
-    SoftmaxState<double> out;
-    const float d = exp_domain(state.m - m);
-    const double w = double(expf(d));
-    out.m = m;
-    out.s = state.s * w;
-    out.t = (state.t + d * state.s) * w;
-    return out;
+// Sums that threads add up from here on are double.
+struct RowState {
+    float m = kNoLogit;
+    double s = 0, t = 0;
+};
+
+// The state brought to a larger maximum.
+BRFT_DEVICE RowState raised(const RowState& state, float m, float k) {
+    const float d = state.m * k - m * k;
+    const double w = double(exp2f(d));
+    return {m, state.s * w, (state.t + double(d) * state.s) * w};
 }
 
-BRFT_DEVICE SoftmaxState<double> merged_over_warp(SoftmaxState<double> state) {
-    float m = state.m;
-    for (int mask = 16; mask; mask /= 2) {
-        const float other = shuffle_xor(m, mask);
-        m = other > m ? other : m;
-    }
-    state = raised(state, m);
+BRFT_DEVICE float max_over_warp(float x) {
+    for (int mask = 16; mask; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
+
+BRFT_DEVICE RowState merged_over_warp(RowState state, float k) {
+    state = raised(state, max_over_warp(state.m), k);
     for (int mask = 16; mask; mask /= 2) {
         state.s += shuffle_xor(state.s, mask);
         state.t += shuffle_xor(state.t, mask);
@@ -191,22 +291,27 @@ BRFT_DEVICE SoftmaxState<double> merged_over_warp(SoftmaxState<double> state) {
     return state;
 }
 
+// The row's vectors begin in shared memory where a kernel's own header ends, so a header is a multiple of their size.
+template <class Header>
+constexpr int kHeaderBytes = int(sizeof(Header));
+template <class Header>
+BRFT_DEVICE uint4* after_header(Header* header) {
+    static_assert(alignof(Header) % 16 == 0 && sizeof(Header) % 16 == 0, "the row's vectors would be misaligned");
+    return reinterpret_cast<uint4*>(header + 1);
+}
+
 // Every warp's state, in the shared memory of every block of the cluster.
-struct SharedStates {
+struct alignas(16) SharedStates {
     float m[kMaxCluster * kMaxWarps];
     double s[kMaxCluster * kMaxWarps], t[kMaxCluster * kMaxWarps];
 };
+static_assert(sizeof(SharedStates) % 16 == 0);
 
-// The state of the whole row, in every thread of the cluster. Expects an open cluster_arrive (a block's shared memory
-// may be written only once that block runs), and is itself a barrier for all that was read or written before it.
-BRFT_DEVICE SoftmaxState<double> merged_over_cluster(const SoftmaxState<float>& own, SharedStates* shared, int blocks,
-                                                     int rank) {
+// Every warp's state to every block. Expects an open cluster_arrive (a block's shared memory may be written only once
+// that block runs), and is itself a barrier for all that was read or written before it.
+BRFT_DEVICE void share_state(const ThreadState& own, float k, SharedStates* shared, int blocks, int rank) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
-    SoftmaxState<double> state;
-    state.m = own.m;
-    state.s = own.s;
-    state.t = own.t;
-    state = merged_over_warp(state);
+    const RowState state = merged_over_warp({own.m, double(own.s), double(own.t)}, k);
     cluster_wait();
     if (lane < blocks) {
         SharedStates* there = in_block(shared, lane);
@@ -216,19 +321,41 @@ BRFT_DEVICE SoftmaxState<double> merged_over_cluster(const SoftmaxState<float>& 
     }
     cluster_arrive();
     cluster_wait();
-    SoftmaxState<double> all;
-    for (int i = lane; i < blocks * warps; i += 32) {
-        SoftmaxState<double> part;
-        part.m = shared->m[i];
-        part.s = shared->s[i];
-        part.t = shared->t[i];
-        const float m = all.m > part.m ? all.m : part.m;
-        const SoftmaxState<double> a = raised(all, m), b = raised(part, m);
-        all.m = m;
-        all.s = a.s + b.s;
-        all.t = a.t + b.t;
-    }
-    return merged_over_warp(all);
 }
+
+// The state of the whole row, in every lane of the warp that asks, after share_state.
+BRFT_DEVICE RowState whole_state(const SharedStates* shared, float k, int states) {
+    RowState all;
+    BRFT_NO_UNROLL
+    for (int i = int(threadIdx.x) % 32; i < states; i += 32) {
+        const float m = fmaxf(all.m, shared->m[i]);
+        const RowState a = raised(all, m, k), b = raised({shared->m[i], shared->s[i], shared->t[i]}, m, k);
+        all = {m, a.s + b.s, a.t + b.t};
+    }
+    return merged_over_warp(all, k);
+}
+
+// What is known of a row once its state is. The likeliest logit's own term is taken out of s as it was added and put
+// back exact: the log-probability of a token that is nearly certain hangs on it. The rounding of k is made good to
+// first order: d log2(s) / d log(k) = E[y].
+struct RowSoftmax {
+    float m, top;  // top: M
+    double s, mean, log2_s;
+    float k, k_error;
+
+    template <bool kPlain>
+    BRFT_DEVICE RowSoftmax(const RowState& state, const RowScaling<kPlain>& scale)
+        : m(state.m), top(state.m * scale.k), s(state.s), k(scale.k), k_error(scale.k_error) {
+        if (s > 0) s += exp2(double(m) * double(k) - double(top)) - double(exp2_approximate(fmaf(m, k, -top)));
+        mean = state.t / s;
+        log2_s = log2(s);
+    }
+
+    BRFT_DEVICE float logprob(float v) const {
+        const double y = double(v) * double(k) - double(top);
+        return float(kLn2 * (y * (1.0 + double(k_error)) - double(k_error) * mean - log2_s));
+    }
+    BRFT_DEVICE float entropy() const { return float(kLn2 * (log2_s - mean)); }
+};
 
 }  // namespace bandit_rft::cuda

@@ -17,11 +17,29 @@
 namespace bandit_rft::cuda {
 namespace {
 
+constexpr float kExpFloor = -104.0f;  // exp is exactly 0 from here on down
+
+BRFT_DEVICE float exp_domain(float d) { return d < kExpFloor ? kExpFloor : d; }  // a NaN stays
+
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 
+// A lane's best perturbed logit, and how far another must reach to be worth its exact noise.
+//
+// z + g >= best  <=>  E = -log1p(-u) <= e^(z - best) = x 2^(M - best log2(e)), and E >= u >= 2^-32 word. So a token can
+// win only if word <= x `limit`, limit = 2^(32 + M - best log2(e)), with the best of the warp: two instructions a logit
+// and no logarithm; of what passes, few, z + g decides as the reference computes it.
+//
+// The limit must not be too low by rounding. With B = |M| + |best log2(e)| + 34, which bounds |y| of whatever passes:
+// z and k are within 2^-22 |y|, y - M, best log2(e) and the limit's exponent within 2^-22 B each; logf, log1pf and the
+// sum z + g within 2^-22 B + 4e-6; 2^x is within 2^-21, word as a float and its bound at 1 - 2^-24 within 2^-22. In the
+// exponent that is below 2^-19 (|M| + |best log2(e)|) + 1e-4. Where x is 0 (y < M - 126) the logit at M, whose
+// noise is above -2.9, beats any noise (below 23.1) of this one.
 struct Winner {
     float best = -INFINITY;
     uint32_t token = 0xFFFFFFFFu;
+    float reach = -INFINITY;  // best log2(e) - 32 of the warp, less what rounding may hide
+
+    static constexpr float kRelative = 0x1p-19f, kAbsolute = 1e-4f;
 
     BRFT_DEVICE void offer(float perturbed, uint32_t id) {
         if (perturbed > best || (perturbed == best && id < token)) {
@@ -29,6 +47,11 @@ struct Winner {
             token = id;
         }
     }
+    BRFT_DEVICE void share_best() {
+        const float exponent = max_over_warp(best) * float(kLog2E);
+        reach = exponent - (32.0f + kAbsolute) - kRelative * fabsf(exponent);
+    }
+    BRFT_DEVICE float limit(float top) const { return exp2_approximate(fmaf(kRelative, fabsf(top), top - reach)); }
 };
 
 struct Drawn {  // what is left to say of a row after its one or two visits, a warp each
@@ -45,13 +68,15 @@ struct Selection {
     uint32_t digit, members;
 };
 
-struct Shared {
+struct alignas(16) Shared {
     SharedStates states;
     Drawn drawn;
 };
-struct FilterShared : Shared {
+static_assert(sizeof(Shared) % 16 == 0);
+struct alignas(16) FilterShared : Shared {
     Selection selection;
 };
+static_assert(sizeof(FilterShared) % 16 == 0);
 
 struct SampleArguments {
     Rows rows;
@@ -70,22 +95,48 @@ BRFT_DEVICE uint32_t ordered(float z) {
 }
 BRFT_DEVICE uint64_t rank_of(float z, int64_t id) { return uint64_t(ordered(z)) << 32 | uint32_t(~uint32_t(id)); }
 
-// Offers the logits z of one vector, whose first has the id `column`, to a thread's draw.
-template <int kWidth>
-BRFT_DEVICE void draw(Winner& winner, const float* z, int64_t column, const uint32_t* counter, PhiloxKey key) {
-    PhiloxWords words{};
+// The words of the four tokens from `column` on. kAligned: column is a multiple of 4, so one counter gives them.
+template <bool kAligned>
+BRFT_DEVICE PhiloxWords words_from(int64_t column, const uint32_t* counter, PhiloxKey key) {
+    const uint32_t group = uint32_t(column >> 2);
+    const PhiloxWords a = philox4x32_10(group, counter[0], counter[1], counter[2], key);
+    const int by = int(column & 3);
+    if (kAligned || by == 0) return a;
+    const PhiloxWords b = philox4x32_10(group + 1, counter[0], counter[1], counter[2], key);
+    if (by == 1) return {{a.word[1], a.word[2], a.word[3], b.word[0]}};
+    if (by == 2) return {{a.word[2], a.word[3], b.word[0], b.word[1]}};
+    return {{a.word[3], b.word[0], b.word[1], b.word[2]}};
+}
+
+template <class T>
+BRFT_DEVICE T one_of(const T* four, int j) {  // in registers: no address is taken
+    return j < 2 ? (j == 0 ? four[0] : four[1]) : (j == 2 ? four[2] : four[3]);
+}
+
+// Offers a lane's logits of span i to its draw; x = 2^(y - M), M = top, and 0 for what may not be drawn. What may win
+// is read again: that is rare, and 16 registers are free in the meantime.
+template <bool kAligned, class Share>
+BRFT_DEVICE void draw(Winner& winner, const Share& share, int i, const float* x, float top, const uint32_t* counter,
+                      PhiloxKey key) {
+    const int64_t column = share.column(i);
+    float limit = winner.limit(top);
     BRFT_UNROLL
-    for (int l = 0; l < kWidth; ++l) {
-        const int64_t id = column + l;
-        if (l == 0 || id % 4 == 0)
-            words = philox4x32_10(uint32_t(uint64_t(id) / 4), counter[0], counter[1], counter[2], key);
-        const int j = int(uint64_t(id) % 4);
-        const uint32_t word =
-            j < 2 ? (j == 0 ? words.word[0] : words.word[1]) : (j == 2 ? words.word[2] : words.word[3]);
-        // -log1p(-u) >= u, so g <= -log u: the noise itself is needed only where that bound reaches the best so far.
-        const float bound = z[l] - log_approximate(uniform_from_word(word));
-        if (bound + (1e-4f + 4e-7f * fabsf(bound)) >= winner.best && z[l] > -INFINITY)
-            winner.offer(z[l] + gumbel_from_word(word), uint32_t(id));
+    for (int q = 0; q < kLogits; q += 4) {
+        const int64_t id = column + Share::offset(q);
+        const PhiloxWords words = words_from<kAligned>(id, counter, key);
+        bool may_win = false;
+        BRFT_UNROLL
+        for (int j = 0; j < 4; ++j) may_win |= float(words.word[j]) <= x[q + j] * limit;
+        if (!any_in_warp(may_win)) continue;
+        BRFT_NO_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t word = one_of(words.word, j);
+            const float relative = one_of(x + q, j);
+            if (relative > 0.0f && float(word) <= relative * limit)
+                winner.offer(share.z_of(id + j) + gumbel_from_word(word), uint32_t(id + j));
+        }
+        winner.share_best();
+        limit = winner.limit(top);
     }
 }
 
@@ -99,11 +150,13 @@ BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64
     for (int shift = 53, bits = kDigitBits, pass = 0;; ++pass) {
         for (int b = thread; b < kBins; b += threads) s->low[b] = s->high[b] = s->count[b] = 0;
         block_barrier();
-        share.template each<false>([&](int i, const float* z) {
+        share.template each<Pass::again>([&](int i, const float* z) {
+            const int64_t column = share.column(i);
+            const auto extent = share.extent(i);
             BRFT_UNROLL
-            for (int l = 0; l < Share::kWidth; ++l) {
-                const uint64_t rank = rank_of(z[l], share.column(i) + l);
-                if (!share.inside(i, l) || rank < lowest || (pass && rank >> (shift + bits) != prefix)) continue;
+            for (int l = 0; l < kLogits; ++l) {
+                const uint64_t rank = rank_of(z[l], column + Share::offset(l));
+                if (!extent.inside(l) || rank < lowest || (pass && rank >> (shift + bits) != prefix)) continue;
                 const int digit = int(rank >> shift) & ((1 << bits) - 1);
                 uint64_t mass = 1;
                 if constexpr (kMass) {
@@ -141,6 +194,7 @@ BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64
         if (lane == 31) s->warp_weight[warp] = until;
         block_barrier();
         uint64_t total = 0;
+        BRFT_NO_UNROLL
         for (int w = 0; w < threads / 32; ++w) {
             if (w < warp) until += s->warp_weight[w];
             total += s->warp_weight[w];
@@ -180,47 +234,55 @@ BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64
     }
 }
 
-template <class In, bool kFiltered>
+template <class In, bool kFiltered, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleArguments a) {
-    using Share = RowShare<In>;
+    using Share = RowShare<In, kPlain>;
     using Memory = std::conditional_t<kFiltered, FilterShared, Shared>;
-    constexpr int kWidth = Share::kWidth;
     auto* shared = reinterpret_cast<Memory*>(shared_memory());
     cluster_arrive();
     const int blocks = kFiltered ? a.plan.blocks : 1;
     const int64_t index = int64_t(blockIdx.x) / blocks;
     const int block = int(blockIdx.x) % blocks;
-    const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, warps = int(blockDim.x) / 32;
-    const Share share(a.rows, a.plan, index, block, shared + 1);
+    const Share share(a.rows, a.plan, index, block, after_header(shared));
+    const int lane = share.lane, warp = share.warp, warps = share.warps;
+    const float k = share.scale.k;
     const uint64_t seed = uint64_t(*a.in.seed), sequence = uint64_t(a.in.sequence_ids[index]);
-    const PhiloxKey key{uint32_t(seed), uint32_t(seed >> 32)};
+    // One half of the key in a register that the compiler knows to be the warp's: it then keeps that half's ten round
+    // keys instead of adding them up for every counter. Both halves, or with a softcap one, would spill.
+    const uint32_t low = kPlain ? warp_uniform(uint32_t(seed)) : uint32_t(seed);
+    const PhiloxKey key{low, uint32_t(seed >> 32)};
     const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
 
     Winner winner;
-    SoftmaxState<float> own;
-    share.template each<true>([&](int i, const float* z) {
-        add_to_state<kWidth>(own, z);
-        if constexpr (!kFiltered) draw<kWidth>(winner, z, share.column(i), counter, key);
+    ThreadState own;
+    share.template each<kFiltered ? Pass::first : Pass::only>([&](int i, const float* v) {
+        float x[kLogits];
+        add_to_state(own, v, k, x);
+        if constexpr (!kFiltered) draw<kPlain>(winner, share, i, x, own.m * k, counter, key);
     });
-    const auto state = merged_over_cluster(own, &shared->states, blocks, block);
+    share_state(own, k, &shared->states, blocks, block);
 
     double kept = 0;  // sum of exp(z - m) over what is kept
     if constexpr (kFiltered) {
+        const float m = whole_state(&shared->states, k, blocks * warps).m;
         uint64_t threshold = 0;
         if (a.in.top_k > 0 && a.in.top_k < a.rows.vocabulary)
-            threshold = select<false>(share, &shared->selection, blocks, 0, uint64_t(a.in.top_k), 0.0f, state.m, 0);
+            threshold = select<false>(share, &shared->selection, blocks, 0, uint64_t(a.in.top_k), 0.0f, m, 0);
         if (a.in.top_p < 1.0)
-            threshold = select<true>(share, &shared->selection, blocks, threshold, 0, a.in.top_p, state.m, a.mass_bits);
-        share.template each<false>([&](int i, const float* z) {
-            float left[kWidth];
+            threshold = select<true>(share, &shared->selection, blocks, threshold, 0, a.in.top_p, m, a.mass_bits);
+        share.template each<Pass::again>([&](int i, const float* z) {
+            const int64_t column = share.column(i);
+            const auto extent = share.extent(i);
+            float left[kLogits];
             BRFT_UNROLL
-            for (int l = 0; l < kWidth; ++l) {
-                const float relative = expf(exp_domain(z[l] - state.m));
-                const bool keep = rank_of(z[l], share.column(i) + l) >= threshold && relative >= a.in.min_p;
-                left[l] = keep ? z[l] : -INFINITY;
-                kept += keep && share.inside(i, l) ? relative : 0.0f;
+            for (int l = 0; l < kLogits; ++l) {
+                const float relative = expf(exp_domain(z[l] - m));
+                const bool keep =
+                    rank_of(z[l], column + Share::offset(l)) >= threshold && relative >= a.in.min_p && extent.inside(l);
+                left[l] = keep ? relative : 0.0f;
+                kept += left[l];
             }
-            draw<kWidth>(winner, left, share.column(i), counter, key);
+            draw<kPlain>(winner, share, i, left, m * k, counter, key);
         });
     }
     for (int mask = 16; mask; mask /= 2) {
@@ -236,25 +298,29 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     }
     cluster_arrive();
     cluster_wait();
-    if (block > 0 || thread > 0) return;
+    if (block > 0 || warp > 0) return;
+    const RowSoftmax softmax(whole_state(&shared->states, k, blocks * warps), share.scale);
+    if (lane > 0) return;
     kept = 0;
+    BRFT_NO_UNROLL
     for (int w = 0; w < blocks * warps; ++w) {
         winner.offer(shared->drawn.best[w], shared->drawn.token[w]);
         kept += shared->drawn.kept[w];
     }
-    if (!kFiltered) kept = state.s;
     if (winner.token == 0xFFFFFFFFu) winner.token = 0;  // no finite logit: the log-probability below is NaN and says so
-    const float z = share.scale(In::widen(share.row[winner.token]));
+    const float v = share.v_of(winner.token), logp = softmax.logprob(v);
     a.out.tokens[index] = int64_t(winner.token);
-    a.out.logprobs[index] = row_logprob(state, z);
-    a.out.sampling_logprobs[index] = float(double(z) - double(state.m) - log(kept));
-    a.out.entropy[index] = row_entropy(state);
-    a.out.kept_mass[index] = kFiltered ? float(kept / state.s) : 1.0f;
+    a.out.logprobs[index] = logp;
+    // Without filters the two are one number; with them v is z, and `kept` sums e^(z - m).
+    a.out.sampling_logprobs[index] = kFiltered ? float((double(v) - double(softmax.m)) - log(kept)) : logp;
+    a.out.entropy[index] = softmax.entropy();
+    a.out.kept_mass[index] = kFiltered ? float(kept / softmax.s) : 1.0f;
 }
 
+// Filters rank z itself, so they have the general template alone.
 template <class In>
-auto* kernel_for(bool filtered) {
-    return filtered ? sample<In, true> : sample<In, false>;
+auto* kernel_for(bool filtered, bool plain) {
+    return filtered ? sample<In, true, false> : plain ? sample<In, false, true> : sample<In, false, false>;
 }
 
 }  // namespace
@@ -264,17 +330,23 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     require_grid(logits.count);
     const OnDevice on(where.device);
     SampleArguments a{};
-    a.rows = {logits.data,    logits.count,       logits.vocabulary,  logits.stride,
-              logits.scaling, logits.temperature, logits.temperatures};
+    a.rows = {logits.data,         logits.count,   logits.vocabulary,
+              logits.stride,       logits.scaling, logits.temperature,
+              logits.temperatures, 0.0f,           0.0f};
     a.in = in;
     a.out = out;
     for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;
     const bool filtered = in.top_k > 0 || in.top_p < 1.0 || in.min_p > 0.0f;
-    a.plan = plan_rows(logits.vocabulary, logits.dtype == DType::f32 ? 4 : 2,
-                       int(filtered ? sizeof(FilterShared) : sizeof(Shared)), filtered ? 2 : 1, false, on.limits());
-    auto* kernel = logits.dtype == DType::f32    ? kernel_for<F32>(filtered)
-                   : logits.dtype == DType::bf16 ? kernel_for<Bf16>(filtered)
-                                                 : kernel_for<F16>(filtered);
+    const int width = logits.dtype == DType::f32 ? 4 : 2;
+    a.plan = plan_rows(logits.vocabulary, width, filtered ? kHeaderBytes<FilterShared> : kHeaderBytes<Shared>,
+                       filtered ? 2 : 1, false, on.limits());
+    // The plain template draws four tokens from one counter: every row must start at a multiple of four logits.
+    const bool by_four = reinterpret_cast<uintptr_t>(logits.data) % uintptr_t(4 * width) == 0 &&
+                         (logits.stride % 4 == 0 || logits.count == 1);
+    const bool plain = set_scaling(a.rows, !filtered && by_four);
+    auto* kernel = logits.dtype == DType::f32    ? kernel_for<F32>(filtered, plain)
+                   : logits.dtype == DType::bf16 ? kernel_for<Bf16>(filtered, plain)
+                                                 : kernel_for<F16>(filtered, plain);
     launch(kernel, a.plan, logits.count, where.stream, a);
 }
 

@@ -35,6 +35,8 @@ DEVICES = {
     "cluster-that-filters": (9, 40000, 60000),
     "overflowing-cluster": (9, 3400, 9000),
     "overflowing-block": (8, 3000, 9000),
+    "cluster-with-room": (9, 12000, 15500),  # two spans a block
+    "partly-cached-block": (8, 8900, 9000),  # three spans
 }
 
 
@@ -53,12 +55,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler: the CUDA kernels' source cannot be run on this CPU")
     library = tmp_path_factory.mktemp("emulated") / "cuda.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE", f"-I{ROOT / 'tests/native'}"]
+    flags += ["-fsanitize=alignment", "-fsanitize-recover=alignment"]  # emulated_cuda.cpp has the handler
     source = ROOT / "tests/native/emulated_cuda.cpp"
     built = subprocess.run([compiler, *flags, "-o", library, source], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(library))
-    for name in ("logprob_rows", "policy_rows", "sample_rows"):
+    for name in ("logprob_rows", "policy_rows", "sample_rows", "write_vector"):
         getattr(loaded, name).restype = ctypes.c_char_p
+    loaded.exp2_approximate.restype = ctypes.c_float
     return loaded
 
 
@@ -232,6 +236,21 @@ def drawn(device: ctypes.CDLL, z: Tensor, scaling: dict[str, Any], filters: dict
     return out
 
 
+def drawn_tokens(device: ctypes.CDLL, z: Tensor, scaling: dict[str, Any]) -> None:
+    """As `drawn`, with the tokens alone compared."""
+    n = len(z)
+    seed, sequences, positions = torch.tensor(99), torch.arange(n), torch.arange(n) * 5
+    out = (torch.empty(n, dtype=torch.int64), *(torch.empty(n) for _ in range(4)))
+    raise_if(
+        device.sample_rows(
+            argument(z, scaling), *map(pointer, (seed, sequences, positions)), ctypes.c_int64(0), ctypes.c_double(1.0),
+            ctypes.c_float(0.0), *map(pointer, out),
+        )
+    )  # fmt: skip
+    want = reference.sample(scaled(z, scaling), seed=seed, sequence_ids=sequences, positions=positions)
+    assert torch.equal(out[0], want.tokens)
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_draws(device: ctypes.CDLL, shape: tuple[Any, ...], filters: dict[str, float]) -> None:
@@ -296,10 +315,85 @@ def test_gradient_memory_is_checked(kernels: ctypes.CDLL) -> None:
             )  # fmt: skip
 
 
+def test_few_tokens_need_their_exact_noise(kernels: ctypes.CDLL) -> None:
+    """A warp asks for four tokens a lane at a time: about 1 + 1/2 + 1/3 + ... answers are yes, as records in a row."""
+    counted = (ctypes.c_long * 2)()
+    for scale in (0.0, 1.0, 8.0):  # a uniform distribution, a usual one, one with few likely tokens
+        kernels.votes(counted)
+        drawn(kernels, torch.randn(4, 32768) * scale, {}, {})
+        kernels.votes(counted)
+        asked, needed = counted
+        assert asked == 4 * 32768 // 128
+        assert 0 < needed <= 0.08 * asked, (scale, needed / asked)
+
+
+def test_draws_where_logits_are_huge(kernels: ctypes.CDLL) -> None:
+    """The bound on a token's noise has a margin that grows with the logits: none that could win is passed over."""
+    z = torch.randint(-40, 40, (3, 2048)).float()
+    for offset in (0.0, 3e3, -7e4):  # whole numbers: exact in float32 wherever they lie
+        drawn_tokens(kernels, z + offset, {})
+        drawn_tokens(kernels, z / 8 + offset, {"temperature": 0.5})
+
+
+def test_model_of_the_approximate_exponential(kernels: ctypes.CDLL) -> None:
+    """As wrong as ex2.approx.ftz.f32 may be: 2 units in the last place; exact at 0, and 0 for a subnormal result."""
+    x = torch.cat([torch.linspace(-125, 3, 4001), torch.tensor([0.0, -0.0])])
+    got = torch.tensor([kernels.exp2_approximate(ctypes.c_float(v)) for v in x.tolist()], dtype=torch.float64)
+    units = (got / torch.exp2(x.double()) - 1).abs() * 2**23
+    assert 1.0 < units.max() <= 2.6  # 2 units of the rounded result
+    assert got[-2:].tolist() == [1.0, 1.0]
+    special = {-torch.inf: 0.0, -127.0: 0.0, torch.inf: torch.inf}
+    assert {v: kernels.exp2_approximate(ctypes.c_float(v)) for v in special} == special
+
+
+def test_sure_tokens_keep_their_digits(kernels: ctypes.CDLL) -> None:
+    """log p of a token that is nearly certain is about -(1 - p): no approximate exponential may drown it."""
+    z = torch.full((4, 1000), -20.0)
+    z[:, 7] = torch.tensor([0.0, 1.7, 13.3, 101.3])
+    targets, logp, entropy = torch.full((4,), 7), torch.empty(4), torch.empty(4)
+    raise_if(kernels.logprob_rows(argument(z, {"temperature": 0.9}), pointer(targets), pointer(logp), pointer(entropy)))
+    truth, _ = reference.logprobs_and_entropy(z.double() / 0.9, targets)
+    torch.testing.assert_close(logp.double(), truth, rtol=0.05, atol=1e-12)
+
+
+def test_scaled_weights_reach_float16(kernels: ctypes.CDLL) -> None:
+    """float16 has nothing between 0 and 6e-8: weights times 2^k give gradients times 2^k, and those arrive."""
+    v = 4096
+    z, targets = torch.randn(2, v), torch.tensor([3, 4000])
+    found = []
+    for scale in (1.0, 2.0**16):
+        rows = z.clone()
+        gradient = rows.view(torch.float16)[:, v:]
+        advantages, weights, logp, entropy = torch.ones(2), torch.full((2,), scale * 2.0**-12), *torch.empty(2, 2)
+        raise_if(
+            kernels.policy_rows(
+                argument(rows, {}), pointer(targets), 1, *[ctypes.c_float(0)] * 3, 0, *map(ctypes.c_float, (0, 0)),
+                *map(pointer, (advantages, weights)), None, None, pointer(gradient), 2,
+                ctypes.c_int64(gradient.stride(0)), pointer(logp), pointer(entropy),
+            )
+        )  # fmt: skip
+        found.append(gradient.double() / scale)
+    truth = (torch.softmax(z.double(), -1) - torch.nn.functional.one_hot(targets, v)) * 2.0**-12
+    assert (found[0] == 0).double().mean() > 0.2
+    assert not (found[1] == 0).any()
+    torch.testing.assert_close(found[1], truth, rtol=2e-3, atol=0)
+
+
+def test_misaligned_vectors_are_seen(kernels: ctypes.CDLL) -> None:
+    """As on a device, a 16-byte access off a 16-byte address ends the kernel, in shared and in global memory."""
+    room = torch.zeros(64, dtype=torch.uint8)  # torch aligns allocations to 64 bytes
+    for memory in (None, room):
+        raise_if(kernels.write_vector(16, pointer(memory)))
+        for offset in (4, 8):
+            with pytest.raises(ValueError, match=f"misaligned address: {offset} modulo 16"):
+                raise_if(kernels.write_vector(offset, pointer(memory)))
+    assert room.view(torch.int32)[:8].tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
+
+
 def planned(kernels: ctypes.CDLL, device: tuple[int, int, int], vocabulary: int, *, alone: bool = False) -> list[int]:
     kernels.use_device(*device, 512, ctypes.c_bool(False))
     out = (ctypes.c_int * 5)()
-    kernels.plan_of(ctypes.c_int64(vocabulary), 4, 2560, 2, ctypes.c_bool(alone), out)
+    kernels.plan_of(ctypes.c_int64(vocabulary), 4, b"differentiate", ctypes.c_bool(alone), out)
     return list(out)
 
 
@@ -308,7 +402,7 @@ def test_plans(kernels: ctypes.CDLL) -> None:
     for vocabulary, blocks in ((1, 1), (1024, 1), (32000, 2), (128256, 8), (151936, 8), (202048, 8)):
         got, threads, cached, share, shared = planned(kernels, SM_90, vocabulary)
         assert got == blocks
-        assert cached >= share and got * share * 4 >= vocabulary
+        assert cached >= share and got * share * 512 >= vocabulary  # counted in spans of 512 logits
         assert 2 * (shared + 1024) <= SM_90[2] and 32 <= threads <= 512 and threads % 32 == 0
     blocks, _, cached, share, shared = planned(kernels, SM_80, 151936)
     assert blocks == 1 and cached < share and shared <= SM_80[1]

@@ -9,16 +9,19 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define BRFT_DEVICE inline
+#define BRFT_NO_UNROLL
 #define __global__ static
 #define __launch_bounds__(...)
 
-struct uint4 {
+struct alignas(16) uint4 {  // as on the device: a misaligned access is an error there
     uint32_t x, y, z, w;
 };
-struct uint2 {
+struct alignas(8) uint2 {
     uint32_t x, y;
 };
 struct Index {
@@ -59,13 +62,20 @@ struct Cluster {
     Fiber* current = nullptr;
     unsigned first_block = 0, threads = 0;
     std::function<void()> kernel;
+    std::string fault;
 };
 inline Cluster cluster;
-inline bool backwards = false;  // which way round the fibers are scheduled
+inline long votes = 0, votes_for = 0;  // calls of any_in_warp by a warp, and those that were true
+inline bool backwards = false;         // which way round the fibers are scheduled
 
 inline void yield() { swapcontext(&cluster.current->context, &cluster.scheduler); }
 inline void wait(const Barrier& barrier, long ticket) {
     while (barrier.generation == ticket) yield();
+}
+// Ends the kernel with an error, from within one of its threads: as on a device, nothing after the access happens.
+inline void fault(const std::string& what) {
+    cluster.fault = what;
+    yield();
 }
 inline void enter() {
     cluster.kernel();
@@ -81,6 +91,7 @@ inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t 
     c.first_block = first_block;
     c.threads = threads;
     c.kernel = std::move(kernel);
+    c.fault.clear();
     c.fibers.resize(blocks * threads);
     c.memory.assign(blocks, std::vector<char>(bytes + 16, char(0x7f)));
     c.block_barriers.assign(blocks, Barrier{int(threads)});
@@ -110,20 +121,26 @@ inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t 
             blockIdx.x = f.block;
             threadIdx.x = f.thread;
             swapcontext(&c.scheduler, &f.context);
+            if (!c.fault.empty()) throw std::runtime_error(c.fault);
         }
     }
 }
 
+// Shows `value` to the warp; where lane 0's is then, and each other's two slots after the one before.
 template <class T>
-T shuffle(T value, int from_lane) {
+const uint64_t* exchange(T value) {
     static_assert(sizeof(T) <= 8);
     Fiber& f = *cluster.current;
     const size_t parity = size_t(f.shuffles++ % 2), self = size_t(&f - cluster.fibers.data());
     memcpy(&cluster.exchanged[self * 2 + parity], &value, sizeof(T));
     Barrier& barrier = cluster.warp_barriers[warp_of(f)];
     wait(barrier, barrier.arrive());
-    if (from_lane >= 0)
-        memcpy(&value, &cluster.exchanged[(self - self % 32 + size_t(from_lane)) * 2 + parity], sizeof(T));
+    return &cluster.exchanged[(self - self % 32) * 2 + parity];
+}
+template <class T>
+T shuffle(T value, int from_lane) {
+    const uint64_t* shown = exchange(value);
+    if (from_lane >= 0) memcpy(&value, shown + from_lane * 2, sizeof(T));
     return value;
 }
 
@@ -154,6 +171,17 @@ template <class T>
 T shuffle_xor(T value, int mask) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) ^ mask);
 }
+inline uint32_t warp_uniform(uint32_t value) { return value; }
+inline bool any_in_warp(bool condition) {
+    const uint64_t* shown = emulation::exchange(uint64_t(condition));
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= shown[lane * 2] != 0;
+    if (emulation::cluster.current->thread % 32 == 0) {
+        ++emulation::votes;
+        emulation::votes_for += any;
+    }
+    return any;
+}
 template <class T>
 T shuffle_up(T value, int distance) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) - distance);
@@ -164,18 +192,34 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
     *to += value;
     return before;
 }
-inline float log_approximate(float x) { return logf(x); }
-inline uint16_t bf16_bits(float x) {
+inline void store_streaming(uint4* to, const uint4& value) { *to = value; }
+// A model of ex2.approx.ftz: every result is off by up to the documented 2 units in the last place, in a direction that
+// depends on the argument's bits; subnormal results are 0.
+inline float exp2_approximate(float x) {
+    const float exact = exp2f(x);
+    if (!(exact < INFINITY) || exact == 1.0f) return exact;
+    if (exact < 0x1p-126f) return 0.0f;
+    uint32_t bits, seed;
+    memcpy(&bits, &exact, 4);
+    memcpy(&seed, &x, 4);
+    bits += (seed * 2654435761u >> 16) % 5 - 2;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+inline uint32_t bf16_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return x != x ? 0x7FFF : uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+    return x != x ? 0x7FFF : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
 }
-inline uint16_t f16_bits(float x) {
+inline uint32_t f16_bits(float x) {
     const _Float16 half = _Float16(x);
     uint16_t bits;
     memcpy(&bits, &half, 2);
     return bits;
 }
+inline uint32_t bf16_pair(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t f16_pair(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
 inline float from_f16_bits(uint16_t bits) {
     _Float16 half;
     memcpy(&half, &bits, 2);

@@ -19,6 +19,21 @@ const char* guarded(const Call& call) {
 }
 }  // namespace
 
+// What -fsanitize=alignment calls at an access that would fault on a GPU. Defined here, so that no sanitizer's runtime
+// has to be loaded into the Python that runs the tests.
+struct SanitizedAccess {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    unsigned char log_alignment, kind;
+};
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(SanitizedAccess* access,
+                                                                                      uintptr_t address) {
+    const unsigned alignment = 1u << access->log_alignment;
+    cuda::emulation::fault("misaligned address: " + std::to_string(address % alignment) + " modulo " +
+                           std::to_string(alignment) + ", " + access->file + ":" + std::to_string(access->line));
+}
+
 extern "C" {
 
 struct LogitsArgument {
@@ -39,10 +54,36 @@ void use_device(int major, int shared_per_block, int shared_per_sm, int max_thre
     cuda::emulation::backwards = backwards;
 }
 
-void plan_of(int64_t vocabulary, int width, int header, int passes, bool alone, int* out) {
+// What a launch of score, differentiate, sample or filtered decides.
+void plan_of(int64_t vocabulary, int width, const char* kernel, bool alone, int* out) {
+    const std::string name(kernel);
+    const int header = name == "score"           ? cuda::kHeaderBytes<cuda::SharedStates>
+                       : name == "differentiate" ? cuda::kHeaderBytes<cuda::PolicyShared>
+                       : name == "sample"        ? cuda::kHeaderBytes<cuda::Shared>
+                                                 : cuda::kHeaderBytes<cuda::FilterShared>;
+    const int passes = name == "score" || name == "sample" ? 1 : 2;
     const auto plan = cuda::plan_rows(vocabulary, width, header, passes, alone, cuda::emulated_limits);
     const int fields[] = {plan.blocks, plan.threads, plan.cached, plan.share, plan.shared_bytes};
     for (int i = 0; i < 5; ++i) out[i] = fields[i];
+}
+
+// How often a warp asked whether a token may win, and how often one might, since the last call.
+void votes(long* out) {
+    out[0] = cuda::emulation::votes;
+    out[1] = cuda::emulation::votes_for;
+    cuda::emulation::votes = cuda::emulation::votes_for = 0;
+}
+
+float exp2_approximate(float x) { return cuda::exp2_approximate(x); }
+
+// The emulation's own check: 16 bytes written `offset` bytes into shared or (`global`) other memory.
+const char* write_vector(int offset, void* global) {
+    return guarded([&] {
+        cuda::emulation::run(1, 32, 0, 64, [&] {
+            char* to = global ? static_cast<char*>(global) : cuda::shared_memory();
+            *reinterpret_cast<uint4*>(to + offset) = uint4{1, 2, 3, 4};
+        });
+    });
 }
 
 const char* logprob_rows(LogitsArgument logits, const int64_t* targets, float* logprobs, float* entropy) {
