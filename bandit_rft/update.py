@@ -117,17 +117,10 @@ class PolicyUpdater:
         normalizer = lengths[counted].sum() if objective.aggregation == "token-mean" else len(counted)
         advantages = batch.advantage.numpy()
         trained = counted if objective.every_token_counts else counted[advantages[counted] != 0]
-        first, losses = not sums.losses, []
-        for micro in micro_batches(batch.select(longest_first(batch, trained)), self.tokens_per_microbatch):
-            result = self._forward_backward(micro, float(max(normalizer, 1)), off_policy)
-            losses.append(result.loss.detach())
-            for name, value in result.stats.items():
-                total = value * result.stats["tokens_computed"]
-                sums.statistics[name] = sums.statistics[name] + total if name in sums.statistics else total
-            if first:
-                fresh = micro.per_token(micro.round == round_index)
-                sampled = torch.where(fresh, micro.logprobs, torch.nan).to(result.logprobs.device, non_blocking=True)
-                sums.differences.append((result.logprobs - sampled).abs())
+        losses = [
+            self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy)
+            for micro in micro_batches(batch.select(longest_first(batch, trained)), self.tokens_per_microbatch)
+        ]
         loss = float(torch.stack(losses).sum()) if losses else 0.0
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in round {round_index}: the update was not applied")
@@ -135,8 +128,13 @@ class PolicyUpdater:
         sums.norms.append(float(self.optimizer.step()))
         sums.trained += int(lengths[trained].sum())
 
-    def _forward_backward(self, micro: RolloutBatch, normalizer: float, off_policy: bool) -> ops.PolicyLoss:
-        """Add the gradient of some rollouts to the buffers; their loss, with log-probabilities [N]."""
+    def _forward_backward(
+        self, micro: RolloutBatch, sums: _Sums, round_index: int, normalizer: float, off_policy: bool
+    ) -> Tensor:
+        """Add the gradient of some rollouts to the buffers, and what was seen to `sums`; their loss (0-d).
+
+        Nothing here waits for the device: the micro-batches of a step are queued one behind the other.
+        """
         policy, inputs = self.policy, training_inputs(micro, self.policy.device)
         micro, reference = micro.to(policy.device), None
         if self.reference is not None:
@@ -154,7 +152,13 @@ class PolicyUpdater:
             **policy.head_options,
         )  # fmt: skip
         result.loss.backward()
-        return result
+        for name, value in result.stats.items():
+            total = value * result.stats["tokens_computed"]
+            sums.statistics[name] = sums.statistics[name] + total if name in sums.statistics else total
+        if not sums.losses:  # the first step: this round's rollouts were drawn by this very policy
+            fresh = micro.per_token(micro.round == round_index)
+            sums.differences.append(torch.where(fresh, (result.logprobs - micro.logprobs).abs(), torch.nan))
+        return result.loss.detach()
 
 
 def score_rollouts(policy: Policy, batch: RolloutBatch, *, temperature: float, tokens_per_microbatch: int) -> Tensor:
