@@ -37,6 +37,7 @@ class Policy:
     Attributes:
         model: the whole model, in eval mode (dropout would make the sampler and the trainer two different policies);
             with a LoRA adapter a peft model, whose adapter alone is trained.
+        causal_lm: the model without its adapter.
         base: what gives the hidden states, in the model or beneath its adapter.
         weight: the head [V, H], the very parameter of the model (of the input embedding too, when they are tied).
         bias: the head's bias [V] or None.
@@ -53,7 +54,7 @@ class Policy:
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
-        causal_lm = without_adapter(model)
+        self.causal_lm = causal_lm = without_adapter(model)
         split = Split.of(causal_lm, model)
         self.base: nn.Module = split.base
         self.weight, self.bias = split.weight, split.bias

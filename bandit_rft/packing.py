@@ -251,7 +251,8 @@ class _PackedOr:
 
 
 #: What a packed call gives as attention mask. transformers hands a mask of four dimensions on as it is and makes none;
-#: no real one has this type, so a layer that would attend by it unasked is found out.
+#: no real one has this type, so a layer that would attend by it unasked is found out. Its one value is NaN: so is all
+#: that is computed from it.
 _NO_MASK = torch.complex64
 #: The implementation that packs, for each that it can stand for. Others know packed sequences themselves (flash).
 _PACKED = {name: f"bandit_rft_{name}" for name in ("sdpa", "eager")}
@@ -344,7 +345,7 @@ def _hidden_states(base: nn.Module, input_ids: Tensor, lengths: Sequence[int], m
     positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
     extra: dict[str, Any] = {}
     if mode == "varlen":
-        no_mask = torch.empty((1, 1, 1, 1), dtype=_NO_MASK, device=input_ids.device)
+        no_mask = torch.full((1, 1, 1, 1), torch.nan, dtype=_NO_MASK, device=input_ids.device)
         extra = {"attention_mask": no_mask, PACKING: Packing.of(lengths, input_ids.device)}
     output = base(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state
