@@ -153,6 +153,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence; differentiable.
 
@@ -164,6 +165,7 @@ def packed_attention(
         scaling: factor on the scores, d ** -0.5 by default.
         sliding_window: how many tokens one sees, itself included; all earlier ones by default.
         softcap: scores s become softcap * tanh(s / softcap).
+        sinks: [heads], the score of a token without a value that every token sees.
 
     Returns:
         [1, T, heads, e].
@@ -171,11 +173,12 @@ def packed_attention(
     length, groups = packing.longest, query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     windowed = sliding_window is not None and sliding_window < length
-    if softcap is None and not windowed and key.shape == value.shape and attention.serves(query):
+    plain = softcap is None and sinks is None
+    if plain and not windowed and key.shape == value.shape and attention.serves(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attention.packed_attention(q, k, v, packing.cu_seqlens, scale)[None]
     function, parameters = _varlen_attn()
-    if softcap is None and varlen_attn_serves(
+    if plain and varlen_attn_serves(
         query.device.type, query.dtype, query.shape[-1], value.shape[-1], parameters
     ):  # written against the interface of torch 2.13; not yet run on a GPU
         assert function is not None
@@ -187,17 +190,23 @@ def packed_attention(
         )[None]
     query, key, value = (packing.spread(x) for x in (query, key, value))
     mask = None
-    if softcap is not None or windowed:
+    if not plain or windowed:
         distance = torch.arange(length, device=query.device)
         distance = distance[:, None] - distance[None, :]
         mask = (distance >= 0) & (distance < (sliding_window or length))
-    if softcap is not None:
+    if not plain:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        scores = torch.tanh((query @ key.transpose(-1, -2)) * (scale / softcap)) * softcap
+        scores = (query @ key.transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         assert mask is not None
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        if sinks is not None:
+            column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, column], -1)
         precision = torch.promote_types(query.dtype, torch.float32)
-        output = torch.softmax(scores, -1, dtype=precision).to(query.dtype) @ value
+        weights = torch.softmax(scores, -1, dtype=precision).to(query.dtype)
+        output = weights[..., :length] @ value
     else:
         output = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
@@ -237,11 +246,11 @@ class _PackedOr:
             raise NotImplementedError("its attention is not causal")
         if query.shape[2] != key.shape[2]:
             raise NotImplementedError("its attention sees other tokens than those of the packed sequences")
-        for name in ("s_aux", "position_bias", "head_mask", "indices", "block_indices"):
+        for name in ("position_bias", "head_mask", "indices", "block_indices"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"packed attention does not know {name}")
         options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap")}
-        return packed_attention(packing, query, key, value, **options), None
+        return packed_attention(packing, query, key, value, sinks=kwargs.get("s_aux"), **options), None
 
     def _plain(self, module: nn.Module) -> Callable[..., Any]:
         if self.implementation == "eager":  # each model file has its own

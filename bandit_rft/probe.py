@@ -57,7 +57,10 @@ def probe(model: Any, causal_lm: PreTrainedModel, split: Split) -> PackingPlan:
     twin = twin_of(causal_lm)
     problems: list[str] = []
     for plan in _plans(causal_lm, twin):
-        reason = _refusal(causal_lm, split.base, plan, sequences, alone)
+        served = [i for i, ids in enumerate(sequences) if len(ids) <= (plan.max_length or len(ids))]
+        if not served:
+            continue
+        reason = _refusal(causal_lm, split.base, plan, [sequences[i] for i in served], [alone[i] for i in served])
         if reason is None and twin is not None:
             reason = twin_refusal(twin, plan)
         if reason is None:

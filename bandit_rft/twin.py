@@ -153,8 +153,9 @@ def _scale(config: PreTrainedConfig, *, layers: bool, widths: bool) -> dict[int,
     places = list(_limits(text))
     large = sorted({holder[key] for holder, key in places if holder[key] > CROSSED})
     # In their order, a few tokens apart, even (some are halved); more than the small ones, which stay.
-    scaled = {limit: CROSSED // 2 + 8 * i for i, limit in enumerate(large)}
     small = {holder[key] for holder, key in places} - set(large)
+    first = max(CROSSED // 2, 8 * (max(small, default=0) // 8) + 16)
+    scaled = {limit: first + 8 * i for i, limit in enumerate(large)}
     for holder, key in places:
         holder[key] = scaled.get(holder[key], holder[key])
     if layers:
@@ -185,13 +186,17 @@ def _fewer_layers(values: dict[str, Any]) -> None:
                 kinds = [json.dumps(kind, default=str) for kind in value]
                 if len(set(kinds)) < 5:
                     enough = max(enough, 1 + max(kinds.index(kind) for kind in set(kinds)))
-        for key, value in values.items():  # every so many layers are of another kind
-            if re.search(r"pattern|period|every|interval|first_k|group_size", key) and isinstance(value, int):
+        for key, value in values.items():  # every so many layers, or these alone, are of another kind
+            if re.search(r"pattern|period|every|interval|first_k|group_size|_offset", key) and isinstance(value, int):
                 enough = max(enough, value + 1 if value < 8 else 2)
+            elif re.search(r"indices|idxs|layer_ids", key) and isinstance(value, list) and value:
+                enough = max(enough, 1 + min(i for i in value if isinstance(i, int)))
         fewer = min(count, enough)
         for key, value in list(values.items()):
             if isinstance(value, list) and len(value) == count:
                 values[key] = value[:fewer]
+            elif isinstance(value, list) and re.search(r"indices|idxs|layer_ids", key):
+                values[key] = [i for i in value if i < fewer]
         values[name] = fewer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bandit_rft import ops
 from bandit_rft.model import Policy
-from bandit_rft.rollout.decoding import ModelDecoder
+from bandit_rft.rollout.decoding import ModelDecoder, Padding
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout.probe import probe_decoding
 
@@ -153,6 +153,16 @@ class RolloutEngine:
             tokens, logprobs, entropy = (torch.cat([part[k] for part in ordered]) for k in range(3))
             lengths, truncated = [part[3] for part in ordered], [part[4] for part in ordered]
         return Rollouts([list(p) for p in prompts for _ in range(n)], lengths, tokens, logprobs, entropy, truncated)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text, prompt and completion, that is decoded; None: any."""
+        return self._plan.max_length
+
+    @property
+    def padding(self) -> Padding | None:
+        """How prompts of different length share a batch; None: they cannot, batches have one length."""
+        return self._plan.padding
 
     # -----------------------------------------------------------------------------------------------------------------
 
