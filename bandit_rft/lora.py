@@ -81,7 +81,12 @@ def add_adapter(
     adapted.peft_config["default"].base_model_name_or_path = (
         str(Path(base).resolve()) if base and Path(base).is_dir() else base or None
     )
-    return Policy(adapted, policy.tokenizer)
+    result = Policy(adapted, policy.tokenizer)
+    if policy.padding_token_ids:
+        result.mask_padding_tokens(policy.padding_token_ids)
+    if policy.gradient_checkpointing:
+        result.enable_gradient_checkpointing()
+    return result
 
 
 def is_adapted(policy: Policy) -> bool:

@@ -175,6 +175,11 @@ class Policy:
         """The trainable parameters by name, tied ones once."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes each layer again."""
+        return bool(self._checkpointed)
+
     def enable_gradient_checkpointing(self) -> None:
         """From now on keep no activations within a layer: the backward pass computes each layer again.
 

@@ -89,6 +89,19 @@ def test_gradients_are_the_same_with_and_without_checkpointing(name: str, lora: 
     assert not any("forward" in vars(module) for module in policy.base.modules())
 
 
+def test_what_was_set_on_a_policy_holds_for_its_adapter() -> None:
+    pytest.importorskip("peft", reason="needs the extra lora")
+    from bandit_rft.lora import add_adapter, base_policy
+
+    policy = policy_of("llama")
+    policy.enable_gradient_checkpointing()
+    policy.mask_padding_tokens([95, 96])
+    adapted = add_adapter(policy, rank=2)
+    for each in (adapted, base_policy(adapted)):
+        assert each.gradient_checkpointing and each.padding_token_ids == [95, 96]
+        assert each.head_options["bias"].isneginf().nonzero().flatten().tolist() == [95, 96]
+
+
 def test_checkpointing_needs_layers() -> None:
     policy = policy_of("llama")
     policy.base = nn.Linear(2, 2)

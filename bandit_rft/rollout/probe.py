@@ -62,11 +62,11 @@ def probe_decoding(policy: Policy, base_config: PreTrainedConfig) -> DecodingPla
             if plan.padding is None:
                 logger.info("left padding changes what this model computes: prompts are batched by length")
             return plan
-        problems.append(f"{plan.padding or 'one length'}, up to {plan.max_length or 'any length'}: {reason}")
-        logger.debug("%s decoding, %s", type(policy.model).__name__, problems[-1])
+        problems.append(reason)
+        logger.debug("%s decoding, %s", type(policy.model).__name__, f"{plan}: {reason}")
     raise UnsupportedModelError(
-        f"{type(policy.model).__name__}: decoding with its KV cache does not give the hidden states of the whole "
-        f"sequence; the sampler would draw from another policy ({'; '.join(problems[:3])})"
+        f"{type(policy.model).__name__}: decoding with its KV cache fails, or gives other hidden states than the whole "
+        f"sequence, and the sampler would draw from another policy: {problems[-1]} (of {len(problems)} ways tried)"
     )
 
 

@@ -18,6 +18,7 @@ import logging
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,11 +95,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
-    "whisper": {"encoder_layers": 1, "num_mel_bins": 8, "max_source_positions": 16},
-    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
-    "mpt": {"n_heads": 4}, "openai-gpt": {"n_head": 4}, "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8},
+    "ministral": {"head_dim": 8}, "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2}, "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]}, "gemma3n": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0}, "zamba2": {"n_mamba_heads": 8},
+    "mpt": {"n_heads": 4}, "openai-gpt": {"n_head": 4}, 
+    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2},
 }  # fmt: skip
 #: What is tried in turn until a model computes: latent attention has no groups of heads, some derive a head's width.
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -248,7 +254,7 @@ def examine(name: str, kind: type) -> tuple[str, str, str]:
         try:
             model = build(kind)
         except Exception as error:
-            return name, "not built", shortened(error)
+            return name, "not built", shortened(error, 80)
         try:
             policy = Policy(model)
         except UnsupportedModelError as error:
@@ -296,12 +302,52 @@ def survey(names: list[str] | None = None, told: Any = None) -> list[tuple[str, 
     return rows
 
 
-if __name__ == "__main__":
-    import time
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """The rows in Markdown, with their count."""
+    refused = sum(packing == "refused" for _, packing, _ in rows)
+    absent = sum(packing == "not built" for _, packing, _ in rows)
+    lines = [
+        f"transformers {transformers.__version__}: {len(rows)} architectures, {len(rows) - refused - absent} served, "
+        f"{refused} refused, {absent} not built small.",
+        "",
+        "| model_type | packed | sampled, or why not |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines)
 
+
+def committed() -> dict[str, tuple[str, str]]:
+    """What docs/models.md says of each architecture."""
+    lines = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
+    return {name: (packing, how) for name, packing, how in cells[1:]}
+
+
+def wrong(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Models that were accepted and are wrong, or crash."""
+    return [" | ".join(row) for row in rows if row[1] == "CRASH" or row[2].startswith("WRONG")]
+
+
+def main() -> int:
     start = time.time()
 
     def tell(row: tuple[str, str, str]) -> None:
-        print(f"{time.time() - start:6.1f}", *row, sep=" | ", flush=True)
+        print(f"{time.time() - start:6.1f} s", *row, sep=" | ", flush=True)
 
-    survey([name for name in sys.argv[1:] if not name.startswith("--")] or None, tell)
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    rows = survey(names or None, tell)
+    if "--write" in sys.argv:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}")
+        return len(wrong(rows))
+    known = committed()
+    changed = [row for row in rows if known.get(row[0]) != row[1:]]
+    print(f"{len(rows)} architectures, {len(changed)} not as docs/models.md says, {len(wrong(rows))} wrong")
+    for row in changed:
+        print(*row, f"before: {known.get(row[0])}", sep=" | ")
+    return len(wrong(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
