@@ -83,7 +83,8 @@ def describe(plan: PackingPlan) -> str:
 def _sequences(model: PreTrainedModel, split: Split) -> list[Tensor]:
     """Token ids of three short sequences, on the model's device."""
     generator = torch.Generator().manual_seed(0)
-    longest = min(24, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 24)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 24
+    longest = min(24, positions) if positions > 0 else 24  # XLNet's are -1: any
     lengths = [max(2, longest - 13), longest, max(2, longest // 3)]
     device = split.weight.device
     return [torch.randint(0, split.weight.shape[0], (n,), generator=generator).to(device) for n in lengths]

@@ -48,6 +48,8 @@ class Split:
         base: nn.Module = causal_lm.base_model
         if base is causal_lm:  # transformers 4 gives Gemma 3 a prefix that is not its own
             base = causal_lm.get_decoder()  # type: ignore[no-untyped-call]
+        if base is causal_lm:  # transformers 5 gives Llama 4 such a prefix, too
+            base = next((child for child in causal_lm.children() if isinstance(child, PreTrainedModel)), base)
         head: Any = (whole or causal_lm).get_output_embeddings()
         _check_head(head, whole or causal_lm)
         return Split(base, head.weight, getattr(head, "bias", None), *_logit_transform(causal_lm))

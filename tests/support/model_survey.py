@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -139,7 +141,7 @@ def small_config(kind: type, variant: dict[str, Any]) -> Any:
     for name, value in known.items():
         if isinstance(value, list) and name not in given and len(value) == known.get("num_hidden_layers"):
             given[name] = value[: given["num_hidden_layers"]]
-    for name in ("layer_types", None):
+    for name in (None, "layer_types"):
         try:
             return own(**{key: value for key, value in given.items() if key != name or name is None})
         except Exception as error:
@@ -273,7 +275,7 @@ def examine(name: str, kind: type) -> tuple[str, str, str]:
         return name, packing, how if not wrong else f"WRONG: {'; '.join(wrong)}"
 
 
-def shortened(error: Exception, length: int = 150) -> str:
+def shortened(error: Exception, length: int = 220) -> str:
     text = re.sub(r"^\w+: ", "", " ".join(str(error).split())).replace("|", "/")
     text = re.sub(r"\d+\.\d+(e[-+]?\d+)?|\d+e[-+]?\d+", "#", text)  # figures vary with the machine
     return text if len(text) <= length else text[: length - 4] + " ..."
@@ -284,20 +286,18 @@ def architectures() -> dict[str, type]:
     return dict(sorted(kinds.items()))
 
 
-def survey(names: list[str] | None = None, told: Any = None) -> list[tuple[str, str, str]]:
-    """Rows of the table, for all architectures or those named."""
+def survey(names: list[str]) -> list[tuple[str, str, str]]:
+    """Rows of the table."""
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     rows = []
     for name, kind in architectures().items():
-        if names is None or name in names:
+        if name in names:
             with contextlib.redirect_stdout(io.StringIO()):
                 try:
                     rows.append(examine(name, kind))
                 except _TooSlow as error:
                     rows.append((name, "not built", str(error)))
-            if told:
-                told(rows[-1])
     logging.disable(logging.NOTSET)
     return rows
 
@@ -329,15 +329,29 @@ def wrong(rows: list[tuple[str, str, str]]) -> list[str]:
     return [" | ".join(row) for row in rows if row[1] == "CRASH" or row[2].startswith("WRONG")]
 
 
+def examine_named(name: str) -> tuple[str, str, str]:
+    """One row, in a process of its own kind."""
+    torch.set_num_threads(1)
+    return survey([name])[0]
+
+
 def main() -> int:
     start = time.time()
 
     def tell(row: tuple[str, str, str]) -> None:
         print(f"{time.time() - start:6.1f} s", *row, sep=" | ", flush=True)
 
-    names = [name for name in sys.argv[1:] if not name.startswith("--")]
-    rows = survey(names or None, tell)
+    names = [name for name in sys.argv[1:] if not name.startswith("--")] or list(architectures())
+    torch.set_num_threads(1)
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for row in pool.imap(examine_named, names):
+            tell(row)
+            rows.append(row)
     if "--write" in sys.argv:
+        if len(names) < len(architectures()):
+            known = {name: (name, *cells) for name, cells in committed().items()}
+            rows = [row for _, row in sorted({**known, **{row[0]: row for row in rows}}.items())]
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}")
         return len(wrong(rows))
