@@ -159,7 +159,7 @@ def _scale(config: PreTrainedConfig, *, layers: bool, widths: bool) -> dict[int,
     for holder, key in places:
         holder[key] = scaled.get(holder[key], holder[key])
     if layers:
-        _fewer_layers(values)
+        _fewer_layers(text)
         for key in ("vocab_size", "vocab_size_per_layer_input"):
             if isinstance(values.get(key), int):
                 values[key] = min(values[key], 128)
@@ -174,14 +174,16 @@ def _scale(config: PreTrainedConfig, *, layers: bool, widths: bool) -> dict[int,
     return {**{limit: limit for limit in sorted(small)}, **scaled}
 
 
-def _fewer_layers(values: dict[str, Any]) -> None:
+def _fewer_layers(text: PreTrainedConfig) -> None:
     """As few layers as have one of each kind, in the order in which they come."""
+    values = vars(text)
+    derived = [getattr(text, name, None) for name in ("layer_types", "layers_block_type")]
     for name in LAYERS:
         count = values.get(name)
         if not isinstance(count, int):
             continue
         enough = 2
-        for value in values.values():
+        for value in [*values.values(), *derived]:
             if isinstance(value, list | tuple) and len(value) == count and value:
                 kinds = [json.dumps(kind, default=str) for kind in value]
                 if len(set(kinds)) < 5:

@@ -90,7 +90,7 @@ def _at_most(seconds: int) -> Iterator[None]:
 #: What single architectures need on top, by model_type: a layer that attends beside the recurrent ones.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3},
     "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
@@ -104,7 +104,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8}, "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2}, "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]}, "gemma3n": {"num_kv_shared_layers": 0},
-    "gemma3n_text": {"num_kv_shared_layers": 0}, "zamba2": {"n_mamba_heads": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 0}, 
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {
+        "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 16,
+        "attention_hidden_size": 64, "num_key_value_heads": 4,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "mpt": {"n_heads": 4}, "openai-gpt": {"n_head": 4}, 
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2},
 }  # fmt: skip
