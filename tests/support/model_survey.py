@@ -105,7 +105,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2}, "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]}, "gemma3n": {"num_kv_shared_layers": 0},
     "gemma3n_text": {"num_kv_shared_layers": 0}, 
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {
         "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 16,
         "attention_hidden_size": 64, "num_key_value_heads": 4,
@@ -134,7 +133,6 @@ def small_config(kind: type, variant: dict[str, Any]) -> Any:
     own = type(text)
     given = {name: value for name, value in {**SMALL, **variant}.items() if known.get(name) is not None}
     given = {name: value for name, value in given.items() if value is not None}
-    given.update(SPECIAL.get(default.model_type, {}))
     if "is_decoder" in known:
         given["is_decoder"] = True
     if isinstance(known.get("layer_types"), list):
@@ -145,8 +143,10 @@ def small_config(kind: type, variant: dict[str, Any]) -> Any:
                 given[name] = count
         given["layer_types"] = kinds[:count]
     for name, value in known.items():
-        if isinstance(value, list) and name not in given and len(value) == known.get("num_hidden_layers"):
+        same = name in given or name in text.attribute_map  # another name of the same entry
+        if isinstance(value, list) and not same and len(value) == known.get("num_hidden_layers"):
             given[name] = value[: given["num_hidden_layers"]]
+    given.update(SPECIAL.get(default.model_type, {}))
     for name in (None, "layer_types"):
         try:
             return own(**{key: value for key, value in given.items() if key != name or name is None})
