@@ -93,7 +93,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3},
     "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4},
-    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen2_moe": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
