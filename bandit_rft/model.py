@@ -5,185 +5,30 @@
     logprobs = ops.linear_logprobs(hidden, policy.weight, targets, **policy.head_options)
 
 Splitting a model in two is only safe when nothing happens between the halves that we do not know of. So wrapping runs a
-probe batch both ways and refuses a model whose own logits are not reproduced to float rounding.
+probe batch both ways (probe.py) and refuses a model whose own logits are not reproduced to float rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bandit_rft import ops
-from bandit_rft.ops import attention
+from bandit_rft.adapters import find_adapter, without_adapter
+from bandit_rft.packing import PackingMode, PackingPlan
+from bandit_rft.probe import probe
+from bandit_rft.split import Split, UnsupportedModelError
 
-#: What configs call a soft cap on the final logits, a factor on them, and a divisor of them.
-SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-FACTOR_KEYS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-DIVISOR_KEYS = ("logits_scaling",)
-#: Models that multiply by what everyone else divides by.
-MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
-
-PackingMode = Literal["varlen", "mask", "padded"]
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be split into hidden states and a head without changing what it computes."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed attention: every layer but attention works on [T, ...] tokens without padding; attention alone is laid out as
-# [sequences, longest] for the time of the call: a kernel with a plain causal mask serves it, no [T, T] mask exists.
-
-
-class _ScatterRows(torch.autograd.Function):
-    """x [T, ...] -> [rows, ...], zero where `index` does not point. Its gradient is a gather, not an atomic add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _GatherRows(torch.autograd.Function):
-    """x [rows, ...] -> x[index] [T, ...] for an index without repeats. Its gradient is a copy, not an atomic add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros((ctx.rows, *grad.shape[1:])).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-def _scatter_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    result: Tensor = _ScatterRows.apply(x, index, rows)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    result: Tensor = _GatherRows.apply(x, index)  # type: ignore[no-untyped-call]
-    return result
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the tokens of B packed sequences go in a [B, longest] layout."""
-
-    sequences: int
-    longest: int
-    index: Tensor | None  # int64 [T], None when every sequence is equally long and the layout is a plain view
-    cu_seqlens: Tensor  # int64 [B + 1], where each sequence begins, and T
-
-    @staticmethod
-    def of(lengths: Sequence[int], device: torch.device) -> Packing:
-        sequences, longest = len(lengths), max(lengths)
-        rows = torch.tensor([0, *lengths], device=device)
-        cu_seqlens = rows.cumsum(0)
-        if all(length == longest for length in lengths):
-            return Packing(sequences, longest, None, cu_seqlens)
-        starts = torch.arange(sequences, device=device) * longest - cu_seqlens[:-1]
-        total = int(sum(lengths))
-        index = torch.arange(total, device=device) + starts.repeat_interleave(rows[1:], output_size=total)
-        return Packing(sequences, longest, index, cu_seqlens)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[1, heads, T, d] -> [B, heads, longest, d]."""
-        tokens = x[0].transpose(0, 1)
-        if self.index is not None:
-            tokens = _scatter_rows(tokens, self.index, self.sequences * self.longest)
-        return tokens.reshape(self.sequences, self.longest, *tokens.shape[1:]).transpose(1, 2)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[B, heads, longest, d] -> [1, T, heads, d]."""
-        tokens = x.transpose(1, 2).reshape(self.sequences * self.longest, x.shape[1], x.shape[3])
-        if self.index is not None:
-            tokens = _gather_rows(tokens, self.index)
-        return tokens[None]
-
-
-_packing: Packing | None = None  # set for the time of one forward pass
-
-
-def _packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence, with the signature of transformers' attention functions."""
-    if _packing is None or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError("packed attention serves causal self-attention of packed sequences only")
-    for name in ("s_aux", "position_bias", "head_mask"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"packed attention does not know {name}")
-    length, groups = _packing.longest, query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plain = softcap is None and (sliding_window is None or sliding_window >= length) and key.shape == value.shape
-    if plain and attention.serves(query):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return attention.packed_attention(q, k, v, _packing.cu_seqlens, scale)[None], None
-    query, key, value = (_packing.spread(x) for x in (query, key, value))
-    mask = None
-    if softcap is not None or (sliding_window is not None and sliding_window < length):
-        distance = torch.arange(length, device=query.device)
-        distance = distance[:, None] - distance[None, :]
-        mask = (distance >= 0) & (distance < (sliding_window or length))
-    if softcap is not None:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        scores = torch.tanh((query @ key.transpose(-1, -2)) * (scale / softcap)) * softcap
-        assert mask is not None
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        output = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
-    else:
-        output = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
-        )
-    return _packing.gather(output), None
-
-
-# No mask function goes with this name, so transformers builds no mask and passes None.
-ALL_ATTENTION_FUNCTIONS.register("bandit_rft_packed", _packed_attention)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def attention_function(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Within the block, the model attends by the function registered under this name (if it has such an interface)."""
-    config = model.config
-    configs = [config, *(c for key in config.sub_configs if (c := getattr(config, key, None)) is not None)]
-    before = [c._attn_implementation_internal for c in configs]
-    try:
-        for c in configs:
-            c._attn_implementation_internal = name
-        yield
-    finally:
-        for c, implementation in zip(configs, before, strict=True):
-            c._attn_implementation_internal = implementation
+__all__ = ["Policy", "UnsupportedModelError"]
 
 
 class Policy:
@@ -192,34 +37,34 @@ class Policy:
     Attributes:
         model: the whole model, in eval mode (dropout would make the sampler and the trainer two different policies);
             with a LoRA adapter a peft model, whose adapter alone is trained.
+        causal_lm: the model without its adapter.
         base: what gives the hidden states, in the model or beneath its adapter.
         weight: the head [V, H], the very parameter of the model (of the input embedding too, when they are tied).
         bias: the head's bias [V] or None.
         softcap, logit_scale: what the model does to its logits, as bandit_rft.ops takes them.
-        packing: how packed sequences are kept apart: "varlen" (our attention function), "mask" (transformers' own
-            block-diagonal mask) or "padded" (a right-padded batch, for architectures that know no packing).
+        plan: how packed sequences are kept apart, and the longest that is served.
+        padding_token_ids: entries of the head that no token of the tokenizer has; see `mask_padding_tokens`.
         stop_tokens: ids that end a completion, from the generation config.
 
-    Raises UnsupportedModelError where the head is adapted or quantized, or the probe finds a difference.
+    Raises:
+        UnsupportedModelError: where the head is adapted or quantized, or the probe finds a difference.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
-        causal_lm = _without_adapter(model)
-        self.base: nn.Module = causal_lm.base_model
-        if self.base is causal_lm:  # transformers 4 gives Gemma 3 a prefix that is not its own
-            self.base = causal_lm.get_decoder()  # type: ignore[no-untyped-call]
-        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        _check_head(head, model)
-        self.weight: Tensor = head.weight
-        self.bias: Tensor | None = getattr(head, "bias", None)
-        self.softcap, self.logit_scale = _logit_transform(model)
+        self.causal_lm = causal_lm = without_adapter(model)
+        split = Split.of(causal_lm, model)
+        self.base: nn.Module = split.base
+        self.weight, self.bias = split.weight, split.bias
+        self.softcap, self.logit_scale = split.softcap, split.logit_scale
         self.stop_tokens = _stop_tokens(model, tokenizer)
         self.vocab_size, self.hidden_size = self.weight.shape
-        self.packing: PackingMode = "varlen"
-        self._probe()
+        self.padding_token_ids: list[int] = []
+        self._padding_mask: Tensor | None = None
+        self._checkpointed: list[GradientCheckpointingLayer] = []
+        self.plan: PackingPlan = probe(model, causal_lm, split)
 
     @staticmethod
     def load(
@@ -233,17 +78,18 @@ class Policy:
         """Load a model and its tokenizer from a folder or the hub; never runs code that comes with the model.
 
         A LoRA adapter in peft's format is loaded, trainable, with the model it names, or with `base` in place of that.
-        Raises OSError (with transformers' own words) when there is no such model, UnsupportedModelError as above,
-        ImportError when an adapter needs the extra `lora`.
-        """
-        from bandit_rft import lora  # which builds on this module
 
+        Raises:
+            OSError: (with transformers' own words) when there is no such model.
+            UnsupportedModelError: as above, and where weights are missing in the files or left over.
+            ImportError: when an adapter needs the extra `lora`.
+        """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if os.path.sep in name_or_path and not Path(name_or_path).exists() and name_or_path.count("/") != 1:
             raise FileNotFoundError(f"model_name_or_path: there is no folder {name_or_path!r}")
         device = torch.device(device)
-        adapter, source, saved = lora.find_adapter(name_or_path, revision), name_or_path, name_or_path
+        adapter, source, saved = find_adapter(name_or_path, revision), name_or_path, name_or_path
         if adapter is not None:
             source, revision = adapter.base_of(name_or_path, base)
             saved = str(adapter.folder) if adapter.has_tokenizer else source
@@ -251,9 +97,16 @@ class Policy:
             raise ValueError(f"base={base!r} is for adapters; {name_or_path} is a whole model")
         options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
         config = AutoConfig.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
+        model, report = loaded
+        _check_loaded(source, model, report)
         tokenizer = AutoTokenizer.from_pretrained(saved, **options)
         model.to(device)
         if adapter is not None:
@@ -271,12 +124,48 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
+        """Where the head lies."""
         return self.weight.device
 
     @property
+    def packing(self) -> PackingMode:
+        """How packed sequences are kept apart."""
+        return self.plan.mode
+
+    @property
     def head_options(self) -> dict[str, Any]:
-        """The head as keyword arguments of the operations in bandit_rft.ops."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        """The head as keyword arguments of the operations in bandit_rft.ops, for sampling and scoring alike."""
+        bias = self.bias
+        if self._padding_mask is not None:
+            bias = self._padding_mask if bias is None else bias + self._padding_mask
+        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def mask_padding_tokens(self, ids: Sequence[int]) -> None:
+        """Entries of the head that stand for no token get the probability 0: a bias of -inf in `head_options`.
+
+        So they are never drawn, and sampler, trainer and reference have the same softmax, over real tokens alone.
+
+        Args:
+            ids: of the vocabulary, each in [0, V), not all of it; none takes the mask away.
+
+        Raises:
+            ValueError: for ids outside of the vocabulary, and for a model with a softcap: its tanh makes a finite logit
+                of -inf, the token would stay possible.
+        """
+        if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise ValueError(f"padding_token_ids must lie in [0, {self.vocab_size}); got {outside[0]}")
+        if len(set(ids)) == self.vocab_size:
+            raise ValueError("padding_token_ids must leave a token that can be drawn; got the whole vocabulary")
+        if ids and self.softcap is not None:
+            raise ValueError(
+                f"padding_token_ids: {type(self.model).__name__} has a softcap of {self.softcap} on its logits, "
+                "beneath which a masked token would keep a finite one"
+            )
+        self.padding_token_ids = sorted(set(ids))
+        self._padding_mask = None
+        if ids:
+            self._padding_mask = torch.zeros(self.vocab_size, dtype=self.weight.dtype, device=self.device)
+            self._padding_mask[self.padding_token_ids] = -torch.inf
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, tied ones once."""
@@ -286,132 +175,81 @@ class Policy:
         """The trainable parameters by name, tied ones once."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes each layer again."""
+        return bool(self._checkpointed)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on keep no activations within a layer: the backward pass computes each layer again.
+
+        Memory for activations falls to one [T, H] a layer, an update computes a third more. Weights get the same
+        gradients: what is computed again is the same, packing included. transformers' own switch asks for train mode,
+        which would turn dropout on.
+
+        Raises:
+            UnsupportedModelError: for a model without layers that transformers can checkpoint.
+        """
+        layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: gradient_checkpointing: transformers names no layer of it to checkpoint"
+            )
+        self._checkpointed = layers
+
     def hidden_states(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of packed token ids [T] made of sequences of the given lengths (host integers).
 
         Sequences do not see each other. Differentiable; call under torch.no_grad() for scoring.
+
+        Raises:
+            ValueError: for lengths that do not add up to T, or a sequence longer than the model is served for.
         """
         if input_ids.ndim != 1 or input_ids.shape[0] != sum(lengths):
             raise ValueError(f"input_ids must be [{sum(lengths)}] to match lengths; got {list(input_ids.shape)}")
-        if self.packing == "padded":
-            layout = Packing.of(lengths, input_ids.device)
-            rows = input_ids.new_zeros(layout.sequences * layout.longest)
-            index = torch.arange(len(rows), device=rows.device) if layout.index is None else layout.index
-            padded = rows.index_copy(0, index, input_ids).view(layout.sequences, layout.longest)
-            output = self.base(input_ids=padded, use_cache=False)
-            return _gather_rows(output.last_hidden_state.flatten(0, 1), index)
-        positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
-        with self._packed(lengths) if self.packing == "varlen" else contextlib.nullcontext():
-            output = self.base(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
-        hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        with _checkpointing(self._checkpointed if torch.is_grad_enabled() else []):
+            return self.plan.hidden_states(self.base, input_ids, lengths)
 
-    @contextlib.contextmanager
-    def _packed(self, lengths: Sequence[int]) -> Iterator[None]:
-        global _packing
-        _packing = Packing.of(lengths, self.device)
-        try:
-            with attention_function(self.model, "bandit_rft_packed"):
-                yield
-        finally:
-            _packing = None
 
-    # -----------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block, these layers are called through torch.utils.checkpoint."""
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            # No layer draws random numbers (dropout is off), so there is no random state to keep.
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward
 
-    @torch.no_grad()
-    def _probe(self) -> None:
-        """Refuse a model that is not hidden states and a head; choose a packing that keeps sequences apart."""
-        generator = torch.Generator().manual_seed(0)
-        longest = min(24, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 24)
-        lengths = [max(2, longest - 13), longest, max(2, longest // 3)]
-        ids = [torch.randint(0, self.vocab_size, (n,), generator=generator).to(self.device) for n in lengths]
-        epsilon = torch.finfo(self.weight.dtype).eps
-        alone = []
-        for sequence in ids:
-            output = self.base(input_ids=sequence[None], use_cache=False)
-            hidden = getattr(output, "last_hidden_state", None)
-            if hidden is None or hidden.shape[-1] != self.hidden_size:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__}: the base model's hidden states have shape "
-                    f"{None if hidden is None else list(hidden.shape)}, the head expects a width of {self.hidden_size}"
-                )
-            alone.append(hidden[0])
-            logits = self.model(input_ids=sequence[None], use_cache=False).logits[0].float()
-            targets = torch.randint(0, logits.shape[-1], (len(sequence),), generator=generator).to(self.device)
-            own = logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-            fused: Any = ops.linear_logprobs(hidden[0].to(self.weight.dtype), self.weight, targets, **self.head_options)
-            difference = float((fused.double() - own).abs().max())
-            # The model rounds each logit to its dtype, we do not; in float32 the order of summation differs as well.
-            scale = 1 + float(logits.abs().max())
-            allowed = (64 if epsilon < 1e-5 else 4) * epsilon * scale
-            if not difference <= allowed:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__}: log-probabilities from hidden states and head (softcap "
-                    f"{self.softcap}, logit scale {self.logit_scale}) differ from the model's own logits by "
-                    f"{difference:.3g}, float rounding explains {allowed:.3g}. The model does something to its hidden "
-                    "states or logits that bandit_rft does not know; training it would optimize another policy."
-                )
-        together, truth = torch.cat(ids), torch.cat(alone)
-        tolerance = (1e-4 if epsilon < 1e-5 else 0.05) * float(truth.abs().max())
-        problems = []
-        modes: tuple[PackingMode, ...] = ("varlen", "mask", "padded")
-        for mode in modes:
-            self.packing = mode
-            try:
-                difference = float((self.hidden_states(together, lengths) - truth).abs().max())
-            except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-                problems.append(f"{mode}: {error}")
-                continue
-            if difference <= tolerance:
-                return
-            problems.append(f"{mode}: hidden states differ by {difference:.3g} from one sequence at a time")
+
+def _check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse weights that do not fit: transformers fills what is missing with random numbers and only warns."""
+    tied = _tied_to_loaded(model, report["missing_keys"])
+    problems = {
+        "missing": sorted(set(report["missing_keys"]) - tied),
+        "of another shape": sorted(str(entry) for entry in report.get("mismatched_keys") or ()),
+        "not part of the model": sorted(report["unexpected_keys"]),
+    }
+    told = [f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+            for what, keys in problems.items() if keys]  # fmt: skip
+    if told:
         raise UnsupportedModelError(
-            f"{type(self.model).__name__}: sequences cannot share a batch without seeing each other: "
-            + "; ".join(problems)
+            f"{name}: the saved tensors are not those of {type(model).__name__}: {'; '.join(told)}. Training would "
+            "start from weights that nobody trained"
         )
 
 
-def _without_adapter(model: Any) -> PreTrainedModel:
-    """The causal LM inside a peft model; any other model is its own."""
-    if not hasattr(model, "get_base_model"):
-        causal_lm: PreTrainedModel = model
-        return causal_lm
-    from bandit_rft.lora import check_adapter
-
-    check_adapter(model)
-    causal_lm = model.get_base_model()
-    return causal_lm
-
-
-def _check_head(head: Any, model: nn.Module) -> None:
-    name = type(model).__name__
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise UnsupportedModelError(f"{name}: get_output_embeddings() gives no head with a weight; is it a causal LM?")
-    adapted = hasattr(head, "base_layer") or type(head).__module__.partition(".")[0] == "peft"
-    if adapted or any("lora_" in key for key, _ in head.named_parameters()):
-        raise UnsupportedModelError(
-            f"{name}: the head carries an adapter, which a fused head would silently leave out. Merge it "
-            "(merge_and_unload) or leave lm_head out of target_modules and modules_to_save."
-        )
-    if not head.weight.is_floating_point() or head.weight.ndim != 2:
-        raise UnsupportedModelError(f"{name}: the head's weight is {head.weight.dtype}, quantized heads are not served")
-    if head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head):
-        raise UnsupportedModelError(f"{name}: the head has forward hooks or parametrizations, which fusing would skip")
-
-
-def _logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
-    """(softcap, logit scale) from the config; the probe tells whether they are the whole truth."""
-    config = model.config.get_text_config()
-    values = {key: getattr(config, key, None) for key in (*SOFTCAP_KEYS, *FACTOR_KEYS, *DIVISOR_KEYS)}
-    numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
-    softcap = next((numbers[key] for key in SOFTCAP_KEYS if key in numbers), None)
-    scale = 1.0
-    for key in FACTOR_KEYS:
-        scale *= numbers.get(key, 1.0)
-    for key in DIVISOR_KEYS:
-        value = numbers.get(key, 1.0)
-        scale = scale * value if config.model_type in MULTIPLIES_BY_LOGITS_SCALING else scale / value
-    return softcap, scale
+def _tied_to_loaded(model: PreTrainedModel, missing: Sequence[str]) -> set[str]:
+    """Those of the missing tensors that share memory with one that is not missing, as a tied head does."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {p.data_ptr() for name, p in parameters.items() if name not in set(missing)}
+    return {name for name in missing if name in parameters and parameters[name].data_ptr() in loaded}
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
