@@ -109,6 +109,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 16,
         "attention_hidden_size": 64, "num_key_value_heads": 4,
     },
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "mpt": {"n_heads": 4}, "openai-gpt": {"n_head": 4}, 
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2},
