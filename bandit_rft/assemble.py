@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
     return policy
 
 
-def resolve_dtype(config: Config) -> str:
+def resolve_dtype(config: Config) -> Literal["float32", "bfloat16", "float64"]:
     """The dtype of the weights: what the configuration says, or what suits the device."""
     if config.dtype != "auto":
         return config.dtype

@@ -45,9 +45,9 @@ def check_logprob_gap(gap: float, limit: float, where: str) -> None:
     """
     if not gap <= limit:
         raise GateError(
-            f"{where}: the trainer's log-probabilities of a rollout are {gap:.3g} nats a token from those it was sampled "
-            f"with, and rollout.max_logprob_gap is {limit:g}: the sampler and the trainer are two policies. The update "
-            "was not applied. Look at what treats the two differently: the model (docs/models.md), its dtype, a layer "
+            f"{where}: the trainer's log-probabilities of a rollout are {gap:.3g} nats a token from those it was "
+            f"sampled with, and rollout.max_logprob_gap is {limit:g}: the sampler and the trainer are two policies. The "
+            "update was not applied. Look at what treats the two differently: the model (docs/models.md), its dtype, a layer "
             "with a cache or a length limit of its own. A higher rollout.max_logprob_gap accepts the difference, 0 "
             "never looks"
         )
@@ -86,9 +86,7 @@ class SpotCheck:
                 objective=ops.PolicyObjective(objective.kind, objective.aggregation, norm_length=objective.norm_length),
             )  # fmt: skip
         except torch.OutOfMemoryError:
-            logger.warning(
-                "verify_steps: no memory to compute one rollout by plain PyTorch; it is not checked any more"
-            )
+            logger.warning("verify_steps: no memory to compute one rollout by plain PyTorch: no more checks")
             self.steps = 0
             return {}
         limit = VERIFY_ERROR[policy.weight.dtype] if self.limit is None else self.limit

@@ -1,6 +1,6 @@
-"""What is checked before a model is relied on: that its head is the whole of what follows its hidden states, and how
-sequences share a call without seeing each other.
+"""What is checked before a model is relied on.
 
+That its head is the whole of what follows its hidden states, and how sequences share a call without seeing each other.
 Both on the model itself, with a few short sequences, and on its twin (twin.py), with sequences on both sides of every
 length that its config names. Whatever a model does instead of answering counts as a difference.
 """
