@@ -62,7 +62,7 @@ def new_policy(config: Config, given: Policy | None = None) -> Policy:
     policy = given or load_policy(config.model_name_or_path, config)
     if not config.lora.rank:
         return policy
-    from bandit_rft.lora import add_adapter
+    from bandit_rft.model.lora import add_adapter
 
     c = config.lora
     return add_adapter(policy, rank=c.rank, alpha=c.alpha, targets=c.targets, seed=config.seed)
@@ -82,7 +82,7 @@ def load_reference(policy: Policy, config: Config) -> Policy | None:
     if not config.objective.kl_coef:
         return None
     if config.lora.rank:
-        from bandit_rft.lora import base_policy
+        from bandit_rft.model.lora import base_policy
 
         return base_policy(policy)
     reference = load_policy(config.model_name_or_path, config)

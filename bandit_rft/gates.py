@@ -14,8 +14,8 @@ from torch import Tensor
 from bandit_rft import ops
 from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
+from bandit_rft.model.verify import verify_sequence
 from bandit_rft.rollout_batch import RolloutBatch
-from bandit_rft.verify import verify_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def check_logprob_gap(gap: float, limit: float, where: str) -> None:
     if not gap <= limit:
         raise GateError(
             f"{where}: the trainer's log-probabilities of a rollout are {gap:.3g} nats a token from those it was "
-            f"sampled with, and rollout.max_logprob_gap is {limit:g}: the sampler and the trainer are two policies. The "
-            "update was not applied. Look at what treats the two differently: the model (docs/models.md), its dtype, a layer "
-            "with a cache or a length limit of its own. A higher rollout.max_logprob_gap accepts the difference, 0 "
-            "never looks"
+            f"sampled with, and rollout.max_logprob_gap is {limit:g}: the sampler and the trainer are two policies. "
+            "The update was not applied. Look at what treats the two differently: the model (docs/models.md), its "
+            "dtype, a layer with a cache or a length limit of its own. A higher rollout.max_logprob_gap accepts the "
+            "difference, 0 never looks"
         )
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from bandit_rft.model import Policy
-from bandit_rft.packing import use_packed_attention
-from bandit_rft.probe import tolerance_of
+from bandit_rft.model.packing import use_packed_attention
+from bandit_rft.model.probe import tolerance_of
+from bandit_rft.model.split import Split, UnsupportedModelError
+from bandit_rft.model.twin import Twin, limits_of, twin_of
 from bandit_rft.rollout.decoding import ModelDecoder, Padding
-from bandit_rft.split import Split, UnsupportedModelError
-from bandit_rft.twin import Twin, limits_of, twin_of
 
 logger = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bandit_rft import ops
 from bandit_rft.model import Policy, UnsupportedModelError
-from bandit_rft.probe import describe
+from bandit_rft.model.probe import describe
+from bandit_rft.model.twin import _spread
 from bandit_rft.rollout import RolloutEngine, sequence_ids
-from bandit_rft.twin import _spread
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- survey -->", "<!-- /survey -->"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import some_rollouts
+from some_rollouts import some_rollouts
 from tiny_models import character_tokenizer, tiny_llama
 
 from bandit_rft import PolicyObjective

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from bandit_rft import ops, verify
 from bandit_rft.model import Policy
-from bandit_rft.twin import _spread
-from bandit_rft.verify import verify_sequence
+from bandit_rft.model.twin import _spread
+from bandit_rft.model.verify import verify_sequence
 
 PROMPT, COMPLETION = [1, 5, 6, 11], [7, 8, 9, 30, 31, 2]
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from bandit_rft.model import Policy, UnsupportedModelError
-from bandit_rft.packing import Packing, packed_attention, varlen_attn_serves
-from bandit_rft.twin import _spread
+from bandit_rft.model.packing import Packing, packed_attention, varlen_attn_serves
+from bandit_rft.model.twin import _spread
 
 LENGTHS = (9, 17, 2, 17)
 
@@ -27,7 +27,7 @@ def policy_of(name: str, lora: bool = False) -> Policy:
     policy = Policy(model)
     if lora:
         pytest.importorskip("peft", reason="needs the extra lora")
-        from bandit_rft.lora import add_adapter
+        from bandit_rft.model.lora import add_adapter
 
         policy = add_adapter(policy, rank=3)
         with torch.no_grad():
@@ -91,7 +91,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(name: str, lora: 
 
 def test_what_was_set_on_a_policy_holds_for_its_adapter() -> None:
     pytest.importorskip("peft", reason="needs the extra lora")
-    from bandit_rft.lora import add_adapter, base_policy
+    from bandit_rft.model.lora import add_adapter, base_policy
 
     policy = policy_of("llama")
     policy.enable_gradient_checkpointing()

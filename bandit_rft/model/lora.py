@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bandit_rft.adapters import find_adapter, need_peft
-from bandit_rft.model import Policy
-from bandit_rft.split import UnsupportedModelError
+from bandit_rft.model.adapters import find_adapter, need_peft
+from bandit_rft.model.policy import Policy
+from bandit_rft.model.split import UnsupportedModelError
 
 __all__ = ["BasePolicy", "add_adapter", "base_policy", "find_adapter", "is_adapted"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bandit_rft import ops
-from bandit_rft.model import Policy
+from bandit_rft.model.policy import Policy
 from bandit_rft.ops import reference
 
 

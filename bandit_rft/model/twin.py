@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bandit_rft.split import Split
+from bandit_rft.model.split import Split
 
 logger = logging.getLogger(__name__)
 

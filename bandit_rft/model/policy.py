@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bandit_rft.adapters import find_adapter, without_adapter
-from bandit_rft.packing import PackingMode, PackingPlan
-from bandit_rft.probe import probe
-from bandit_rft.split import Split, UnsupportedModelError
+from bandit_rft.model.adapters import find_adapter, without_adapter
+from bandit_rft.model.packing import PackingMode, PackingPlan
+from bandit_rft.model.probe import probe
+from bandit_rft.model.split import Split, UnsupportedModelError
 
 __all__ = ["Policy", "UnsupportedModelError"]
 

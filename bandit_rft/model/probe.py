@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bandit_rft import ops
-from bandit_rft.packing import PackingMode, PackingPlan, use_own_attention, use_packed_attention
-from bandit_rft.split import Split, UnsupportedModelError
-from bandit_rft.twin import Twin, limits_of, twin_of
+from bandit_rft.model.packing import PackingMode, PackingPlan, use_own_attention, use_packed_attention
+from bandit_rft.model.split import Split, UnsupportedModelError
+from bandit_rft.model.twin import Twin, limits_of, twin_of
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from transformers import (
 
 from bandit_rft import ops
 from bandit_rft.model import Policy, UnsupportedModelError
-from bandit_rft.packing import PackingPlan
+from bandit_rft.model.packing import PackingPlan
+from bandit_rft.model.twin import CROSSED, _spread, limits_of, twin_of
 from bandit_rft.rollout import RolloutEngine, sequence_ids
-from bandit_rft.twin import CROSSED, _spread, limits_of, twin_of
 
 MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4}
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}

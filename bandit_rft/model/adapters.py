@@ -1,6 +1,6 @@
 """Adapters as they come: saved folders and hub names in peft's format, and which adapters a policy can have.
 
-`bandit_rft.lora` makes new ones.
+`bandit_rft.model.lora` makes new ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bandit_rft.split import UnsupportedModelError
+from bandit_rft.model.split import UnsupportedModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel
