@@ -82,10 +82,19 @@ def load_run(folder: Path) -> Run:
     _load_config(run)
     _load_metrics(run)
     files = evaluation_files(folder)
+    _note_filtered_prompts(run)
     _load_evaluations(run, files)
     _load_pairs(run, files)
     _load_rollouts(run)
     return run
+
+
+def _note_filtered_prompts(run: Run) -> None:
+    """Prompts that were too long are not in any number on the page."""
+    names = {"prompts/filtered": "train", **{f"eval/{split}/filtered": split for split in run.splits()}}
+    for name, split in names.items():
+        if (count := next((int(value) for _, value in run.series(name)), 0)) > 0:
+            run.notes.append(f"{count:,} prompts of {split} are longer than max_prompt_length and were left out.")
 
 
 def _load_config(run: Run) -> None:
