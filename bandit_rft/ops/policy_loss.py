@@ -83,7 +83,7 @@ def linear_policy_loss(
             now, and autograd returns none for the weight. The loss must then be backpropagated unscaled.
         gradient_threshold: above 0, the products of hidden's and weight's gradient leave out every block of 128
             vocabulary entries in which no |dL/dlogit| of the chunk of tokens at hand reaches this share of the largest
-            |advantage x token weight|. An approximation (docs/operations.md has its error); the loss stays exact.
+            |advantage x token weight|. An approximation (docs/operations.md); the loss stays exact.
         skip_zero_rows: look for tokens of advantage 0 and do not compute them. On a GPU the host waits for their
             number; False asks the device for nothing, and is the same loss and gradients: for callers who know on the
             host which tokens count, and pass no others.

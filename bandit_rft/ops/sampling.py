@@ -43,10 +43,10 @@ def linear_sample(
         seed: a 64-bit integer, or a 0-d int64 tensor (for CUDA graphs).
         sequence_ids: [B] int64, which random stream a row draws from.
         positions: [B] int64 in [0, 2^32), where in the stream: usually the index of the token in its completion.
+        temperature: a float, or [B] (one for each row): what the logits are divided by, last.
         top_k: keep the k most likely tokens of the tempered softmax; 0 keeps every token, 1 is greedy.
         top_p: then keep the most likely tokens that make up this mass; 1 keeps every token.
         min_p: then keep the tokens at least this likely relative to the most likely one; 0 keeps every token.
-        temperature: a float, or [B] (one for each row): what the logits are divided by, last.
         bias: [V] or None, added to the logits before anything else.
         softcap: c in c * tanh(z / c), or None.
         logit_scale: a factor of the logits, before the softcap.
