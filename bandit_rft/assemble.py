@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from bandit_rft import ops
 from bandit_rft.config import Config, ConfigError
+from bandit_rft.data import padding_token_ids
+from bandit_rft.gates import LOGPROB_GAP
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardRunner
+from bandit_rft.rollout import RolloutEngine
 from bandit_rft.tasks import Task
 from bandit_rft.update import PolicyUpdater
+
+logger = logging.getLogger(__name__)
 
 
 def load_policy(name_or_path: str, config: Config) -> Policy:
     """The policy a config names; arithmetic-base is the model that comes with the package."""
     if name_or_path == "arithmetic-base":
         name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
-    return Policy.load(name_or_path, dtype=config.dtype, device=config.device)
+    policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
+    if policy.tokenizer is not None:
+        _mask_padding(policy, policy.tokenizer)
+    if config.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy
+
+
+def resolve_dtype(config: Config) -> Literal["float32", "bfloat16", "float64"]:
+    """The dtype of the weights: what the configuration says, or what suits the device."""
+    if config.dtype != "auto":
+        return config.dtype
+    on_gpu = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
+    return "bfloat16" if on_gpu else "float32"
+
+
+def _mask_padding(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows of the head that no token has are never drawn, and said to be."""
+    padding = padding_token_ids(tokenizer, policy.vocab_size, keep=policy.stop_tokens)
+    if not padding:
+        return
+    try:
+        policy.mask_padding_tokens(padding)
+    except ValueError as error:
+        logger.warning("%d entries of the head have no token, and may be drawn: %s", len(padding), error)
+    else:
+        logger.info("%d entries of the head have no token: they are never drawn", len(padding))
 
 
 def new_policy(config: Config, given: Policy | None = None) -> Policy:
@@ -26,7 +62,7 @@ def new_policy(config: Config, given: Policy | None = None) -> Policy:
     policy = given or load_policy(config.model_name_or_path, config)
     if not config.lora.rank:
         return policy
-    from bandit_rft.lora import add_adapter
+    from bandit_rft.model.lora import add_adapter
 
     c = config.lora
     return add_adapter(policy, rank=c.rank, alpha=c.alpha, targets=c.targets, seed=config.seed)
@@ -46,7 +82,7 @@ def load_reference(policy: Policy, config: Config) -> Policy | None:
     if not config.objective.kl_coef:
         return None
     if config.lora.rank:
-        from bandit_rft.lora import base_policy
+        from bandit_rft.model.lora import base_policy
 
         return base_policy(policy)
     reference = load_policy(config.model_name_or_path, config)
@@ -59,11 +95,13 @@ def make_updater(
 ) -> PolicyUpdater:
     """What takes the steps. The reference is for a KL in the loss; a KL in the rewards is subtracted before."""
     objective = ops.PolicyObjective(**asdict(config.objective))
+    gap = config.rollout.max_logprob_gap
     term = {"kl": "none", "kl_coef": 0.0} if reference is None else {"kl_coef": kl_coef}
     return PolicyUpdater(
         policy, optimizer, replace(objective, **term), reference=reference, temperature=config.temperature,
         tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
         minibatches=config.update.minibatches, seed=config.seed,
+        max_logprob_gap=LOGPROB_GAP[policy.weight.dtype] if gap is None else gap,
     )  # fmt: skip
 
 
@@ -76,12 +114,25 @@ def make_scorer(task: Task, config: Config) -> RewardRunner:
     )  # fmt: skip
 
 
-def check_lengths(policy: Policy, config: Config) -> None:
-    """Refuse prompts and completions that together are longer than the model has positions for (ConfigError)."""
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+def make_engine(policy: Policy, config: Config) -> RolloutEngine:
+    """What draws completions. Raises ConfigError for lengths that the model cannot decode or be packed at."""
+    engine = RolloutEngine(
+        policy, max_completion_length=config.max_completion_length, batch_size=config.rollout.batch_size
+    )
+    check_lengths(policy, engine, config)
+    return engine
+
+
+def check_lengths(policy: Policy, engine: RolloutEngine, config: Config) -> None:
+    """Refuse prompts and completions that together are longer than the model is served for (ConfigError)."""
     total = config.max_prompt_length + config.max_completion_length
-    if limit is not None and total > limit:
+    lengths = f"max_prompt_length={config.max_prompt_length} + max_completion_length={config.max_completion_length}"
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and total > positions:
+        raise ConfigError(f"{lengths} is more than the model's {positions} positions; lower one of them")
+    served = min((n for n in (engine.max_length, policy.plan.max_length) if n is not None), default=None)
+    if served is not None and total > served:
         raise ConfigError(
-            f"max_prompt_length={config.max_prompt_length} + max_completion_length={config.max_completion_length} is "
-            f"more than the model's {limit} positions; lower one of them"
+            f"{lengths} is more than the {served} tokens up to which {type(policy.model).__name__} is served exactly "
+            "(docs/models.md); lower one of them"
         )

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").split(".")[0] == "bandit_rft":
             raise
         return _fail(f"{error.name} is not installed; this needs an extra: pip install 'bandit_rft[train]'", 1)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if "BANDIT_RFT_TRACEBACK" in os.environ:
             raise
         wrong = any(kind.__name__ == "ConfigError" for kind in type(error).__mro__)  # not imported unless raised
@@ -130,10 +130,9 @@ def evaluate(given: argparse.Namespace) -> int:
 
         refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in given)
     _quiet_libraries()
-    from bandit_rft.assemble import check_lengths, load_policy, make_scorer
+    from bandit_rft.assemble import load_policy, make_engine, make_scorer
     from bandit_rft.data import PromptSet
     from bandit_rft.evaluate import evaluate as evaluate_split
-    from bandit_rft.rollout import RolloutEngine
     from bandit_rft.tasks import load_task
 
     task = load_task(
@@ -141,11 +140,8 @@ def evaluate(given: argparse.Namespace) -> int:
         options=config.task_options,
     )  # fmt: skip
     policy = load_policy(config.model_name_or_path, config)
-    check_lengths(policy, config)
     assert policy.tokenizer is not None
-    engine = RolloutEngine(
-        policy, max_completion_length=config.max_completion_length, batch_size=config.rollout.batch_size
-    )
+    engine = make_engine(policy, config)
     e = config.evaluation
     names = e.splits or list(task.splits)
     if missing := [name for name in names if name not in task.splits]:

@@ -124,8 +124,26 @@ class Config(Section):
     tokens_per_microbatch: int = Key(
         16384, "prompt and completion tokens of one forward and backward pass", may_change=True, design=False, ge=1
     )
-    dtype: Literal["float32", "bfloat16"] = Key(
-        "float32", "of the weights; bfloat16 keeps float32 master weights in the optimizer"
+    gradient_checkpointing: bool = Key(
+        False, "keep no activations within a layer; the update computes a third more", may_change=True, design=False
+    )
+    verify_steps: int = Key(
+        100,
+        "rounds between checks of one rollout's loss and gradient by plain PyTorch, from the first round on; 0: never",
+        may_change=True,
+        design=False,
+        ge=0,
+    )
+    max_verify_error: float | None = Key(
+        None,
+        "largest relative error of such a check; null: 0.001 in float32, 0.2 in bfloat16",
+        may_change=True,
+        design=False,
+        gt=0,
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Key(
+        "auto",
+        "of the weights; auto: bfloat16 on a GPU, else float32. bfloat16 keeps float32 master weights in the optimizer",
     )
     device: str | None = Key(
         None, "cpu, cuda, cuda:1, ...; null: cuda where there is one", may_change=True, design=False

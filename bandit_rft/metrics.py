@@ -246,6 +246,7 @@ def update_metrics(update: Update) -> Metrics:
         "grad_norm": update.grad_norm,
         "sampler_trainer_logprob_diff/mean": float(d.mean()) if len(d) else None,
         "sampler_trainer_logprob_diff/max": float(d.max()) if len(d) else None,
+        "sampler_trainer_logprob_diff/rollout_max": update.logprob_gap,
         "tokens/trained": update.tokens_trained,
         "tokens/skipped": update.tokens_skipped,
     }

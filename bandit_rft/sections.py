@@ -117,6 +117,14 @@ class RolloutConfig(Section):
         "completions cut off by the length limit are left out of the loss and normalizer",
         also=("mask_truncated_completions",),
     )
+    max_logprob_gap: float | None = Key(
+        None,
+        "stop when a rollout's log-probabilities at sampling and in the update differ by more (nats a token, mean over "
+        "the rollout); null: 0.01 in float32, 0.25 in bfloat16; 0: never",
+        may_change=True,
+        design=False,
+        ge=0,
+    )
 
     def fits(self, config: Config) -> None:
         n, advantage = config.num_generations, ADVANTAGES[config.advantage]

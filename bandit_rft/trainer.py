@@ -19,18 +19,20 @@ from numpy.typing import NDArray
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
-    check_lengths,
     load_policy,
     load_reference,
+    make_engine,
     make_optimizer,
     make_scorer,
     make_updater,
     new_policy,
+    resolve_dtype,
 )
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, advantage_options, check_config, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
 from bandit_rft.evaluate import answer_text, evaluate
+from bandit_rft.gates import GateError, SpotCheck
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import (
@@ -48,7 +50,7 @@ from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
-from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout import Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
@@ -82,7 +84,7 @@ class Trainer:
     ):
         if policy is None and task is None:
             check_config(config)
-        self.config: Config = config
+        self.config: Config = replace(config, dtype=resolve_dtype(config))
         self.listener = listener or Listener()
         self.run_folder = RunFolder(config.output_dir)
         self.stop_requested = False
@@ -154,11 +156,13 @@ class Trainer:
             self.kl.update(shaping.get("kl", update.kl), len(batch))
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
+        with clock.phase("verify"):
+            checked = self.spot_check(self.policy, batch, self.updater.objective, self.config.temperature, number)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {
             "round": number, **reward_metrics(batch, rewards), **rollout_metrics(batch), **update_metrics(update),
-            **shaping, **replayed, "learning_rate": self.optimizer.learning_rate,
+            **shaping, **replayed, **checked, "learning_rate": self.optimizer.learning_rate,
             "tokens/scored": update.tokens_scored + self._tokens_scored,
         }  # fmt: skip
         if self.config.rollout.dynamic_sampling:
@@ -315,11 +319,9 @@ class Trainer:
         reference, in_loss = load_reference(self.policy, config), config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
-        check_lengths(self.policy, config)
         self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
-        self.engine = RolloutEngine(
-            self.policy, max_completion_length=config.max_completion_length, batch_size=config.rollout.batch_size
-        )
+        self.engine = make_engine(self.policy, config)
+        self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed)
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
@@ -412,4 +414,4 @@ class Trainer:
         self.run_folder.write_rollouts(batch, prompts, texts, [answer_text(example) for example in examples])
 
 
-__all__ = ["CheckpointError", "Listener", "Trainer", "load_policy", "make_scorer"]
+__all__ = ["CheckpointError", "GateError", "Listener", "Trainer", "load_policy", "make_scorer"]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bandit_rft import ops
+from bandit_rft.gates import check_logprob_gap, logprob_gaps
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout_batch import RolloutBatch
@@ -39,6 +40,7 @@ class Update:
     off_policy: bool  # whether the ratio could differ from 1
     statistics: dict[str, float]  # of bandit_rft.ops.PolicyLoss, mean over trained tokens
     logprob_differences: Tensor  # |sampler - trainer| of this round's tokens in the first step, float32 on the host
+    logprob_gap: float | None  # the largest mean of these over a rollout; None where none was trained on
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Sums:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     differences: list[Tensor] = field(default_factory=list)
     trained: int = 0
+    gap: float | None = None
 
 
 class PolicyUpdater:
@@ -65,16 +68,19 @@ class PolicyUpdater:
         epochs: passes over a round's rollouts.
         minibatches: equal parts that a pass is cut into, one step each.
         seed: of the shuffle that cuts them.
+        max_logprob_gap: nats a token, mean over a rollout, by which the sampler may differ from this policy in a
+            round's first step; 0: any.
     """
 
     def __init__(
         self, policy: Policy, optimizer: PolicyOptimizer, objective: ops.PolicyObjective, *,
         reference: Policy | None = None, temperature: float = 1.0, tokens_per_microbatch: int = 16384,
-        epochs: int = 1, minibatches: int = 1, seed: int = 0,
+        epochs: int = 1, minibatches: int = 1, seed: int = 0, max_logprob_gap: float = 0.0,
     ):  # fmt: skip
         self.policy, self.optimizer, self.objective, self.reference = policy, optimizer, objective, reference
         self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
         self.epochs, self.minibatches, self.seed = epochs, minibatches, seed
+        self.max_logprob_gap = max_logprob_gap
 
     def __call__(self, batch: RolloutBatch, round_index: int, *, off_policy: bool = False) -> Update:
         """The steps of one round.
@@ -87,6 +93,7 @@ class PolicyUpdater:
         Raises:
             FloatingPointError: when a loss or a gradient is not finite. The step that failed is not applied; the steps
                 before it, in a round of several, are.
+            GateError: when the sampler was another policy, before the first step is applied.
         """
         sums = _Sums()
         # In the only step of a round the sampler is this policy: the ratio is 1 by definition, not by rounding.
@@ -106,6 +113,7 @@ class PolicyUpdater:
             off_policy=off_policy,
             statistics=means,
             logprob_differences=differences[~differences.isnan()],
+            logprob_gap=sums.gap,
         )
 
     def _minibatches(self, size: int, round_index: int) -> Iterator[NDArray[np.int64]]:
@@ -123,26 +131,32 @@ class PolicyUpdater:
         normalizer = lengths[counted].sum() if objective.aggregation == "token-mean" else len(counted)
         advantages = batch.advantage.numpy()
         trained = counted if objective.every_token_counts else counted[advantages[counted] != 0]
-        first, losses = not sums.losses, []
-        for micro in micro_batches(batch.select(longest_first(batch, trained)), self.tokens_per_microbatch):
-            result = self._forward_backward(micro, float(max(normalizer, 1)), off_policy)
-            losses.append(result.loss.detach())
-            for name, value in result.stats.items():
-                total = value * result.stats["tokens_computed"]
-                sums.statistics[name] = sums.statistics[name] + total if name in sums.statistics else total
-            if first:
-                fresh = micro.per_token(micro.round == round_index)
-                sampled = torch.where(fresh, micro.logprobs, torch.nan).to(result.logprobs.device, non_blocking=True)
-                sums.differences.append((result.logprobs - sampled).abs())
+        micros = micro_batches(batch.select(longest_first(batch, trained)), self.tokens_per_microbatch)
+        losses = [
+            self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy) for micro in micros
+        ]
         loss = float(torch.stack(losses).sum()) if losses else 0.0
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in round {round_index}: the update was not applied")
+        if not sums.losses:
+            gaps = [
+                logprob_gaps(micro, difference)[micro.round == round_index]
+                for micro, difference in zip(micros, sums.differences, strict=True)
+            ]
+            sums.gap = float(torch.cat(gaps).max()) if any(len(part) for part in gaps) else None
+            if self.max_logprob_gap and sums.gap is not None:
+                check_logprob_gap(sums.gap, self.max_logprob_gap, f"round {round_index}")
         sums.losses.append(loss)
         sums.norms.append(float(self.optimizer.step()))
         sums.trained += int(lengths[trained].sum())
 
-    def _forward_backward(self, micro: RolloutBatch, normalizer: float, off_policy: bool) -> ops.PolicyLoss:
-        """Add the gradient of some rollouts to the buffers; their loss, with log-probabilities [N]."""
+    def _forward_backward(
+        self, micro: RolloutBatch, sums: _Sums, round_index: int, normalizer: float, off_policy: bool
+    ) -> Tensor:
+        """Add the gradient of some rollouts to the buffers, and what was seen to `sums`; their loss (0-d).
+
+        Nothing here waits for the device: the micro-batches of a step are queued one behind the other.
+        """
         policy, inputs = self.policy, training_inputs(micro, self.policy.device)
         micro, reference = micro.to(policy.device), None
         if self.reference is not None:
@@ -160,7 +174,13 @@ class PolicyUpdater:
             **policy.head_options,
         )  # fmt: skip
         result.loss.backward()
-        return result
+        for name, value in result.stats.items():
+            total = value * result.stats["tokens_computed"]
+            sums.statistics[name] = sums.statistics[name] + total if name in sums.statistics else total
+        if not sums.losses:  # the first step: this round's rollouts were drawn by this very policy
+            fresh = micro.per_token(micro.round == round_index)
+            sums.differences.append(torch.where(fresh, (result.logprobs - micro.logprobs).abs(), torch.nan))
+        return result.loss.detach()
 
 
 def score_rollouts(policy: Policy, batch: RolloutBatch, *, temperature: float, tokens_per_microbatch: int) -> Tensor:

@@ -7,27 +7,22 @@ What makes it exact: a draw depends on (seed, sequence id, position) and the row
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bandit_rft import ops
-from bandit_rft.model import Policy, UnsupportedModelError
+from bandit_rft.model import Policy
+from bandit_rft.rollout.decoding import ModelDecoder, Padding
 from bandit_rft.rollout.native import NativeDecoder
+from bandit_rft.rollout.probe import probe_decoding
 from bandit_rft.rollout_batch import RolloutBatch
 
 logger = logging.getLogger(__name__)
-
-#: How a model is told which positions are padding: a ready additive mask, or the plain [B, length] one.
-Padding = Literal["ready", "plain"]
 
 
 @dataclass(frozen=True)
@@ -57,67 +52,6 @@ def sequence_ids(*parts: int | Sequence[int] | np.ndarray) -> Tensor:
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             mixed = mixed ^ (mixed >> np.uint64(31))
     return torch.from_numpy(mixed.astype(np.int64))
-
-
-class _InPlaceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A cache layer with room for the whole completion from the start: one copy a step instead of a concatenation."""
-
-    is_sliding = False  # everything is kept; a sliding window is the mask's business
-
-    def __init__(self, capacity: int):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity, self.length = capacity, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            # zeros: a masked column still takes part in the product, with weight 0, and 0 * NaN is NaN
-            room = ((*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states))
-            self._k, self._v = (key_states.new_zeros(shape) for shape in room)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self._k.narrow(2, start, key_states.shape[2]).copy_(key_states)
-        self._v.narrow(2, start, value_states.shape[2]).copy_(value_states)
-        self.keys, self.values = self._k.narrow(2, 0, self.length), self._v.narrow(2, 0, self.length)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        # Only the part in use is copied: early in a completion most of the room is still empty.
-        for name in ("_k", "_v"):
-            old = getattr(self, name)
-            new = old.new_zeros((len(indices), *old.shape[1:]))
-            new.narrow(2, 0, self.length).copy_(old.narrow(2, 0, self.length).index_select(0, indices))
-            setattr(self, name, new)
-
-
-class _ModelSteps:
-    """Decoding steps through the model's own forward, over its KV cache."""
-
-    lanes = 1  # any number of sequences is as good as another
-
-    def __init__(self, policy: Policy, cache: DynamicCache, cache_argument: str, width: int):
-        self._policy, self._cache, self._cache_argument, self._columns = policy, cache, cache_argument, width
-        self.mask: Tensor | None = None  # what hides the padding of the prompts; see RolloutEngine._decoding_mask
-
-    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Last hidden states [b, H] after one more token each; positions [b] are those in the whole text."""
-        self._columns += 1
-        output = self._policy.base(
-            input_ids=tokens[:, None],
-            attention_mask=self.mask[..., : self._columns] if self.mask is not None else None,
-            position_ids=positions[:, None],
-            use_cache=True,
-            **{self._cache_argument: self._cache},
-        )
-        hidden: Tensor = output.last_hidden_state[:, -1]
-        return hidden
-
-    def select(self, keep: Tensor) -> None:
-        """Go on with the sequences `keep` [b] int64."""
-        self.mask = self.mask[keep] if self.mask is not None else None
-        _select(self._cache, keep)
 
 
 @dataclass
@@ -153,14 +87,7 @@ class RolloutEngine:
             logger.warning("the generation config names no stop token: every completion will run to its length limit")
         # Waiting for the device costs more than a wasted step on a GPU, and nothing on a CPU.
         self._check_every = 1 if policy.device.type == "cpu" else 16
-        config = policy.model.config.get_text_config()
-        windows = [getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)]
-        self._window = min((w for w in windows if w), default=None)
-        # State-space models call their cache by another name.
-        names = inspect.signature(policy.base.forward).parameters
-        self._cache_argument = "cache_params" if "cache_params" in names else "past_key_values"
-        self._padding: Padding | None = None
-        self._padding = self._probe_padding()
+        self._plan = probe_decoding(policy, policy.model.config)
         self._native = self._probe_native()
 
     def generate(
@@ -200,17 +127,28 @@ class RolloutEngine:
         # back in the order they were asked for
         return batch if order == list(range(total)) else batch.select(np.argsort(order))
 
+    @property
+    def max_length(self) -> int | None:
+        """The longest text, prompt and completion, that is decoded; None: any."""
+        return self._plan.max_length
+
+    @property
+    def padding(self) -> Padding | None:
+        """How prompts of different length share a batch; None: they cannot, batches have one length."""
+        return self._plan.padding
+
     # -----------------------------------------------------------------------------------------------------------------
 
     def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[int]]:
         """Indices of completions to decode together: whole groups, prompts of similar length side by side."""
+        self._check_lengths(prompts)
         order = list(range(len(prompts)))
-        if len(prompts) * n > self.batch_size or self._padding is None:
+        if len(prompts) * n > self.batch_size or self._plan.padding is None:
             order.sort(key=lambda i: len(prompts[i]))
         batch: list[int] = []
         for i in order:
             for j in range(n):
-                other_length = batch and self._padding is None and len(prompts[batch[-1] // n]) != len(prompts[i])
+                other_length = batch and self._plan.padding is None and len(prompts[batch[-1] // n]) != len(prompts[i])
                 if len(batch) == self.batch_size or other_length:
                     yield sorted(batch)
                     batch = []
@@ -225,15 +163,11 @@ class RolloutEngine:
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
         capacity = width + self.max_completion_length - 1
-        in_window = self._window is None or capacity <= self._window
+        through_model = self._model_decoder()
+        in_window = through_model.window is None or capacity <= through_model.window
         native = self._native if in_window and self._native is not None and self._native.ready() else None
-        steps: NativeDecoder | _ModelSteps
-        if native is not None:
-            hidden, steps = native.read(prompts, len(rows), capacity), native
-        else:
-            cache = self._cache(capacity)
-            hidden = self._prefill(prompts, width, cache)
-            steps = _ModelSteps(policy, cache, self._cache_argument, width)
+        decoder: NativeDecoder | ModelDecoder = native or through_model
+        hidden = decoder.read(prompts, len(rows), capacity)
 
         # One row a prompt so far; from here on one row a completion.
         place = torch.tensor(lengths, device=device)
@@ -241,9 +175,7 @@ class RolloutEngine:
             place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
             which = torch.tensor([place_of[r // n] for r in rows], device=device)
             hidden, place = hidden[which], place[which]
-            steps.select(which)
-        if isinstance(steps, _ModelSteps) and min(lengths) < width:
-            steps.mask = self._decoding_mask(place, width, capacity, hidden.dtype)
+            decoder.select(which)
 
         active = torch.arange(len(rows), device=device)
         row_ids = ids[torch.tensor(rows, device=device)]
@@ -257,8 +189,8 @@ class RolloutEngine:
             )
             segment = segments[-1]
             segment.tokens.append(sample.tokens)
-            segment.logprobs.append(sample.logprobs)
-            segment.entropy.append(sample.entropy)
+            segment.logprobs.append(sample.logprobs.float())  # of a float64 model they are float64
+            segment.entropy.append(sample.entropy.float())
             if step + 1 == self.max_completion_length:
                 break
             alive &= ~self._stop[sample.tokens]
@@ -268,54 +200,29 @@ class RolloutEngine:
                 if remaining == 0:
                     break
                 # Moving the cache costs about as much as one step, so it pays once a quarter of the batch is idle.
-                size = min(-(-remaining // steps.lanes) * steps.lanes, len(active))
+                size = min(-(-remaining // decoder.lanes) * decoder.lanes, len(active))
                 if size <= 0.75 * len(active):
                     keep = alive.int().argsort(descending=True, stable=True)[:size].sort().values
                     active, row_ids, positions, place = active[keep], row_ids[keep], positions[keep], place[keep]
                     tokens, alive = tokens[keep], alive[keep]
-                    steps.select(keep)
+                    decoder.select(keep)
                     segments.append(_Segment(active, step + 1))
-            hidden = steps.step(tokens, place)
+            hidden = decoder.step(tokens, place)
             positions, place = positions + 1, place + 1
         return segments
 
-    def _cache(self, capacity: int) -> DynamicCache:
-        """An empty cache of `capacity` columns, written in place where its layers allow it."""
-        cache = DynamicCache(config=self.policy.model.config)
-        for i, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                cache.layers[i] = _InPlaceLayer(capacity)
-        return cache
+    def _model_decoder(self) -> ModelDecoder:
+        return ModelDecoder(self.policy.base, self.policy.model.config, self._plan.padding)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], width: int, cache: DynamicCache) -> Tensor:
-        """Run the prompts [P, width], left-padded, into the cache; the last hidden state of each, [P, H]."""
-        device = self.policy.device
-        ids = np.zeros((len(prompts), width), dtype=np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[width - len(prompt) :] = prompt
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        places = torch.arange(width, device=device) - (width - lengths)[:, None]
-        padded = any(len(prompt) < width for prompt in prompts)
-        output = self.policy.base(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=(places >= 0).long() if padded else None,
-            position_ids=places.clamp(min=0),
-            use_cache=True,
-            **{self._cache_argument: cache},
-        )
-        hidden: Tensor = output.last_hidden_state[:, -1]
-        return hidden
-
-    def _decoding_mask(self, prompt_lengths: Tensor, width: int, capacity: int, dtype: torch.dtype) -> Tensor:
-        """What hides the padding of the prompts: additive [B, 1, 1, capacity] where the model takes a ready mask.
-
-        Others get [B, capacity] and build their own at each step; so does a sliding window, which a ready mask would
-        override.
-        """
-        seen = torch.arange(capacity, device=prompt_lengths.device) >= (width - prompt_lengths)[:, None]
-        if self._padding == "plain" or (self._window is not None and self._window < capacity):
-            return seen.long()
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuse texts that could become longer than the model decodes exactly."""
+        longest, limit = max((len(prompt) for prompt in prompts), default=0), self._plan.max_length
+        if limit is not None and longest + self.max_completion_length > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_completion_length={self.max_completion_length} can exceed "
+                f"{limit} tokens, up to which this model decodes what the trainer computes (docs/models.md); lower "
+                "max_prompt_length or max_completion_length"
+            )
 
     def _collect(self, segments: list[_Segment], count: int) -> tuple[Tensor, Tensor, Tensor, list[int], list[bool]]:
         """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of `count` sequences."""
@@ -341,66 +248,20 @@ class RolloutEngine:
         )
 
     @torch.inference_mode()
-    def _probe_padding(self) -> Padding | None:
-        """How prompts of different length share a batch without changing what each gives alone; None: they cannot."""
-        generator = torch.Generator().manual_seed(1)
-        prompts = [torch.randint(0, self.policy.vocab_size, (k,), generator=generator).tolist() for k in (3, 7, 5)]
-        try:
-            alone = torch.cat([self._two_steps([prompt]) for prompt in prompts], dim=1)
-        except TypeError as error:  # state-space models of transformers 4 take no positions
-            raise UnsupportedModelError(
-                f"{type(self.policy.model).__name__}: its forward does not decode step by step ({error})"
-            ) from None
-        tolerance = (1e-4 if alone.dtype == torch.float32 else 0.05) * float(alone.abs().max())
-        whole = torch.cat([torch.tensor([*prompt, 1]) for prompt in prompts]).to(self.policy.device)
-        lengths = [len(prompt) + 1 for prompt in prompts]
-        last = torch.tensor(lengths).cumsum(0) - 1
-        difference = float((self.policy.hidden_states(whole, lengths)[last] - alone[1]).abs().max())
-        if not difference <= tolerance:
-            raise UnsupportedModelError(
-                f"{type(self.policy.model).__name__}: decoding with its KV cache gives hidden states that differ by "
-                f"{difference:.3g} from those of the whole sequence; the sampler would draw from another policy"
-            )
-        styles: tuple[Padding, ...] = ("ready", "plain")
-        for self._padding in styles:
-            try:
-                together = self._two_steps(prompts)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                logger.debug("%s padding mask: %s", self._padding, error)
-                continue
-            if bool(((together - alone).abs() <= tolerance).all()):
-                return self._padding
-        logger.info("left padding changes what this model computes: prompts are batched by length")
-        return None
-
-    @torch.inference_mode()
     def _probe_native(self) -> NativeDecoder | None:
         """The compiled core's decoder where it takes the model and gives the hidden states that it should."""
         prompts = [[5, 4, 3], [3, 4, 5, 6, 5, 4]]
         try:
             native = NativeDecoder(self.policy)
             first = native.read(prompts, 2, 7)
-            second = native.step(torch.ones(2, dtype=torch.int64), torch.tensor([3, 6]))
+            last = torch.tensor([3, 6])
+            second = native.step(torch.ones_like(last), last)
         except (NotImplementedError, AttributeError, ValueError) as error:
             logger.debug("decoding goes through the model's own forward: %s", error)
             return None
-        expected = self._two_steps(prompts)
+        decoder = self._model_decoder()
+        if self._plan.padding is None:
+            return None
+        expected = torch.stack([decoder.read(prompts, 2, 7), decoder.step(torch.ones_like(last), last)])
         difference = float((torch.stack([first, second]) - expected).abs().max())
         return native if difference <= 1e-4 * float(expected.abs().max()) else None
-
-    def _two_steps(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states [2, P, H] of the prompts' last token and of one more token."""
-        width = max(len(prompt) for prompt in prompts)
-        cache = self._cache(width + 1)
-        first = self._prefill(prompts, width, cache)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
-        padded = min(len(prompt) for prompt in prompts) < width
-        steps = _ModelSteps(self.policy, cache, self._cache_argument, width)
-        if padded:
-            steps.mask = self._decoding_mask(lengths, width, width + 1, first.dtype)
-        return torch.stack([first, steps.step(torch.ones_like(lengths), lengths)])
-
-
-def _select(cache: DynamicCache, rows: Tensor) -> None:
-    for layer in cache.layers:
-        layer.batch_select_indices(rows)  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from some_rollouts import some_batch
 from tiny_models import character_tokenizer, sums, tiny_llama
 from tiny_rewards import everything, starts_with_vowel
 
@@ -99,20 +100,6 @@ def test_every_choice_trains(name: str, configure: Callable[..., Config]) -> Non
 
 
 # --- several updates --------------------------------------------------------------------------------------------------
-
-
-def some_batch(policy: Policy, *, stale: float = 0.0) -> RolloutBatch:
-    """Nine completions with the log-probabilities the policy gives them (moved by up to `stale`)."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 9, (9,), generator=generator).tolist()
-    tokens = torch.randint(2, 40, (sum(lengths),), generator=generator)
-    prompts = [[1, 4 + i, 9] for i in range(9)]
-    nothing = torch.zeros(len(tokens))
-    batch = RolloutBatch.of(
-        prompts, tokens, lengths, nothing, nothing, [False] * 9, round=1, advantage=[1, -1, 0, 2, -0.5, 1, 0, -2, 1]
-    )
-    logprobs = score_rollouts(policy, batch, temperature=1.0, tokens_per_microbatch=10_000)
-    return replace(batch, logprobs=logprobs + stale * torch.randn(len(tokens), generator=generator))
 
 
 def updated(objective: dict[str, Any], *, stale: float = 0.0, **options: Any) -> tuple[torch.Tensor, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from some_rollouts import some_rollouts
 from tiny_models import character_tokenizer, sums, tiny_llama
 from tiny_rewards import everything, mentions_answer, none_for_some, nothing, starts_with_vowel
 from transformers import AutoModelForCausalLM
@@ -62,15 +63,6 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
-
-
-def some_rollouts(seed: int = 0, count: int = 7) -> RolloutBatch:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
-    prompts = [torch.randint(3, 40, (int(k),), generator=generator).tolist() for k in torch.randint(1, 6, (count,))]
-    tokens = torch.randint(2, 40, (sum(lengths),), generator=generator)
-    logprobs = -torch.rand(len(tokens), generator=generator) * 4
-    return RolloutBatch.of(prompts, tokens, lengths, logprobs, torch.ones(len(tokens)), [False] * count, round=1)
 
 
 def gradient(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import CONFIGS, own_logprobs
 from safetensors.torch import load_file
-from test_choices import some_batch
+from some_rollouts import some_batch
 from tiny_models import character_tokenizer, save_tiny_llama, sums, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from bandit_rft import ops
 from bandit_rft.checkpoint import list_checkpoints
 from bandit_rft.config import Config
-from bandit_rft.lora import add_adapter, base_policy, find_adapter
 from bandit_rft.model import Policy, UnsupportedModelError
+from bandit_rft.model.lora import add_adapter, base_policy, find_adapter
 from bandit_rft.ops import logprobs as head_ops
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout import RolloutEngine

@@ -12,27 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from bandit_rft.model import Policy, UnsupportedModelError
+from bandit_rft.model.adapters import find_adapter, need_peft
+from bandit_rft.model.policy import Policy
+from bandit_rft.model.split import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
+__all__ = ["BasePolicy", "add_adapter", "base_policy", "find_adapter", "is_adapted"]
 
-logger = logging.getLogger(__name__)
-
-WEIGHTS = "adapter_model.safetensors"
 #: Initializations that leave the weights beneath the adapter as they were.
 PLAIN_INITIALIZATIONS = (True, False, "gaussian")
 
@@ -57,7 +50,7 @@ def add_adapter(
 
     Raises ValueError naming the argument, UnsupportedModelError where there is an adapter already.
     """
-    _need_peft()
+    need_peft()
     from peft import LoraConfig, TaskType, get_peft_model
 
     if rank < 1 or not alpha > 0:
@@ -88,7 +81,12 @@ def add_adapter(
     adapted.peft_config["default"].base_model_name_or_path = (
         str(Path(base).resolve()) if base and Path(base).is_dir() else base or None
     )
-    return Policy(adapted, policy.tokenizer)
+    result = Policy(adapted, policy.tokenizer)
+    if policy.padding_token_ids:
+        result.mask_padding_tokens(policy.padding_token_ids)
+    if policy.gradient_checkpointing:
+        result.enable_gradient_checkpointing()
+    return result
 
 
 def is_adapted(policy: Policy) -> bool:
@@ -166,76 +164,7 @@ def base_policy(policy: Policy) -> Policy:
     return BasePolicy(policy)
 
 
-# --- folders and hub names --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A saved adapter: its folder, and the model it belongs to."""
-
-    folder: Path
-    base: str | None
-    base_revision: str | None
-
-    def base_of(self, name: str, other: str | None = None) -> tuple[str, str | None]:
-        """(name or folder, revision) of the model this adapter belongs to, or of `other`, where that has moved."""
-        if other is not None:
-            return other, None
-        if not self.base or (Path(self.base).is_absolute() and not Path(self.base).is_dir()):
-            raise FileNotFoundError(f"{name} is an adapter whose base model is not at {self.base!r}; give it as `base`")
-        return self.base, self.base_revision
-
-    def attach(self, model: Any, device: torch.device) -> PeftModel:
-        """The model with this adapter, trainable."""
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(self.folder), is_trainable=True, torch_device=str(device))
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether a tokenizer was saved beside the adapter."""
-        return (self.folder / "tokenizer_config.json").is_file()
-
-
-def find_adapter(name_or_path: str, revision: str | None = None) -> Adapter | None:
-    """The adapter saved under a folder or hub name; None where something else is.
-
-    Raises ImportError without peft, UnsupportedModelError for weights that are not safetensors, OSError in
-    transformers' own words for an unknown hub name.
-    """
-    if find_adapter_config_file(name_or_path, revision=revision) is None:
-        return None
-    _need_peft()
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        files = ["adapter_config.json", WEIGHTS, "token*", "special_tokens_map.json", "vocab*", "*.jinja"]
-        folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=files))
-    if not (folder / WEIGHTS).is_file():
-        raise UnsupportedModelError(f"{name_or_path} has an adapter_config.json but no {WEIGHTS}; pickles are not read")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return Adapter(folder, config.get("base_model_name_or_path"), config.get("revision"))
-
-
-def check_adapter(model: PeftModel) -> None:
-    """Refuse (UnsupportedModelError) adapters that do not only act inside of the base model; warn of dropout."""
-    name, configs = type(model).__name__, model.peft_config
-    if list(configs) != ["default"]:
-        raise UnsupportedModelError(f"{name}: expected one adapter, named 'default'; got {sorted(configs)}")
-    config = configs["default"]
-    if config.is_prompt_learning:
-        raise UnsupportedModelError(f"{name}: {config.peft_type} adds tokens to every prompt, which is not served")
-    if dropout := getattr(config, "lora_dropout", 0):
-        logger.warning("lora_dropout=%s stays off: sampler and trainer would be two different policies", dropout)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _need_peft() -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"adapters need the peft library: pip install 'bandit_rft[lora]' ({error})") from error
 
 
 def _check_targets(model: Any, targets: Sequence[str]) -> None:

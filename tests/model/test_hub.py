@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bandit_rft.lora import add_adapter, base_policy
 from bandit_rft.model import Policy
+from bandit_rft.model.lora import add_adapter, base_policy
 
 pytestmark = pytest.mark.slow  # whole runs in processes of their own
 
@@ -176,7 +176,7 @@ def test_training_by_hub_names_and_continuing_without_a_hub(hub: Hub, tmp_path: 
 
 ADAPTER = """
 import json, sys, torch
-from bandit_rft.lora import base_policy
+from bandit_rft.model.lora import base_policy
 from bandit_rft.model import Policy
 policy = Policy.load("someone/adapter")
 ids = torch.arange(3, 40)

@@ -1,0 +1,103 @@
+"""What stops a run that no longer trains what it samples, or no longer computes the loss it claims.
+
+The probe looks at a model once, when it is wrapped; these look at the run, while it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bandit_rft import ops
+from bandit_rft.metrics import Metrics
+from bandit_rft.model import Policy
+from bandit_rft.model.verify import verify_sequence
+from bandit_rft.rollout_batch import RolloutBatch
+
+logger = logging.getLogger(__name__)
+
+#: Nats a token, mean over one rollout, where `rollout.max_logprob_gap` says nothing. float32 differs by 1e-5, bfloat16
+#: by 0.01 to 0.05 (it rounds hidden states, and the KV cache's are rounded elsewhere than the trainer's).
+LOGPROB_GAP = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
+#: Relative error of loss and gradient against float32 where `max_verify_error` says nothing.
+VERIFY_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+
+class GateError(ArithmeticError):
+    """A run that would go on with wrong numbers. Its last checkpoint is from before."""
+
+
+def logprob_gaps(batch: RolloutBatch, difference: Tensor) -> Tensor:
+    """The mean of |sampler - trainer| over each rollout's tokens, from the tokens' own [N]: float32 [B] on the host."""
+    row = batch.per_token(torch.arange(len(batch)))
+    total = torch.zeros(len(batch)).index_add_(0, row, difference.float().cpu())
+    return total / batch.lengths.clamp(min=1)
+
+
+def check_logprob_gap(gap: float, limit: float, where: str) -> None:
+    """Refuse to apply an update whose rollouts another policy seems to have drawn.
+
+    Raises:
+        GateError: when the gap (nats a token) is above the limit, or NaN.
+    """
+    if not gap <= limit:
+        raise GateError(
+            f"{where}: the trainer's log-probabilities of a rollout are {gap:.3g} nats a token from those it was "
+            f"sampled with, and rollout.max_logprob_gap is {limit:g}: the sampler and the trainer are two policies. "
+            "The update was not applied. Look at what treats the two differently: the model (docs/models.md), its "
+            "dtype, a layer with a cache or a length limit of its own. A higher rollout.max_logprob_gap accepts the "
+            "difference, 0 never looks"
+        )
+
+
+class SpotCheck:
+    """Every `steps` rounds, one rollout's loss and gradient once more by plain PyTorch (verify.py).
+
+    It costs two forward and backward passes over that rollout, two gradients of all trained parameters, and one
+    [completion, vocabulary] tensor; where the weights are not float32 a float32 copy of them, too. The first one is in
+    the first round, so that a lack of memory shows at once: then a warning, and no more checks.
+
+    Args:
+        steps: rounds between checks; 0: never.
+        limit: largest relative error; None: by dtype, VERIFY_ERROR.
+    """
+
+    def __init__(self, steps: int, limit: float | None, seed: int):
+        self.steps, self.limit, self.seed = steps, limit, seed
+
+    def __call__(
+        self, policy: Policy, batch: RolloutBatch, objective: ops.PolicyObjective, temperature: float, number: int
+    ) -> Metrics:
+        """Check one rollout of round `number`, chosen by seed and round; {} where there is nothing to check.
+
+        Raises:
+            GateError: when an error is above the limit, or NaN.
+        """
+        if not self.steps or (number - 1) % self.steps or not len(batch):
+            return {}
+        row = int(np.random.Generator(np.random.PCG64([self.seed, number, 0x5907])).integers(len(batch)))
+        one = batch.select([row])
+        try:
+            found = verify_sequence(
+                policy, one.prompt_lists()[0], one.token_lists()[0], temperature=temperature,
+                objective=ops.PolicyObjective(objective.kind, objective.aggregation, norm_length=objective.norm_length),
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            logger.warning("verify_steps: no memory to compute one rollout by plain PyTorch: no more checks")
+            self.steps = 0
+            return {}
+        limit = VERIFY_ERROR[policy.weight.dtype] if self.limit is None else self.limit
+        if not found.worst() <= limit:
+            raise GateError(
+                f"round {number}: the fused path's loss {found.loss:.6g} and gradient differ from plain PyTorch's "
+                f"{found.reference_loss:.6g} by {found.loss_error:.3g} and {found.gradient_error:.3g} (relative), and "
+                f"max_verify_error is {limit:g}. This round's update was applied, nothing of it is saved"
+            )
+        return {
+            "verify/loss_error": found.loss_error,
+            "verify/gradient_error": found.gradient_error,
+            "verify/logprob_error": found.logprob_error,
+        }

@@ -1,0 +1,145 @@
+"""Decoding steps through a model's own forward: prefill, one token each, sequences that leave.
+
+The KV cache is allocated once and written in place where its layers allow it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+#: How a model is told which positions are padding: a ready additive mask, or the plain [B, length] one.
+Padding = Literal["ready", "plain"]
+
+
+class InPlaceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A cache layer with room for the whole completion from the start: one copy a step instead of a concatenation."""
+
+    is_sliding = False  # everything is kept; a sliding window is the mask's business
+
+    def __init__(self, capacity: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity, self.length = capacity, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, tokens, d] of keys and values; all of them so far."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            # zeros: a masked column still takes part in the product, with weight 0, and 0 * NaN is NaN
+            room = ((*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states))
+            self._k, self._v = (key_states.new_zeros(shape) for shape in room)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self._k.narrow(2, start, key_states.shape[2]).copy_(key_states)
+        self._v.narrow(2, start, value_states.shape[2]).copy_(value_states)
+        self.keys, self.values = self._k.narrow(2, 0, self.length), self._v.narrow(2, 0, self.length)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these sequences."""
+        if not self.is_initialized:
+            return
+        # Only the part in use is copied: early in a completion most of the room is still empty.
+        for name in ("_k", "_v"):
+            old = getattr(self, name)
+            new = old.new_zeros((len(indices), *old.shape[1:]))
+            new.narrow(2, 0, self.length).copy_(old.narrow(2, 0, self.length).index_select(0, indices))
+            setattr(self, name, new)
+        self.keys, self.values = self._k.narrow(2, 0, self.length), self._v.narrow(2, 0, self.length)
+
+
+class ModelDecoder:
+    """Decodes a batch through the model's own forward, over its KV cache: `read`, then `step` and `select`.
+
+    Args:
+        base: what gives the hidden states.
+        config: of the model.
+        padding: how padding is hidden; None where the prompts of a batch must have one length.
+    """
+
+    lanes = 1  # any number of sequences is as good as another
+
+    def __init__(self, base: nn.Module, config: PreTrainedConfig, padding: Padding | None):
+        self._base, self._config, self._padding = base, config, padding
+        parameters = inspect.signature(base.forward).parameters
+        # State-space models call their cache by another name; few models take no positions.
+        self._cache_argument = "cache_params" if "cache_params" in parameters else "past_key_values"
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._takes_positions = anything or "position_ids" in parameters
+        text = config.get_text_config()
+        windows = [getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)]
+        self.window = min((w for w in windows if w), default=None)
+        self.device = next(base.parameters()).device
+        self._mask: Tensor | None = None
+        self._columns = 0
+
+    def read(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
+        """Start a batch of P prompts, left-padded, with that many columns; the last hidden state of each, [P, H]."""
+        device = self.device
+        self._cache = _cache(self._config, capacity)
+        width = max(len(prompt) for prompt in prompts)
+        ids = np.zeros((len(prompts), width), dtype=np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[width - len(prompt) :] = prompt
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        places = torch.arange(width, device=device) - (width - lengths)[:, None]
+        padded = any(len(prompt) < width for prompt in prompts)
+        hidden = self._forward(
+            torch.from_numpy(ids).to(device), places.clamp(min=0), (places >= 0).long() if padded else None
+        )
+        self._columns = width
+        self._mask = self._decoding_mask(lengths, width, capacity, hidden.dtype) if padded else None
+        return hidden
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states [b, H] after one more token each; positions [b] are those in the whole text."""
+        self._columns += 1
+        mask = self._mask[..., : self._columns] if self._mask is not None else None
+        return self._forward(tokens[:, None], positions[:, None], mask)
+
+    def select(self, keep: Tensor) -> None:
+        """Go on with the sequences `keep` [b] int64."""
+        self._mask = self._mask[keep] if self._mask is not None else None
+        for layer in self._cache.layers:
+            state: Any = layer
+            # A layer with a recurrent state may inherit a selection that knows its keys and values alone.
+            recurrent = hasattr(state, "recurrent_states") or not hasattr(state, "batch_select_indices")
+            (state.reorder_cache if recurrent else state.batch_select_indices)(keep)
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {self._cache_argument: self._cache}
+        if self._takes_positions:
+            options["position_ids"] = position_ids
+        output = self._base(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options)
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+    def _decoding_mask(self, prompt_lengths: Tensor, width: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        """What hides the padding of the prompts: additive [B, 1, 1, capacity] where the model takes a ready mask.
+
+        Others get [B, capacity] and build their own at each step; so does a sliding window, which a ready mask would
+        override.
+        """
+        seen = torch.arange(capacity, device=prompt_lengths.device) >= (width - prompt_lengths)[:, None]
+        if self._padding == "plain" or (self.window is not None and self.window < capacity):
+            return seen.long()
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
+
+
+def _cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+    """An empty cache of `capacity` columns, written in place where its layers allow it."""
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            cache.layers[i] = InPlaceLayer(capacity)
+    return cache

@@ -1,0 +1,165 @@
+"""A run stops when it no longer trains what it samples, or no longer computes the loss it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny_llama, sums
+from tiny_rewards import everything
+
+from bandit_rft import ops
+from bandit_rft.assemble import load_policy
+from bandit_rft.checkpoint import list_checkpoints
+from bandit_rft.config import Config, build_config
+from bandit_rft.gates import GateError, SpotCheck, logprob_gaps
+from bandit_rft.metrics import read_metrics
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.tasks import Task
+from bandit_rft.trainer import Trainer
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., Config]:
+    model = save_tiny_llama(tmp_path / "model")
+
+    def make(**overrides: Any) -> Config:
+        values = {
+            "preset": "minimal", "model_name_or_path": str(model), "task": "arithmetic", "batch_size": 6,
+            "output_dir": str(tmp_path / "run"), "learning_rate": 1e-3, "max_prompt_length": 12, "max_rounds": 4,
+            "max_completion_length": 6, "eval_steps": 0, "evaluation.max_queries": 2, "save_steps": 1, "device": "cpu",
+            **overrides,
+        }  # fmt: skip
+        return build_config(values)
+
+    return make
+
+
+def make(config: Config) -> Trainer:
+    task = sums()
+    return Trainer(config, task=Task(task.name, task.splits, [everything]))
+
+
+def test_gaps_are_means_over_a_rollouts_tokens() -> None:
+    batch = RolloutBatch.of([[1]] * 3, torch.arange(5), [2, 0, 3], torch.zeros(5), torch.zeros(5), [False] * 3)
+    difference = torch.tensor([0.1, 0.3, 1.0, 0.0, 0.5])
+    torch.testing.assert_close(logprob_gaps(batch, difference), torch.tensor([0.2, 0.0, 0.5]))
+
+
+def test_an_exact_run_passes_both_gates_and_logs_them(configure: Callable[..., Config]) -> None:
+    trainer = make(configure(**{"verify_steps": 2, "rollout.max_logprob_gap": 1e-4, "max_verify_error": 1e-4}))
+    trainer.run()
+    lines = read_metrics(trainer.folder)[1:]
+    assert all(0 <= line["sampler_trainer_logprob_diff/rollout_max"] < 1e-4 for line in lines)
+    assert ["verify/gradient_error" in line for line in lines] == [True, False, True, False]
+    assert 0 < lines[0]["verify/gradient_error"] < 1e-4 and 0 <= lines[0]["verify/loss_error"] < 1e-4
+
+
+def test_one_rollout_drawn_by_another_policy_stops_the_run(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in one rollout of many, too small for a mean over the round to show it."""
+    trainer = make(configure())
+    draw = Trainer.draw
+    weights: list[torch.Tensor] = []
+
+    def wrong(self: Trainer, *args: Any) -> Any:
+        batch, texts, rewards = draw(self, *args)
+        if self.round == 2:
+            weights.extend(p.detach().clone() for p in self.policy.parameters())
+            first = int(batch.lengths[0])
+            batch.logprobs[:first] += 0.05
+        return batch, texts, rewards
+
+    monkeypatch.setattr(Trainer, "draw", wrong)
+    with pytest.raises(GateError, match=r"round 3: .* 0\.05 nats a token .*max_logprob_gap is 0\.01"):
+        trainer.run()
+    (*_, last) = list_checkpoints(trainer.folder / "checkpoints")
+    assert last.name == "checkpoint-2"
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.policy.parameters(), strict=True))  # not applied
+
+
+def test_the_gap_can_be_accepted_or_never_looked_at(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Trainer.draw
+
+    def wrong(self: Trainer, *args: Any) -> Any:
+        batch, texts, rewards = draw(self, *args)
+        batch.logprobs.add_(0.05)
+        return batch, texts, rewards
+
+    monkeypatch.setattr(Trainer, "draw", wrong)
+    for gap in (0.1, 0):
+        trainer = make(configure(**{"rollout.max_logprob_gap": gap, "max_rounds": 1, "resume": "auto"}))
+        trainer.run()
+        assert read_metrics(trainer.folder)[1]["sampler_trainer_logprob_diff/rollout_max"] == pytest.approx(0.05, 1e-3)
+
+
+def test_a_fused_loss_that_computes_something_else_stops_the_run(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(configure(**{"verify_steps": 3, "rollout.max_logprob_gap": 0}))  # which would see it first
+    loss = ops.linear_policy_loss
+
+    def wrong(hidden: torch.Tensor, *args: Any, **options: Any) -> ops.PolicyLoss:
+        scale = 1.02 if trainer.round == 3 else 1.0
+        return loss(hidden * scale, *args, **options)
+
+    monkeypatch.setattr(ops, "linear_policy_loss", wrong)
+    with pytest.raises(GateError, match=r"round 4: the fused path's loss .* max_verify_error is 0\.001"):
+        trainer.run()
+    assert list_checkpoints(trainer.folder / "checkpoints")[-1].name == "checkpoint-3"
+
+
+def test_a_lack_of_memory_ends_the_checks_and_not_the_run(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("bandit_rft.gates.verify_sequence", no_memory)
+    trainer = make(configure(verify_steps=1))
+    trainer.run()
+    assert trainer.round == 4 and caplog.text.count("no memory to compute one rollout") == 1
+
+
+def test_checks_come_in_the_first_round_and_then_every_so_many() -> None:
+    batch = RolloutBatch.of([], torch.zeros(0, dtype=torch.int64), [], torch.zeros(0), torch.zeros(0), [])
+    assert SpotCheck(0, None, 0)(None, batch, ops.PolicyObjective(), 1.0, 1) == {}  # type: ignore[arg-type]
+    assert SpotCheck(5, None, 0)(None, batch, ops.PolicyObjective(), 1.0, 1) == {}  # type: ignore[arg-type]
+
+
+def test_gradient_checkpointing_trains_the_same(configure: Callable[..., Config], tmp_path: Path) -> None:
+    weights = []
+    for checkpointing in (False, True):
+        folder = str(tmp_path / str(checkpointing))
+        trainer = make(configure(gradient_checkpointing=checkpointing, output_dir=folder, max_rounds=2))
+        trainer.run()
+        assert trainer.policy.gradient_checkpointing == checkpointing
+        weights.append([p.detach().clone() for p in trainer.policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_entries_of_the_head_without_a_token_are_never_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = save_tiny_llama(tmp_path / "padded", vocab_size=64)  # the tokenizer has fewer
+    config = Config(model_name_or_path=str(model), task="arithmetic", device="cpu")
+    with caplog.at_level("INFO"):
+        policy = load_policy(str(model), config)
+    assert policy.padding_token_ids and policy.padding_token_ids[-1] == 63
+    assert f"{len(policy.padding_token_ids)} entries of the head have no token" in caplog.text
+    hidden = torch.randn(512, policy.hidden_size)
+    ids = torch.arange(512)
+    sample = ops.linear_sample(hidden, policy.weight, seed=0, sequence_ids=ids, positions=ids, **policy.head_options)
+    assert int(sample.tokens.max()) < policy.padding_token_ids[0]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "float32"), ("cuda", "bfloat16"), ("cuda:1", "bfloat16")])
+def test_the_dtype_suits_the_device(device: str, expected: str) -> None:
+    from bandit_rft.assemble import resolve_dtype
+
+    assert resolve_dtype(Config(model_name_or_path="m", task="arithmetic", device=device)) == expected
+    assert resolve_dtype(Config(model_name_or_path="m", task="t", device=device, dtype="float64")) == "float64"
