@@ -1,5 +1,5 @@
-// Rows of logits on a GPU, on raw memory: log-probabilities, gradients, draws. All return at once; the work is on `stream`.
-// Nothing is allocated, nothing is remembered, so every call can be captured in a CUDA graph.
+// Rows of logits on a GPU, on raw memory: log-probabilities, gradients, draws. All return at once; the work is on
+// `stream`. Nothing is allocated, nothing is remembered, so every call can be captured in a CUDA graph.
 #pragma once
 
 #include <cstdint>
