@@ -1,4 +1,4 @@
-"""Draw one token a row and know its probability: from the head, or from logits. The trainer never has to ask again.
+"""Draw one token a row and its probability from one pass: over the head, or over logits that exist.
 
     token = argmax_j z_j + g_j,  g_j Gumbel noise of (seed, sequence id, position, j)        (the Gumbel-max trick)
 
