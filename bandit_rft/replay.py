@@ -1,7 +1,7 @@
 """Trajectory replay: rollouts kept to be trained on again, with the log-probabilities of the policy that drew them.
 
-With these an importance weight against today's policy can be formed. (The paper's replay is of rewards, not of rollouts:
-that is the advantage `history_norm`, see history.py.)
+With these an importance weight against today's policy can be formed. (The paper's replay is of rewards, not of
+rollouts: that is the advantage `history_norm`, see history.py.)
 """
 
 from __future__ import annotations
