@@ -47,7 +47,7 @@ class RolloutBatch:
         reward: float64 [B], outcome reward; NaN where there is none.
         advantage: float32 [B].
         trained: bool [B]; False: as if never drawn, in no sum and no normalizer.
-        weight_version: int64 [B], the policy that drew it: how many rounds it was trained for.
+        weight_version: int64 [B], rounds of training behind the policy that drew it.
         importance: float32 [N] or None, a factor on each token's advantage (replay); None: 1.
     """
 

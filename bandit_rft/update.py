@@ -127,11 +127,11 @@ class PolicyUpdater:
         self, batch: RolloutBatch, rows: NDArray[np.int64], sums: _Sums, round_index: int, off_policy: bool
     ) -> None:
         objective, lengths = self.objective, batch.lengths.numpy()
-        counted = rows[batch.trained.numpy()[rows]]
-        normalizer = lengths[counted].sum() if objective.aggregation == "token-mean" else len(counted)
+        trained = rows[batch.trained.numpy()[rows]]
+        normalizer = lengths[trained].sum() if objective.aggregation == "token-mean" else len(trained)
         advantages = batch.advantage.numpy()
-        trained = counted if objective.every_token_counts else counted[advantages[counted] != 0]
-        micros = micro_batches(batch.select(longest_first(batch, trained)), self.tokens_per_microbatch)
+        computed = trained if objective.every_token_counts else trained[advantages[trained] != 0]
+        micros = micro_batches(batch.select(longest_first(batch, computed)), self.tokens_per_microbatch)
         losses = [
             self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy) for micro in micros
         ]
@@ -148,7 +148,7 @@ class PolicyUpdater:
                 check_logprob_gap(sums.gap, self.max_logprob_gap, f"round {round_index}")
         sums.losses.append(loss)
         sums.norms.append(float(self.optimizer.step()))
-        sums.trained += int(lengths[trained].sum())
+        sums.trained += int(lengths[computed].sum())
 
     def _forward_backward(
         self, micro: RolloutBatch, sums: _Sums, round_index: int, normalizer: float, off_policy: bool
