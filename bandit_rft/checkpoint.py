@@ -1,5 +1,7 @@
-"""Checkpoints: plain Hugging Face folders (peft's for adapters), optimizer.safetensors, replay.safetensors (what is
-remembered of earlier rounds) and state.json, written whole or not at all.
+"""Checkpoints: plain Hugging Face folders and what continues the run, written whole or not at all.
+
+Beside the model (peft's layout for adapters) lie optimizer.safetensors, replay.safetensors (what is remembered of
+earlier rounds, where something is) and state.json.
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
 half a checkpoint. state.json holds the checksums of the other files, so a torn or flipped one is noticed when resuming.
@@ -51,10 +53,22 @@ def save_checkpoint(
     arrays: dict[str, NDArray[Any]] | None = None,
     keep: int = 0,
 ) -> Path:
-    """Write `folder`/checkpoint-<round_index> and remove all but the newest `keep` (0: keep all). Returns its path.
+    """Write `folder`/checkpoint-<round_index> and remove what is older than the newest ones.
 
-    state must be JSON; arrays go to replay.safetensors. Raises OSError (disk full, read-only) with every earlier
-    checkpoint untouched.
+    Args:
+        folder: of the run's checkpoints; made where it is missing.
+        round_index: the round that was finished last.
+        policy: saved as a Hugging Face folder.
+        optimizer: its state goes to optimizer.safetensors.
+        state: what JSON can hold; goes to state.json.
+        arrays: what is remembered of earlier rounds, by name; goes to replay.safetensors.
+        keep: how many of the checkpoints written last stay; 0: all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full or read-only; every earlier checkpoint is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"checkpoint-{round_index}"
@@ -107,7 +121,11 @@ def _written(path: Path) -> int:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint and its state; broken ones are skipped with a warning that says why."""
+    """The checkpoint that was written last and is intact, and its state; broken ones are skipped with a warning.
+
+    Raises:
+        LayoutError: it is intact, and of another version of bandit_rft.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, read_state(path)
@@ -119,7 +137,12 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, after comparing every file with its checksum. Raises CheckpointError."""
+    """state.json of a checkpoint, after comparing every file with its checksum.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or not what was saved.
+        LayoutError: it is intact, and of another version of bandit_rft.
+    """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         sums = dict(state["sha256"])
@@ -144,7 +167,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_optimizer(path: Path, optimizer: PolicyOptimizer) -> None:
-    """Take up the optimizer state saved in a checkpoint folder. Raises CheckpointError when it is of another model."""
+    """Take up the optimizer state saved in a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
     tensors: dict[str, Tensor] = load_file(path / "optimizer.safetensors")
     try:
         optimizer.load_state_tensors(tensors)

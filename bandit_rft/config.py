@@ -337,7 +337,11 @@ def build_config(
 
 
 def check_config(config: Config) -> None:
-    """Raise ConfigError for the values that cannot work, by name; also for those assigned since it was made."""
+    """Check every value again, those too that were assigned since the configuration was made.
+
+    Raises:
+        ConfigError: naming the values that cannot work.
+    """
     _from_tree(asdict(config))
     _check_given(config)
 
@@ -349,7 +353,11 @@ def _check_given(config: Config) -> None:
 
 
 def _from_tree(tree: Mapping[str, Any]) -> Config:
-    """The configuration of a nested mapping of known keys. Raises ConfigError for everything wrong at once."""
+    """The configuration of a nested mapping of known keys.
+
+    Raises:
+        ConfigError: naming everything that is wrong at once.
+    """
     found, values = list[str](), dict(tree)
     for name, field in fields_of(Config).items():
         section: Any = field.annotation

@@ -104,6 +104,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the phase `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -119,9 +120,12 @@ class Stopwatch:
 
 
 def write_parquet(path: Path, columns: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
-    """Write columns {name: (Arrow type as text, values)}; complete or absent, never half a file.
+    """Write a table as Parquet: complete or absent, never half a file.
 
-    Types: int32, int64, float32, float64, string, bool, and list<...> of them.
+    Args:
+        path: the file; its folder is made where it is missing.
+        columns: (Arrow type as text, values) by name. Types: int32, int64, float32, float64, string, bool, and
+            list<...> of them.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -137,7 +141,16 @@ def write_parquet(path: Path, columns: Mapping[str, tuple[str, Sequence[Any]]]) 
 
 
 def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers named in report_to. Raises ImportError saying which extra to install."""
+    """The trackers named in report_to.
+
+    Args:
+        names: of tensorboard, wandb, trackio.
+        folder: the run folder; its name is the run's.
+        config: the resolved configuration, which a tracker keeps.
+
+    Raises:
+        ImportError: a library is missing; says which extra to install.
+    """
     return [_OPEN[name](folder, config) for name in names]
 
 

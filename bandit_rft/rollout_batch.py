@@ -183,7 +183,7 @@ class RolloutBatch:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """int64 [B]."""
+        """Prompt lengths, int64 [B]."""
         return self.prompt_cu_seqlens.diff().long()
 
     def select(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> RolloutBatch:
@@ -224,7 +224,11 @@ class RolloutBatch:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> RolloutBatch:
-        """The inverse of `arrays`. Raises ValueError naming the columns that are missing."""
+        """The inverse of `arrays`.
+
+        Raises:
+            ValueError: naming the columns that are missing.
+        """
         needed = {f.name for f in fields(RolloutBatch)} - {"importance"}
         if missing := sorted(needed - set(arrays)):
             raise ValueError(f"these columns of a RolloutBatch are missing: {', '.join(missing)}")

@@ -71,7 +71,12 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Read `folder`. Raises FileNotFoundError when it is not a folder, ValueError when it holds no run."""
+    """Read a run folder.
+
+    Raises:
+        FileNotFoundError: it is not a folder.
+        ValueError: it holds no run.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"run_folder: {folder} is not a folder")
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
