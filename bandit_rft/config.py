@@ -64,7 +64,11 @@ class Config(Section):
         also=("model",),
         may_change=True,
     )
-    task: str = Key("", "arithmetic | gsm8k | math | summarize | jsonl | ... (bandit_rft.tasks)", also=("dataset",))
+    task: str = Key(
+        "",
+        "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym (bandit_rft.tasks)",
+        also=("dataset",),
+    )
     data_path: str | None = Key(
         None, "folder or file with the task's data; null: where the task gets it by default", may_change=True
     )
