@@ -66,7 +66,7 @@ class Config(Section):
     )
     task: str = Key(
         "",
-        "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym (bandit_rft.tasks)",
+        "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym",
         also=("dataset",),
     )
     data_path: str | None = Key(
