@@ -13,10 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bandit_rft.data import Fingerprint
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 
@@ -84,12 +88,14 @@ def save_checkpoint(
             safetensors.numpy.save_file(arrays, partial / "replay.safetensors")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = {str(path.relative_to(partial)): _sha256(path) for path in files}
-        state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": time.time_ns(), "sha256": sums}
+        # Later than every other one, also after the clock was set back: the newest are kept, and continued from.
+        written = max([time.time_ns(), *(1 + _written(path) for path in list_checkpoints(folder))])
+        state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": written, "sha256": sums}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in [*files, partial / "state.json", partial]:
             _sync(path)
         if target.exists():  # a round that was saved, resumed from an earlier one, and reached again
-            shutil.rmtree(target)
+            _remove(target)
         partial.rename(target)
         _sync(folder)
     except BaseException as error:
@@ -99,8 +105,16 @@ def save_checkpoint(
         raise
     if keep:
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or the file that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -116,8 +130,8 @@ def _written(path: Path) -> int:
     """When a checkpoint was written, in nanoseconds; copying it does not change that."""
     try:
         return int(json.loads((path / "state.json").read_text())["written_ns"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return path.stat().st_mtime_ns
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return path.lstat().st_mtime_ns
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -136,6 +150,28 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _fingerprints(value: Any) -> bool:
+    names = {field.name for field in fields(Fingerprint)}
+    return isinstance(value, dict) and all(isinstance(x, dict) and x.keys() == names for x in value.values())
+
+
+#: What state.json must hold, if a run is to continue from it; a checkpoint of an earlier version has no fingerprints.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "round": _count,
+    "position": _count,
+    "generated_tokens": _count,
+    "seconds": lambda x: isinstance(x, int | float) and 0 <= x < math.inf,
+    "kl_coef": lambda x: isinstance(x, int | float) and math.isfinite(x),
+    "layout": lambda x: x is None or _count(x),
+    "config": lambda x: isinstance(x, dict),
+    "data": lambda x: x is None or _fingerprints(x),
+}
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after comparing every file with its checksum.
 
@@ -146,8 +182,9 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         sums = dict(state["sha256"])
-        state["round"] = int(state["round"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if wrong := [name for name, fits in _FIELDS.items() if not fits(state.get(name))]:
+            raise ValueError(f"{wrong[0]} is {str(state.get(wrong[0]))[:80]!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable state.json ({error})") from None
     for name, expected in sums.items():
         file = path / name

@@ -39,12 +39,13 @@ class MetricsLog:
     """metrics.jsonl of a run folder: one flat JSON object a round, each line written whole and flushed."""
 
     def __init__(self, folder: Path, *, from_round: int | None = None, trackers: Sequence[Tracker] = ()):
-        """Open the log, with the lines of rounds up to `from_round` (None: none); the run will write the others again.
+        """Open the log, with one line for each round up to `from_round` (None: none); the run writes the others again.
 
         What is left out must have been set aside before (run_folder.py).
         """
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if from_round is not None and line["round"] <= from_round]
+        lines = {line["round"]: line for line in read_metrics(folder)}  # the last one, where a round has several
+        kept = [lines[number] for number in sorted(lines) if from_round is not None and number <= from_round]
         temporary = self.path.with_suffix(".partial")
         with temporary.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -88,7 +89,8 @@ def parse_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if isinstance(line, dict) and isinstance(line.get("round"), int):
+        number = line.get("round") if isinstance(line, dict) else None
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
             lines.append(line)
         else:
             torn += 1
