@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ops_cases import OBJECTIVES, assert_close_to_truth
-from paths import ROOT
 from torch import Tensor
 
 from bandit_rft.ops import PolicyObjective, reference
@@ -49,17 +47,8 @@ class Logits(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler: the CUDA kernels' source cannot be run on this CPU")
-    library = tmp_path_factory.mktemp("emulated") / "cuda.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE", f"-I{ROOT / 'tests/native'}"]
-    flags += ["-fsanitize=alignment", "-fsanitize-recover=alignment"]  # emulated_cuda.cpp has the handler
-    source = ROOT / "tests/native/emulated_cuda.cpp"
-    built = subprocess.run([compiler, *flags, "-o", library, source], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(library))
+def kernels(emulated_cuda: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(emulated_cuda))
     for name in ("logprob_rows", "policy_rows", "sample_rows", "write_vector"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.exp2_approximate.restype = ctypes.c_float
