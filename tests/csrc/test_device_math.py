@@ -290,6 +290,80 @@ def test_lost_rows_say_so(kernels: ctypes.CDLL) -> None:
         assert bool(((out[0] >= 0) & (out[0] < 300)).all())
 
 
+#: Rows whose largest logit is that far from zero; masked logits and what a mask of finite numbers leaves of a row.
+FAR = [-3e38 / 4, -1e31, -1e30, -1e10, -1e9, 1e9, 1e10, 1e31, 3e38 / 4]
+
+
+@pytest.mark.parametrize("scaling", [{}, {"temperature": 0.75}, {"temperature": "rows"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_far_from_zero(kernels: ctypes.CDLL, dtype: torch.dtype, scaling: dict[str, Any]) -> None:
+    """A softmax does not mind where its logits lie: as many likeliest tokens as there are share it."""
+    v = 700
+    z = torch.tensor(FAR)[:, None].repeat(1, v).to(dtype)
+    z[:, 40:] = (z[:, 40:] * torch.tensor([2.0 if x < 0 else 0.5 for x in FAR])[:, None]).to(dtype)
+    z[:, 600:650], z[:, 650:] = torch.finfo(dtype).min, -torch.inf
+    n = len(z)
+    scaling = {k: torch.full((n,), 0.75) if t == "rows" else t for k, t in scaling.items()}
+    targets, logp, entropy = torch.full((n,), 39), torch.empty(n), torch.empty(n)
+    rows, given = z.clone(), torch.ones(n)
+    raise_if(kernels.logprob_rows(argument(z, scaling), pointer(targets), pointer(logp), pointer(entropy)))
+    for found in (logp, entropy):
+        torch.testing.assert_close(found.abs(), torch.full((n,), 40.0).log())
+    raise_if(
+        kernels.policy_rows(
+            argument(rows, scaling), pointer(targets), 0, *[ctypes.c_float(0)] * 3, 0, *[ctypes.c_float(0)] * 2,
+            pointer(given), pointer(given), None, None, None, 0, ctypes.c_int64(0), pointer(logp), pointer(entropy),
+        )
+    )  # fmt: skip
+    of_target = torch.zeros(n, v)
+    of_target[:, :40], of_target[:, 39] = -1 / 40, 1 - 1 / 40
+    chain = 1 / 0.75 if scaling else 1.0
+    torch.testing.assert_close(
+        rows.float(), of_target * chain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
+    )
+    filters: dict[str, float]
+    for filters in ({}, {"top_k": 60}, {"top_p": 0.9}, {"min_p": 0.5}):
+        seed, ids, out = torch.tensor(4), torch.arange(n), (torch.empty(n, dtype=torch.int64), *torch.empty(4, n))
+        raise_if(
+            kernels.sample_rows(
+                argument(z, scaling), *map(pointer, (seed, ids, ids)), ctypes.c_int64(int(filters.get("top_k", 0))),
+                ctypes.c_double(filters.get("top_p", 1.0)), ctypes.c_float(filters.get("min_p", 0.0)),
+                *map(pointer, out),
+            )
+        )  # fmt: skip
+        assert bool((out[0] < 40).all()), filters
+        torch.testing.assert_close(-out[1], torch.full((n,), 40.0).log())
+
+
+@pytest.mark.parametrize("scaling", [{}, {"temperature": "rows"}], ids=str)
+@pytest.mark.parametrize("kind", ["given", "reinforce", "ppo"])
+def test_a_target_that_cannot_be_drawn(kernels: ctypes.CDLL, kind: str, scaling: dict[str, Any]) -> None:
+    """A target's logit of -inf: log-probability -inf, and finite gradients, entropy's too."""
+    n, v = 3, 300
+    z, targets = torch.randn(n, v), torch.tensor([7, 8, 299])
+    z[range(n), targets] = -torch.inf
+    scaling = {k: torch.ones(n) for k in scaling}
+    logp, entropy, behavior = torch.empty(n), torch.empty(n), torch.full((n,), -5.0)
+    first, second = torch.tensor([1.0, 2.0, -0.5]), torch.tensor([0.5, 1.0, 2.0])
+    number, coefficient = {"given": 0, "reinforce": 1, "ppo": 3}[kind], 0.25
+    rows = z.clone()
+    raise_if(
+        kernels.policy_rows(
+            argument(rows, scaling), pointer(targets), number, *map(ctypes.c_float, (0.8, 1.2, 0.0)), 0,
+            *map(ctypes.c_float, (0.0, coefficient)), pointer(first), pointer(second),
+            pointer(behavior if kind == "ppo" else None), None, None, 0, ctypes.c_int64(0), pointer(logp),
+            pointer(entropy),
+        )
+    )  # fmt: skip
+    assert torch.equal(logp, torch.full((n,), -torch.inf))
+    p, finite = torch.softmax(z.double(), -1), torch.log_softmax(z.double(), -1).nan_to_num(neginf=0.0)
+    c = {"given": first, "reinforce": -first * second, "ppo": torch.tensor([0.0, 0.0, 0.0])}[kind].double()
+    e = (-second if kind == "given" else coefficient * second).double()
+    hot = torch.nn.functional.one_hot(targets, v)
+    of_entropy = p * (finite - (p * finite).sum(-1, keepdim=True))
+    torch.testing.assert_close(rows.double(), c[:, None] * (hot - p) + e[:, None] * of_entropy, rtol=1e-4, atol=1e-7)
+
+
 def test_gradient_memory_is_checked(kernels: ctypes.CDLL) -> None:
     z = torch.randn(4, 64)
     ones, out = torch.ones(4), torch.empty(4)
