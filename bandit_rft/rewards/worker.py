@@ -21,6 +21,7 @@ from bandit_rft.text import printable
 
 # A worker's limit to import its functions: a large library's first import from a cold disk is slow.
 STARTUP_S = 120.0
+LONGEST_WAIT_S = 1e6  # 11 days; poll() takes no more than 24
 _ROOT = str(Path(__file__).parents[2])  # where this package lies
 
 
@@ -140,7 +141,8 @@ class Worker:
         """Wait until a pipe is ready. Errors: WorkerLost at the deadline."""
         poll = select.poll()
         poll.register(pipe, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        left = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT_S)
+        if not poll.poll(left * 1000):
             raise WorkerLost("hung and was killed")
 
     def _cause_of_death(self) -> str:
@@ -155,8 +157,15 @@ class Worker:
         if status == OUT_OF_MEMORY:
             return "ran out of memory"
         if status < 0:
-            return f"died in its worker process, of {signal.Signals(-status).name}"
+            return f"died in its worker process, of {_signal_name(-status)}"
         return f"ended its worker process, with exit status {status}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"
 
 
 def encode(message: Any) -> bytes:

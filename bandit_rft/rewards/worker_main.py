@@ -97,7 +97,7 @@ def _set_up(request: dict[str, Any]) -> list[tuple[RewardFunction, Callable[...,
         os.environ["PYTHONPATH"] = request["python_path"]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Private memory, not address space: libraries reserve far more of that than they ever use.
-    limit = request["memory_mb"] * 2**20
+    limit = min(request["memory_mb"] * 2**20, sys.maxsize)
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit

@@ -830,3 +830,26 @@ def test_impossible_batches(rewards):
         with pytest.raises(ValueError, match=r"'completions'.* cannot be names of columns"):
             runner.score(["q"], ["a"], {"completions": ["a"]})
         assert runner.score(["q"], ["a"], {}).total == [1]  # and goes on
+
+
+# ---------------------------------------------------------------- at the edges of the system
+
+EDGES = """
+import os, time
+def unnamed_signal(completions): os.kill(os.getpid(), 40); time.sleep(9)
+def fine(completions): return [1.0] * len(completions)
+"""
+
+
+def test_a_signal_without_a_name_is_a_failure_like_any_other(tmp_path):
+    (tmp_path / "edges.py").write_text(EDGES)
+    with RewardRunner([f"{tmp_path}/edges.py:unnamed_signal"], on_error="none", timeout_s=5) as runner:
+        assert runner.score(["q"], ["a"], {}).failures == {"unnamed_signal": 1}
+
+
+@pytest.mark.parametrize("limits", [{"timeout_s": 1e10}, {"timeout_s": 1e300}, {"memory_mb": 10**15}])
+def test_limits_that_are_no_limits(tmp_path, limits):
+    """What says "never" is longer than poll() and larger than setrlimit() can be told."""
+    (tmp_path / "edges.py").write_text(EDGES)
+    with RewardRunner([f"{tmp_path}/edges.py:fine"], **limits) as runner:
+        assert runner.score(["q"], ["a"], {}).total == [1.0]
