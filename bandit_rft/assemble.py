@@ -5,20 +5,43 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from bandit_rft import ops
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardRunner
 from bandit_rft.tasks import Task
+from bandit_rft.text import LIMIT, printable
 from bandit_rft.update import PolicyUpdater
 
 
 def load_policy(name_or_path: str, config: Config) -> Policy:
-    """The policy a config names; arithmetic-base is the model that comes with the package."""
+    """The policy a config names; arithmetic-base is the model that comes with the package.
+
+    Raises:
+        ConfigError: for a device that torch does not know or have.
+        ValueError, OSError: for a model that cannot be loaded, whatever its libraries raise over it.
+    """
+    if config.device is not None:
+        try:
+            torch.empty(0, device=config.device)
+        except Exception as error:
+            raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
     if name_or_path == "arithmetic-base":
         name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
-    return Policy.load(name_or_path, dtype=config.dtype, device=config.device)
+    try:
+        return Policy.load(name_or_path, dtype=config.dtype, device=config.device)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
+        raise ValueError(f"the model in {name_or_path} could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {printable(lines[0] if lines else '', LIMIT)}"
 
 
 def new_policy(config: Config, given: Policy | None = None) -> Policy:
