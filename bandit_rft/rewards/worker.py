@@ -3,6 +3,7 @@
 Data cross the pipes as JSON: nothing is ever unpickled. `worker_main.py` is the other side.
 """
 
+import codecs
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from io import FileIO
@@ -37,6 +39,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipes: tuple[FileIO, FileIO]  # our ends: to read replies from, to write requests to
         self._received = bytearray()
+        self._output: threading.Thread  # shows what is printed
         self._asked = 0  # the number of the last request, never used again
 
     def start(self) -> None:
@@ -53,11 +56,15 @@ class Worker:
         child_read, write = os.pipe()
         read, child_write = os.pipe()
         self._pipes = FileIO(read, "rb"), FileIO(write, "wb")
+        printed, output = os.pipe()
+        self._output = threading.Thread(target=_show, args=(printed,), daemon=True)
+        self._output.start()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "bandit_rft.rewards.worker_main", str(child_read), str(child_write)],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what is printed goes to standard error, and never between the replies
+                stdout=output,  # whoever prints, the reward or what it starts, only `_show` reaches the terminal
+                stderr=output,
                 pass_fds=(child_read, child_write),
                 start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
                 env=environment,
@@ -65,6 +72,7 @@ class Worker:
         finally:
             os.close(child_read)
             os.close(child_write)
+            os.close(output)
         os.set_blocking(write, False)
         deadline = time.monotonic() + STARTUP_S
         try:
@@ -130,6 +138,7 @@ class Worker:
         status = process.wait()
         for pipe in self._pipes:
             pipe.close()
+        self._output.join(1.0)  # a process that left the group may hold it open
         return status
 
     def _exited(self) -> bool:
@@ -159,6 +168,17 @@ class Worker:
         if status < 0:
             return f"died in its worker process, of {_signal_name(-status)}"
         return f"ended its worker process, with exit status {status}"
+
+
+def _show(pipe: int) -> None:
+    """Write what comes out of a pipe to standard error, as text that does nothing but stand there."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    with FileIO(pipe, "rb") as output:
+        while data := output.read(1 << 16):
+            shown = memoryview(printable(decoder.decode(data)).encode())
+            with contextlib.suppress(OSError):  # nobody reads it; the reward need not care
+                while shown:
+                    shown = shown[os.write(2, shown) :]
 
 
 def _signal_name(number: int) -> str:

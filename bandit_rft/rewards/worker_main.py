@@ -1,10 +1,10 @@
 """What runs inside a reward worker process: it loads the functions, then answers requests until its input ends.
 
 Started as `python -m bandit_rft.rewards.worker_main READ WRITE`, the numbers of two inherited pipes. Requests and
-replies are lines of JSON on these. Standard output is the parent's standard error: nothing that is printed, by a reward
-or by what starts with the interpreter, is taken for a reply, and what a reward prints has its control codes escaped.
-A reply names its request and the row it starts at, and comes from the process that was asked: a child that a reward
-forks has no pipe, and ends where it would reply. Nothing here, nor what it imports, imports torch.
+replies are lines of JSON on these. Standard output and error are a pipe of their own, which the parent shows: nothing
+that is printed, by a reward or by what starts with the interpreter, is taken for a reply, and its control codes are
+escaped. A reply names its request and the row it starts at, and comes from the process that was asked: a child that a
+reward forks has no pipe, and ends where it would reply. Nothing here, nor what it imports, imports torch.
 """
 
 import contextlib

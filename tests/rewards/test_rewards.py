@@ -837,6 +837,12 @@ def test_impossible_batches(rewards):
 EDGES = """
 import os, time
 def unnamed_signal(completions): os.kill(os.getpid(), 40); time.sleep(9)
+def around(completions):
+    import subprocess, sys
+    sys.stdout.buffer.write(b"\\x1b]0;buffer\\x07\\n"); sys.stdout.buffer.flush()
+    os.write(2, b"\\x1b[2Jwritten\\xff\\n")
+    subprocess.run(["printf", r"\\033]0;child\\007\\n"])
+    return [1.0] * len(completions)
 def fine(completions): return [1.0] * len(completions)
 """
 
@@ -853,3 +859,12 @@ def test_limits_that_are_no_limits(tmp_path, limits):
     (tmp_path / "edges.py").write_text(EDGES)
     with RewardRunner([f"{tmp_path}/edges.py:fine"], **limits) as runner:
         assert runner.score(["q"], ["a"], {}).total == [1.0]
+
+
+def test_what_goes_around_print_is_shown_as_text(tmp_path, capfd):
+    """A reward that runs a completion as a program has its output, and the program's, on the terminal too."""
+    (tmp_path / "edges.py").write_text(EDGES)
+    with RewardRunner([f"{tmp_path}/edges.py:around"]) as runner:
+        assert runner.score(["q"], ["a"], {}).total == [1.0]
+    shown = capfd.readouterr().err.splitlines()
+    assert shown == [r"\x1b]0;buffer\x07", r"\x1b[2Jwritten\xff", r"\x1b]0;child\x07"]
