@@ -383,3 +383,16 @@ def test_a_damaged_file_of_rollouts_stops_no_run(tmp_path: Path, caplog: pytest.
     many.write_bytes(many.read_bytes()[:-20])
     folder.set_aside(n + 2)
     assert list((tmp_path / "set-aside").rglob(many.name)) and not many.exists()
+
+
+def test_a_checkpoint_that_lost_its_optimizer_is_named(configure: Callable[..., Config]) -> None:
+    checkpoint = run(configure(max_rounds=1)).folder / "checkpoints" / "checkpoint-1"
+    (checkpoint.parent / ".partial-3-1").write_text("a file")  # no folder, as a kill leaves
+    sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+    edit_state(checkpoint, sha256={name: sum_ for name, sum_ in sums.items() if name != "optimizer.safetensors"})
+    kept = (checkpoint / "optimizer.safetensors").read_bytes()
+    (checkpoint / "optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        run(configure(max_rounds=2))
+    (checkpoint / "optimizer.safetensors").write_bytes(kept)
+    assert rounds(run(configure(max_rounds=2)).folder) == [0, 1, 2]
