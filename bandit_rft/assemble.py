@@ -19,16 +19,32 @@ from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardRunner
 from bandit_rft.rollout import RolloutEngine
 from bandit_rft.tasks import Task
+from bandit_rft.text import LIMIT, printable
 from bandit_rft.update import PolicyUpdater
 
 logger = logging.getLogger(__name__)
 
 
 def load_policy(name_or_path: str, config: Config) -> Policy:
-    """The policy a config names; arithmetic-base is the model that comes with the package."""
+    """The policy a config names; arithmetic-base is the model that comes with the package.
+
+    Raises:
+        ConfigError: for a device that torch does not know or have.
+        ValueError, OSError: for a model that cannot be loaded, whatever its libraries raise over it.
+    """
+    if config.device is not None:
+        try:
+            torch.empty(0, device=config.device)
+        except Exception as error:
+            raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
     if name_or_path == "arithmetic-base":
         name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
-    policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
+    try:
+        policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
+        raise ValueError(f"the model in {name_or_path} could not be loaded: {_first_line(error)}") from error
     if policy.tokenizer is not None:
         _mask_padding(policy, policy.tokenizer)
     if config.gradient_checkpointing:
@@ -55,6 +71,11 @@ def _mask_padding(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
         logger.warning("%d entries of the head have no token, and may be drawn: %s", len(padding), error)
     else:
         logger.info("%d entries of the head have no token: they are never drawn", len(padding))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {printable(lines[0] if lines else '', LIMIT)}"
 
 
 def new_policy(config: Config, given: Policy | None = None) -> Policy:

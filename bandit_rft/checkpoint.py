@@ -78,7 +78,7 @@ def save_checkpoint(
     target = folder / f"checkpoint-{round_index}"
     partial = folder / f".partial-{round_index}-{os.getpid()}"
     for leftover in folder.glob(".partial-*"):  # of a run that was killed while saving; the run folder is locked
-        shutil.rmtree(leftover)
+        _remove(leftover)
     try:
         partial.mkdir()
         policy.save(partial)
@@ -207,12 +207,12 @@ def load_optimizer(path: Path, optimizer: PolicyOptimizer) -> None:
     """Take up the optimizer state saved in a checkpoint folder.
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: it is torn, or of another model.
     """
-    tensors: dict[str, Tensor] = load_file(path / "optimizer.safetensors")
     try:
+        tensors: dict[str, Tensor] = load_file(path / "optimizer.safetensors")
         optimizer.load_state_tensors(tensors)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

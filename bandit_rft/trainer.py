@@ -111,7 +111,8 @@ class Trainer:
     @property
     def _before_divergence(self) -> str:
         return (
-            f"What is in {self.run_folder.checkpoints} is from before; continue from there with a lower learning_rate"
+            f"What is in {self.run_folder.checkpoints} is from before: give a checkpoint there as model_name_or_path, "
+            "a new output_dir and a lower learning_rate"
         )
 
     # --- the run ------------------------------------------------------------------------------------------------------

@@ -462,3 +462,30 @@ def test_model_text_is_shown_as_text(tmp_path: Path) -> None:
 def test_printable_keeps_text_and_shows_controls() -> None:
     assert printable("héllo\n\t世界 🙂") == "héllo\n\t世界 🙂"
     assert printable("\x00\x1b\x7f\x9b\u200b\ud800") == "\\x00\\x1b\\x7f\\x9b\\u200b\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("weights", "could not be loaded: SafetensorError"),
+        ("tokenizer", "could not be loaded: KeyError"),
+        ("sizes", "could not be loaded: RuntimeError"),
+        ("device", "device='banana' cannot be used"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    damage: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    if damage == "weights":
+        (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:100])
+    if damage == "tokenizer":
+        (model / "tokenizer.json").write_text("{}")
+    if damage == "sizes":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    device = "banana" if damage == "device" else "cpu"
+    line = f"train --preset minimal --task arithmetic --model_name_or_path {model} --device {device}"
+    assert cli.main([*line.split(), "--output_dir", str(tmp_path / "run"), "--quiet"]) in (1, 2)
+    error = [text for text in capsys.readouterr().err.splitlines() if text.startswith("bandit-rft: ")]
+    assert len(error) == 1 and message in error[0], error

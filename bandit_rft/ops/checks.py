@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .objective import LARGEST, SMALLEST
 
-#: What float32 holds in full precision; a reciprocal of these is finite.
-SMALLEST, LARGEST = float(torch.finfo(torch.float32).tiny), float(torch.finfo(torch.float32).max)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -131,7 +130,7 @@ def filters(top_k: int, top_p: float, min_p: float) -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)) or not 0 <= top_k < 1 << 63:
         raise ValueError(f"top_k must be a whole number >= 0 and < 2^63 (0 keeps every token); got {top_k!r}")
     number("top_p", top_p, "a number in (0, 1]")
-    if not (top_p > 0 and top_p <= 1):
+    if not (top_p >= SMALLEST and top_p <= 1):  # in float32, as kernels take it
         raise ValueError(f"top_p must lie in (0, 1] (1 keeps every token); got {top_p!r}")
     number("min_p", min_p, "a number in [0, 1]")
     if not (min_p >= 0 and min_p <= 1):

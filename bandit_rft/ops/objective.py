@@ -6,12 +6,14 @@ with respect to the log-probability in closed form, which is what the fused kern
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
+
+#: What float32 holds in full precision; a reciprocal of these is finite.
+SMALLEST, LARGEST = float(torch.finfo(torch.float32).tiny), float(torch.finfo(torch.float32).max)
 
 Kind = Literal["reinforce", "importance", "ppo", "cispo", "gspo"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -96,7 +98,7 @@ class PolicyObjective:
         if self.kl == "none" and self.kl_coef != 0:
             raise ValueError(f"kl_coef={self.kl_coef} has no effect with kl='none'; choose kl='k1', 'k2' or 'k3'")
         if self.aggregation == "seq-mean-token-sum-norm":
-            if not _is_number(self.norm_length) or self.norm_length <= 0:
+            if not _is_number(self.norm_length) or self.norm_length < SMALLEST:
                 raise ValueError(
                     f"norm_length must be a positive length for {self.aggregation}; got {self.norm_length}"
                 )
@@ -115,8 +117,8 @@ class PolicyObjective:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number; a bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32 holds, and finite; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def token_weights(

@@ -3,6 +3,7 @@
 Data cross the pipes as JSON: nothing is ever unpickled. `worker_main.py` is the other side.
 """
 
+import codecs
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from io import FileIO
@@ -21,6 +23,7 @@ from bandit_rft.text import printable
 
 # A worker's limit to import its functions: a large library's first import from a cold disk is slow.
 STARTUP_S = 120.0
+LONGEST_WAIT_S = 1e6  # 11 days; poll() takes no more than 24
 _ROOT = str(Path(__file__).parents[2])  # where this package lies
 
 
@@ -36,6 +39,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipes: tuple[FileIO, FileIO]  # our ends: to read replies from, to write requests to
         self._received = bytearray()
+        self._output: threading.Thread  # shows what is printed
         self._asked = 0  # the number of the last request, never used again
 
     def start(self) -> None:
@@ -56,11 +60,15 @@ class Worker:
         child_read, write = os.pipe()
         read, child_write = os.pipe()
         self._pipes = FileIO(read, "rb"), FileIO(write, "wb")
+        printed, output = os.pipe()
+        self._output = threading.Thread(target=_show, args=(printed,), daemon=True)
+        self._output.start()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "bandit_rft.rewards.worker_main", str(child_read), str(child_write)],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what is printed goes to standard error, and never between the replies
+                stdout=output,  # whoever prints, the reward or what it starts, only `_show` reaches the terminal
+                stderr=output,
                 pass_fds=(child_read, child_write),
                 start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
                 env=environment,
@@ -68,6 +76,7 @@ class Worker:
         finally:
             os.close(child_read)
             os.close(child_write)
+            os.close(output)
         os.set_blocking(write, False)
         deadline = time.monotonic() + STARTUP_S
         try:
@@ -139,6 +148,7 @@ class Worker:
         status = process.wait()
         for pipe in self._pipes:
             pipe.close()
+        self._output.join(1.0)  # a process that left the group may hold it open
         return status
 
     def _exited(self) -> bool:
@@ -154,7 +164,8 @@ class Worker:
         """
         poll = select.poll()
         poll.register(pipe, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        left = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT_S)
+        if not poll.poll(left * 1000):
             raise WorkerLost("hung and was killed")
 
     def _cause_of_death(self) -> str:
@@ -169,8 +180,26 @@ class Worker:
         if status == OUT_OF_MEMORY:
             return "ran out of memory"
         if status < 0:
-            return f"died in its worker process, of {signal.Signals(-status).name}"
+            return f"died in its worker process, of {_signal_name(-status)}"
         return f"ended its worker process, with exit status {status}"
+
+
+def _show(pipe: int) -> None:
+    """Write what comes out of a pipe to standard error, as text that does nothing but stand there."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    with FileIO(pipe, "rb") as output:
+        while data := output.read(1 << 16):
+            shown = memoryview(printable(decoder.decode(data)).encode())
+            with contextlib.suppress(OSError):  # nobody reads it; the reward need not care
+                while shown:
+                    shown = shown[os.write(2, shown) :]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"
 
 
 def encode(message: Any) -> bytes:

@@ -1,10 +1,10 @@
 """What runs inside a reward worker process: it loads the functions, then answers requests until its input ends.
 
 Started as `python -m bandit_rft.rewards.worker_main READ WRITE`, the numbers of two inherited pipes. Requests and
-replies are lines of JSON on these. Standard output is the parent's standard error: nothing that is printed, by a reward
-or by what starts with the interpreter, is taken for a reply, and what a reward prints has its control codes escaped.
-A reply names its request and the row it starts at, and comes from the process that was asked: a child that a reward
-forks has no pipe, and ends where it would reply. Nothing here, nor what it imports, imports torch.
+replies are lines of JSON on these. Standard output and error are a pipe of their own, which the parent shows: nothing
+that is printed, by a reward or by what starts with the interpreter, is taken for a reply, and its control codes are
+escaped. A reply names its request and the row it starts at, and comes from the process that was asked: a child that a
+reward forks has no pipe, and ends where it would reply. Nothing here, nor what it imports, imports torch.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def _set_up(request: dict[str, Any]) -> list[tuple[RewardFunction, Callable[...,
         os.environ["PYTHONPATH"] = request["python_path"]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Private memory, not address space: libraries reserve far more of that than they ever use.
-    limit = request["memory_mb"] * 2**20
+    limit = min(request["memory_mb"] * 2**20, sys.maxsize)
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit

@@ -19,7 +19,7 @@ import yaml
 
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.config import FREE, Config, ConfigError, build_config
-from bandit_rft.options import nearest, read_value
+from bandit_rft.options import nearest, read_value, read_yaml
 
 #: budget.rule -> the key of a run that it sets.
 BUDGETS = {"rounds": "max_rounds", "tokens": "max_generated_tokens", "seconds": "max_seconds"}
@@ -128,8 +128,8 @@ def load_plan(file: str | Path) -> Plan:
     """
     file = Path(file)
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise StudyError(f"study file {file}: {error}") from None
     if not isinstance(settings, dict):
         raise StudyError(f"study file {file}: expected keys and values")

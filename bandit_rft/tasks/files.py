@@ -114,6 +114,9 @@ def read_rows(path: Path, argument: str = "data_path") -> list[Row]:
     elif path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(_text(path, argument), newline=""))
         try:
+            names = list(reader.fieldnames or ())
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{argument}: {path}: the header names the column {twice[0]!r} twice")
             rows = [_csv_row(row, f"{argument}: {path}, row {number}") for number, row in enumerate(reader, 1)]
         except csv.Error as error:
             raise ValueError(f"{argument}: {path}, line {reader.line_num + 1}: not CSV: {error}") from None
@@ -154,9 +157,19 @@ def _text(path: Path, argument: str) -> str:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return row
 
 
 def _row(value: Any, where: str) -> Row:

@@ -81,7 +81,8 @@ void wild_rows_case(Random& random) {
         }
         largest[size_t(i)] = most;
         if (!usable || !(m > -1e38)) {
-            check(!usable || !std::isfinite(logp[size_t(i)]), "no finite logit, and a finite log-probability", i, v);
+            check(!usable || std::isfinite(m) || !std::isfinite(logp[size_t(i)]),
+                  "no finite logit, and a finite log-probability", i, v);
             continue;
         }
         for (int64_t j = 0; j < v; ++j) {

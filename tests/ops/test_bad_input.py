@@ -94,6 +94,7 @@ CASES = [
     (lambda: logprobs(softcap=0.0), ValueError, r"softcap must be > 0"),
     (lambda: logprobs(logit_scale=0.0), ValueError, r"logit_scale must be a finite number other than 0"),
     (lambda: sample(top_p=0.0), ValueError, r"top_p must lie in \(0, 1\].*got 0.0"),
+    (lambda: sample(top_p=1e-46), ValueError, r"top_p must lie in \(0, 1\].*got 1e-46"),
     (lambda: sample(top_p=1.5), ValueError, r"top_p must lie in \(0, 1\].*got 1.5"),
     (lambda: sample(top_k=-1), ValueError, r"top_k must be a whole number >= 0.*got -1"),
     (lambda: sample(min_p=2.0), ValueError, r"min_p must lie in \[0, 1\].*got 2.0"),
@@ -185,6 +186,15 @@ CASES = [
         r"norm_length must be a positive length.*got nan",
     ),
     (lambda: PolicyObjective("ppo", dual_clip="3"), ValueError, r"dual_clip must be > 1; got 3"),  # type: ignore
+    *(
+        (
+            lambda value=value: PolicyObjective(aggregation="seq-mean-token-sum-norm", norm_length=value),
+            ValueError,
+            r"norm_length must be a positive length",
+        )
+        for value in (10**400, 1e-46)
+    ),
+    (lambda: PolicyObjective(importance_cap=10**400), ValueError, r"importance_cap"),
     (lambda: PolicyObjective(norm_length=5), ValueError, r"norm_length has no effect"),
 ]
 

@@ -830,3 +830,41 @@ def test_impossible_batches(rewards):
         with pytest.raises(ValueError, match=r"'completions'.* cannot be names of columns"):
             runner.score(["q"], ["a"], {"completions": ["a"]})
         assert runner.score(["q"], ["a"], {}).total == [1]  # and goes on
+
+
+# ---------------------------------------------------------------- at the edges of the system
+
+EDGES = """
+import os, time
+def unnamed_signal(completions): os.kill(os.getpid(), 40); time.sleep(9)
+def around(completions):
+    import subprocess, sys
+    sys.stdout.buffer.write(b"\\x1b]0;buffer\\x07\\n"); sys.stdout.buffer.flush()
+    os.write(2, b"\\x1b[2Jwritten\\xff\\n")
+    subprocess.run(["printf", r"\\033]0;child\\007\\n"])
+    return [1.0] * len(completions)
+def fine(completions): return [1.0] * len(completions)
+"""
+
+
+def test_a_signal_without_a_name_is_a_failure_like_any_other(tmp_path):
+    (tmp_path / "edges.py").write_text(EDGES)
+    with RewardRunner([f"{tmp_path}/edges.py:unnamed_signal"], on_error="none", timeout_s=5) as runner:
+        assert runner.score(["q"], ["a"], {}).failures == {"unnamed_signal": 1}
+
+
+@pytest.mark.parametrize("limits", [{"timeout_s": 1e10}, {"timeout_s": 1e300}, {"memory_mb": 10**15}])
+def test_limits_that_are_no_limits(tmp_path, limits):
+    """What says "never" is longer than poll() and larger than setrlimit() can be told."""
+    (tmp_path / "edges.py").write_text(EDGES)
+    with RewardRunner([f"{tmp_path}/edges.py:fine"], **limits) as runner:
+        assert runner.score(["q"], ["a"], {}).total == [1.0]
+
+
+def test_what_goes_around_print_is_shown_as_text(tmp_path, capfd):
+    """A reward that runs a completion as a program has its output, and the program's, on the terminal too."""
+    (tmp_path / "edges.py").write_text(EDGES)
+    with RewardRunner([f"{tmp_path}/edges.py:around"]) as runner:
+        assert runner.score(["q"], ["a"], {}).total == [1.0]
+    shown = capfd.readouterr().err.splitlines()
+    assert shown == [r"\x1b]0;buffer\x07", r"\x1b[2Jwritten\xff", r"\x1b]0;child\x07"]

@@ -217,3 +217,10 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["study", "plan", str(tmp_path / "study.yaml"), "--learning_rate", "1"]) == 2
     assert main(["study", "report", str(tmp_path)]) == 2
     assert "--jobs must be a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["name: " + "[" * 5000, "name: a\nname: b", "name: 2024-13-45", "seeds: &a [*a]"])
+def test_a_hostile_study_file_is_one_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    assert main(["study", "plan", str(tmp_path / "study.yaml")]) == 2
+    assert "study file" in capsys.readouterr().err

@@ -327,6 +327,9 @@ def test_bad_rows(tmp_path, rows, options, message):
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt":\n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected an object, got a list"),
+        ("a.jsonl", '{"prompt": ' + "[" * 100_000 + "\n", "line 1: nested too deeply"),
+        ("a.jsonl", '{"prompt": "a", "answer": "1", "answer": "2"}\n', "line 1: not JSON: 'answer' is given twice"),
+        ("a.csv", "prompt,answer,answer\na,1,2\n", "the header names the column 'answer' twice"),
         ("a.json", '{"prompt": "a"}', "expected a list of objects, got a dict"),
         ("a.csv", "prompt,answer\na\n", "row 1: the number of fields differs"),
         ("a.parquet", "prompt", "is not a Parquet file"),

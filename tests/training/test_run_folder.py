@@ -19,6 +19,7 @@ from tiny_rewards import everything
 
 from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import Config, ConfigError, build_config
+from bandit_rft.listener import Listener
 from bandit_rft.metrics import MetricsLog, parse_metrics, read_metrics
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_folder import ROUNDS_A_FILE, RunFolder
@@ -232,6 +233,31 @@ def test_a_checkpoint_of_another_layout_is_refused_by_name(configure: Callable[.
         latest_checkpoint(folder / "checkpoints")
 
 
+def test_what_to_do_about_a_policy_that_diverged_can_be_done(configure: Callable[..., Config], tmp_path: Path) -> None:
+    """A lower learning rate makes another run, which the same folder refuses: the advice must be another one."""
+    run(configure(max_rounds=1, save_steps=1))
+    trainer = Trainer(configure(max_rounds=2), task=sums())
+    trainer.listener = SpoilsTheUpdate(trainer)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.run()
+    advice = "give a checkpoint there as model_name_or_path, a new output_dir and a lower learning_rate"
+    assert advice in str(error.value)
+    saved = str(tmp_path / "run" / "checkpoints" / "checkpoint-1")
+    again = run(configure(max_rounds=1, model_name_or_path=saved, output_dir=str(tmp_path / "b"), learning_rate=1e-4))
+    assert again.round == 1
+
+
+class SpoilsTheUpdate(Listener):
+    """Weights become NaN when a round is about to draw."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def phase(self, name: str) -> None:
+        if name == "rollout":
+            spoil(self.trainer)
+
+
 # --- a folder that was damaged, or is not the checkpoint's ------------------------------------------------------------
 
 
@@ -357,3 +383,16 @@ def test_a_damaged_file_of_rollouts_stops_no_run(tmp_path: Path, caplog: pytest.
     many.write_bytes(many.read_bytes()[:-20])
     folder.set_aside(n + 2)
     assert list((tmp_path / "set-aside").rglob(many.name)) and not many.exists()
+
+
+def test_a_checkpoint_that_lost_its_optimizer_is_named(configure: Callable[..., Config]) -> None:
+    checkpoint = run(configure(max_rounds=1)).folder / "checkpoints" / "checkpoint-1"
+    (checkpoint.parent / ".partial-3-1").write_text("a file")  # no folder, as a kill leaves
+    sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+    edit_state(checkpoint, sha256={name: sum_ for name, sum_ in sums.items() if name != "optimizer.safetensors"})
+    kept = (checkpoint / "optimizer.safetensors").read_bytes()
+    (checkpoint / "optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        run(configure(max_rounds=2))
+    (checkpoint / "optimizer.safetensors").write_bytes(kept)
+    assert rounds(run(configure(max_rounds=2)).folder) == [0, 1, 2]
