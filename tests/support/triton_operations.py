@@ -19,6 +19,7 @@ from bandit_rft import (
     linear_policy_loss,
     linear_sample,
     logprobs_from_logits,
+    policy_loss_from_logits,
     sample_from_logits,
 )
 from bandit_rft.ops import backends, reference, use_backend
@@ -519,3 +520,70 @@ def test_a_gradient_is_scaled_in_place_unless_by_one(dtype: torch.dtype) -> None
     assert torch.isnan(scale_(gradient, torch.tensor(torch.nan, device=DEVICE))).all()
     strided = torch.ones(4, 6, device=DEVICE).to(dtype).T
     assert torch.equal(scale_(strided, torch.tensor(3.0, device=DEVICE)), torch.full_like(strided, 3.0))
+
+
+@TYPES
+def test_the_loss_scales_its_gradients_with_that_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaled loss gives scaled gradients, each in one call of the kernel; so do the other backends, without it."""
+    from bandit_rft.kernels import scale_gradient
+
+    launch, calls = scale_gradient.scale_, []
+    monkeypatch.setattr(scale_gradient, "scale_", lambda *a: calls.append(a[0].shape) or launch(*a))
+    case = head_case("bias", dtype)
+    found = {}
+    for factor, backend in ((1.0, "triton"), (-2.0, "triton"), (-2.0, "torch")):
+        calls.clear()
+        leaves = [t.detach().to(DEVICE).requires_grad_() for t in case.leaves()]
+        rest = [on_device(t) for t in (case.targets, case.advantages, case.cu_seqlens)]
+        logits = torch.randn(len(case.hidden), 50, generator=torch.Generator().manual_seed(1))
+        logits = logits.to(DEVICE, dtype).requires_grad_()
+        with use_backend(backend):
+            first = linear_policy_loss(*leaves[:2], *rest, objective=OBJECTIVES["reinforce"], bias=leaves[2]).loss
+            second = policy_loss_from_logits(logits, rest[0] % 50, *rest[1:], objective=OBJECTIVES["reinforce"]).loss
+        (factor * first).backward()  # outside: the choice was made with the loss
+        (factor * second).backward()
+        found[factor, backend] = [t.grad for t in (*leaves, logits)]
+        # A CPU's factor is seen by the host, so 1 asks nothing of the kernel there.
+        kernel = backend == "triton" and (factor != 1 or DEVICE != "cpu")
+        assert sorted(calls) == (sorted(t.shape for t in (*leaves, logits)) if kernel else [])
+    for one, two, plain in zip(*found.values(), strict=True):
+        assert torch.equal(two, one * -2)
+        torch.testing.assert_close(two, plain, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["given", "reinforce"])
+def test_rows_whose_target_cannot_be_drawn_have_finite_gradients(kind: str) -> None:
+    """A target's logit of -inf: log-probability -inf; the entropy's gradient as well is finite."""
+    from bandit_rft.kernels.policy_rows import gradient_rows, policy_rows
+
+    n, v = 3, 300
+    z, targets = torch.randn(n, v), torch.tensor([7, 8, 299])
+    z[range(n), targets] = -torch.inf
+    rows, first, second = z.clone().to(DEVICE), torch.tensor([1.0, 2.0, -0.5]), torch.tensor([0.5, 1.0, 2.0])
+    arguments = (rows, targets.to(DEVICE), 1.0, None, None, 1.0)
+    if kind == "given":
+        logp, _ = gradient_rows(*arguments, first.to(DEVICE), second.to(DEVICE))
+        c, e = first.double(), -second.double()
+    else:
+        inputs = (first.to(DEVICE), second.to(DEVICE), None, None)
+        logp, _ = policy_rows(*arguments, 1, 0.8, 1.2, 0.0, 0, 0.0, 0.25, *inputs)
+        c, e = -first.double() * second, 0.25 * second.double()
+    assert torch.equal(logp.cpu(), torch.full((n,), -torch.inf))
+    p, finite = torch.softmax(z.double(), -1), torch.log_softmax(z.double(), -1).nan_to_num(neginf=0.0)
+    of_entropy = p * (finite - (p * finite).sum(-1, keepdim=True))
+    hot = torch.nn.functional.one_hot(targets, v)
+    want = c[:, None] * (hot - p) + e[:, None] * of_entropy
+    torch.testing.assert_close(rows.cpu().double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [-3e38, -1e31, -1e9, 1e9, 1e31, 1e38])
+def test_rows_far_from_zero(level: float) -> None:
+    """A softmax does not mind where its logits lie: as many likeliest tokens as there are share it."""
+    from bandit_rft.kernels.policy_rows import logprob_rows
+
+    z = torch.full((2, 300), level, device=DEVICE)
+    z[:, 40:] = -torch.inf
+    z[0, 40:290] = torch.finfo(torch.float32).min
+    logp, entropy = logprob_rows(z, torch.tensor([3, 39], device=DEVICE), 1.0, None, None, 1.0)
+    for found in (-logp, entropy):
+        torch.testing.assert_close(found, torch.full_like(found, 40.0).log())
