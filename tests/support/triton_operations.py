@@ -298,9 +298,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_any_strides_are_accepted(operation: str) -> None:
-    """Every argument behind every view, and expanded: the values decide, never how they lie."""
+def arguments_of(operation: str) -> dict[str, Tensor]:
     n, h, v = 6, 8, 70
     values: dict[str, Tensor] = {
         "hidden": torch.randn(n, h), "weight": torch.randn(v, h), "bias": torch.randn(v), "logits": torch.randn(n, v),
@@ -308,35 +306,41 @@ def test_any_strides_are_accepted(operation: str) -> None:
         "positions": torch.arange(n) * 2, "advantages": torch.randn(n), "cu_seqlens": torch.tensor([0, 2, n]),
         "behavior_logprobs": -torch.rand(n) - 3, "reference_logprobs": -torch.rand(n) - 3,
     }  # fmt: skip
-    values = {name: tensor.to(DEVICE) for name, tensor in values.items()}
-    names = OPERATIONS[operation]
+    return {name: values[name].to(DEVICE) for name in OPERATIONS[operation]}
 
-    def run(**arguments: Tensor) -> list[Tensor]:
-        given = {name: arguments.get(name, values[name]) for name in names}
-        if "logprobs" in operation:
-            function = linear_logprobs if operation.startswith("linear") else logprobs_from_logits
-            return list(function(**given, return_entropy=True))
-        if operation == "linear_policy_loss":
-            given = {k: t.detach().requires_grad_(k in ("hidden", "weight", "bias")) for k, t in given.items()}
-            objective = OBJECTIVES["ppo-kl3-entropy"]
-            result = linear_policy_loss(**given, objective=objective)
-            result.loss.backward()
-            return [result.loss.detach(), result.logprobs, *(t.grad for t in given.values() if t.grad is not None)]
-        filters = {"top_k": 9} if "filtered" in operation else {}
-        function = linear_sample if operation.startswith("linear") else sample_from_logits
-        return list(function(**given, seed=3, **filters))
 
-    want = run()
-    for name in names:
+def results_of(operation: str, given: dict[str, Tensor], factor: float = 1.0) -> list[Tensor]:
+    """Of one call, with the gradients of a loss times `factor`."""
+    if "logprobs" in operation:
+        function = linear_logprobs if operation.startswith("linear") else logprobs_from_logits
+        return list(function(**given, return_entropy=True))
+    if operation == "linear_policy_loss":
+        given = {k: t.detach().requires_grad_(k in ("hidden", "weight", "bias")) for k, t in given.items()}
+        objective = OBJECTIVES["ppo-kl3-entropy"]
+        result = linear_policy_loss(**given, objective=objective)
+        (factor * result.loss).backward()
+        return [result.loss.detach(), result.logprobs, *(t.grad for t in given.values() if t.grad is not None)]
+    filters = {"top_k": 9} if "filtered" in operation else {}
+    function = linear_sample if operation.startswith("linear") else sample_from_logits
+    return list(function(**given, seed=3, **filters))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_any_strides_are_accepted(operation: str) -> None:
+    """Every argument behind every view, and expanded: the values decide, never how they lie."""
+    values = arguments_of(operation)
+    want = results_of(operation, values)
+    for name in values:
         for view, tensor in views_of(values[name]).items():
             assert torch.equal(tensor, values[name])
-            for w, g in zip(want, run(**{name: tensor}), strict=True):
+            for w, g in zip(want, results_of(operation, {**values, name: tensor}), strict=True):
                 torch.testing.assert_close(
                     g, w, rtol=1e-4, atol=1e-4, msg=lambda m, n=name, how=view: f"{n}, {how}: {m}"
                 )
         if values[name].dim() == 1 and name != "cu_seqlens":
             same = values[name][1:2].expand(len(values[name]))
-            for w, g in zip(run(**{name: same.clone()}), run(**{name: same}), strict=True):
+            once, shown = (results_of(operation, {**values, name: t}) for t in (same.clone(), same))
+            for w, g in zip(once, shown, strict=True):
                 torch.testing.assert_close(g, w, msg=lambda m, n=name: f"{n}, expanded: {m}")
 
 
@@ -399,9 +403,8 @@ def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) 
         for name, found in vars(module).copy().items():
             if isinstance(found, triton.runtime.KernelInterface) and name in LAUNCHED:
                 monkeypatch.setattr(module, name, Guarded(name, found))
-    test_any_strides_are_accepted("linear_logprobs")
     for operation in OPERATIONS:
-        test_any_strides_are_accepted(operation)
+        results_of(operation, arguments_of(operation), factor=2.0)
     assert set(launches) == LAUNCHED
     monkeypatch.undo()
     seen = []
@@ -410,8 +413,8 @@ def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [torch.device("cuda:1")]
 
 
-KERNEL_MODULES = ("head_tile", "linear_logprobs", "linear_sample", "policy_rows", "sample_rows")
-LAUNCHED = {"score_tiles", "merge_tiles", "draw_tiles", "visit_rows", "draw_rows"}
+KERNEL_MODULES = ("head_tile", "linear_logprobs", "linear_sample", "policy_rows", "sample_rows", "scale_gradient")
+LAUNCHED = {"score_tiles", "merge_tiles", "draw_tiles", "visit_rows", "draw_rows", "scale_all"}
 
 
 def test_the_capability_is_that_of_the_asked_device(monkeypatch: pytest.MonkeyPatch) -> None:
