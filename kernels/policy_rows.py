@@ -35,8 +35,8 @@ def row_state(logits, vocabulary, logit_scale, softcap, temperature, SOFTCAP: tl
         d = z - top
         p = tl.exp(d)
         w = tl.exp(m - top)
-        # Lanes that only saw -inf have sum 0; (m - top) may be the lowest number, whose product with 0 is 0.
-        t = (t + (m - top) * s) * w + weighted(d, p)
+        # Lanes that only saw -inf have sum 0: m - top is kept finite, so that their product is 0.
+        t = (t + tl.maximum(m - top, LOWEST) * s) * w + weighted(d, p)
         s = s * w + p
         m = top
     return m, tl.sum(s, 0), tl.sum(t, 0)

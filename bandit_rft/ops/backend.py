@@ -149,6 +149,10 @@ class Backend(ABC):
         """The head's raw logits [B, V] to draw from, in (and as) the first rows of `out`."""
         return head.logits(of.hidden, of.weight, of.bias, out)
 
+    def scale_(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """gradient times factor (0-d, on its device), in place; returned."""
+        return gradient.mul_(factor.to(gradient.dtype))
+
     def linear_logprobs(self, of: Head, targets: Tensor, scaling: Scaling, workspace: int) -> RowStatistics:
         """`logprob_rows` fused with the head, by a backend that `backends.fusing` names."""
         raise NotImplementedError

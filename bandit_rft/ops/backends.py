@@ -160,6 +160,14 @@ def fusing(device: torch.device, dtype: torch.dtype) -> Backend | None:
     return triton.backend if triton.refusal(Call(device.type, dtype, _index(device))) is None else None
 
 
+def scaling(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that scales a gradient in place: on a GPU triton, whichever serves the rows."""
+    if device.type != "cuda" or _forced.get() or os.environ.get("BANDIT_RFT_BACKEND"):
+        return select(device, dtype)
+    serves = _ENTRIES["triton"].refusal(Call(device.type, dtype, _index(device))) is None
+    return "triton" if serves else "torch"
+
+
 def _index(device: torch.device) -> int:
     if device.index is not None or device.type != "cuda":
         return device.index or 0

@@ -287,6 +287,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     of, wanted = inputs[0], inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.dtypes = [tensor.dtype if want else None for tensor, want in zip(of, wanted, strict=True)]
+    # Autograd may run the backward in a thread that knows nothing of `use_backend`.
+    ctx.backend = backends.scaling(of.hidden.device, computing_dtype(of.hidden))
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
 
@@ -295,7 +297,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
     if grad_loss is None:
         return ()
     return tuple(
-        None if dtype is None else scaled(gradient, grad_loss, dtype)
+        None if dtype is None else scaled(gradient, grad_loss, dtype, ctx.backend)
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
 
@@ -303,8 +305,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
 autograd("linear_policy_loss", _backward, _setup)
 
 
-def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """gradient * grad_loss without a second [V, H]: in place, and not at all where the factor is seen to be 1.
+
+    On a CPU the host sees it; on a GPU, where it would have to wait, a kernel does that returns at once (`backend`).
 
     (Autograd's version counter refuses a second backward pass over a gradient that was scaled in place.)
     """
@@ -313,7 +317,7 @@ def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * grad_loss.to(gradient.dtype)).to(dtype)
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
         return gradient.to(dtype)
-    return gradient.mul_(grad_loss.to(gradient.dtype)).to(dtype)
+    return backends.named(backend).scale_(gradient, grad_loss).to(dtype)
 
 
 # --- head, with the weight's gradient added straight into a buffer that exists ----------------------------------------
@@ -347,6 +351,7 @@ class _WithGradients(torch.autograd.Function):
         ctx.save_for_backward(of_hidden, of_bias)
         ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
         ctx.weight_grad = weight_grad
+        ctx.backend = backends.scaling(hidden.device, computing_dtype(hidden))
         return loss.clone()
 
     @staticmethod
@@ -356,9 +361,9 @@ class _WithGradients(torch.autograd.Function):
         hidden_dtype, bias_dtype = ctx.dtypes
         gradients: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
-            gradients[0] = scaled(of_hidden, unit, hidden_dtype)
+            gradients[0] = scaled(of_hidden, unit, hidden_dtype, ctx.backend)
         if ctx.needs_input_grad[2]:
-            gradients[2] = scaled(of_bias, unit, bias_dtype)
+            gradients[2] = scaled(of_bias, unit, bias_dtype, ctx.backend)
         return (*once(tuple(gradients)), None, None, None, None)
 
 
@@ -418,11 +423,12 @@ def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[3])
+    ctx.backend = backends.scaling(inputs[0].device, inputs[0].dtype)
 
 
 def _backward_logits(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
-    return () if grad_loss is None else (scaled(gradient, grad_loss, gradient.dtype),)
+    return () if grad_loss is None else (scaled(gradient, grad_loss, gradient.dtype, ctx.backend),)
 
 
 autograd("logits_policy_loss", _backward_logits, _setup_logits)

@@ -45,6 +45,11 @@ class TritonBackend(Backend):
         """By kernels/sample_rows.py."""
         return Sample(*_module("sample_rows").sample_rows(logits, *scaling, *stream, *filters))
 
+    def scale_(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """Without a visit of the gradient where the factor, which the host does not know, is 1."""
+        scaled: Tensor = _module("scale_gradient").scale_(gradient, factor)
+        return scaled
+
     def linear_logprobs(self, of: Head, targets: Tensor, scaling: Scaling, workspace: int) -> RowStatistics:
         """By kernels/linear_logprobs.py."""
         seen = _module("linear_logprobs").linear_logprobs(

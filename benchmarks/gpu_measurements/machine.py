@@ -25,8 +25,12 @@ H200 = Machine(4.3e12, 790e12, ISSUED * 132 * 128 * 1.98e9)
 #: The H200's multiprocessors and clock; its copy bandwidth scaled by the data sheets' 3.35 / 4.8 TB/s.
 H100 = H200._replace(copy=H200.copy * 3.35 / 4.8)
 
-#: Instructions a logit, plain scaling: what the row kernels are built to need at most on sm_90.
-INSTRUCTIONS = {"logprob": 12, "policy": 20, "sample": 40}
+#: Instructions a logit of the row kernels on sm_90, plain scaling, float32 in (policy rows: bfloat16 out, as in the
+#: loss): docs/building.md's counts. A draw's are without the exact noise of what may win, by estimate EXACT_NOISE more.
+INSTRUCTIONS = {"logprob": 8.8, "policy": 17.9, "sample": 27.8}
+EXACT_NOISE = 3
+#: Of the fused draw's epilogue, in Triton: not counted, what a draw was to need at most.
+EPILOGUE = 40
 #: Bytes a logit: policy rows read float32 and write it (the copy's traffic); in the loss they write bfloat16.
 BYTES = {"logprob": 4, "policy": 8, "sample": 4}
 CHUNK = 2048  # rows of logits at a time in the loss and, unfused, in scoring
@@ -54,7 +58,8 @@ def products(machine: Machine, n: int, h: int, v: int, count: int) -> float:
 def rows(machine: Machine, kind: str, count: float, bytes_a_logit: float | None = None) -> float:
     """Seconds of a row kernel over `count` logits."""
     traffic = count * (bytes_a_logit or BYTES[kind]) / machine.copy
-    return max(traffic, count * INSTRUCTIONS[kind] / machine.instructions)
+    instructions = INSTRUCTIONS[kind] + (EXACT_NOISE if kind == "sample" else 0)
+    return max(traffic, count * instructions / machine.instructions)
 
 
 def row_share(machine: Machine, kind: str) -> float:
@@ -81,7 +86,7 @@ def sample_ratio(machine: Machine, b: int, h: int, v: int) -> float:
     """linear_sample / the bare product: the weight read once, and the noise of a batch padded to 8, 16, 32, 64."""
     bare = max(products(machine, b, h, v, 1), 2 * h * v / machine.copy)
     padded = max(8, 2 ** math.ceil(math.log2(b))) if b <= 64 else math.ceil(b / 64) * 64
-    return (bare + (1 - HIDDEN) * padded * v * INSTRUCTIONS["sample"] / machine.instructions) / bare
+    return (bare + (1 - HIDDEN) * padded * v * EPILOGUE / machine.instructions) / bare
 
 
 #: (N, H, V) of the loss and of scoring; (B, H, V) of sampling: the shapes that have bars.

@@ -28,6 +28,7 @@ struct PolicyArguments {
 
 struct alignas(16) PolicyShared {
     SharedStates states;
+    float logit;  // of the target, raw: kept here, since the first pass has no register to spare
     struct {
         float m, constant, slope, at_target;  // m, a, b, and dz of the target
         float unit;                           // z times this is tanh(...): temperature / softcap, 0 without
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) score(PolicyArguments a) {
     const int64_t index = blockIdx.x;
     const RowShare<In, kPlain> share(a.rows, a.plan, index, 0, nullptr);
     const float k = share.scale.k;
-    ThreadState own(share.scale);
+    ThreadState own(a.rows);
     share.template each<Pass::only>([&](int, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);
@@ -87,9 +88,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     const int rank = int(blockIdx.x) % a.plan.blocks;
     const Share share(a.rows, a.plan, index, rank, after_header(shared));
     const float k = share.scale.k;
-    const float logit =
-        has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
-    ThreadState own(share.scale);
+    if (threadIdx.x == 0)  // before it is written over
+        shared->logit = has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;
+    ThreadState own(a.rows);
     share.template each<Pass::first>([&](int, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     share_state(own, k, &shared->states, a.plan.blocks, rank);
     if (share.warp == 0) {  // a row's own numbers cost more than a span: one warp finds them for its block
         const RowSoftmax softmax(whole_state(&shared->states, k, a.plan.blocks * share.warps), share.scale);
-        const float v = share.scale.value(logit), logp = softmax.logprob(v), entropy = softmax.entropy();
+        const float v = share.scale.value(shared->logit), logp = softmax.logprob(v), entropy = softmax.entropy();
         Coefficients of(a.in, index, logp);
         if (!has_target(a, index)) of.c = NAN;  // must be seen, not taken for a gradient
         const double chain = double(a.rows.scaling.logit_scale) / double(share.scale.temperature);

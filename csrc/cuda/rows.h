@@ -95,15 +95,14 @@ inline bool set_scaling(Rows& rows, bool wanted) {
 template <bool kPlain>
 struct RowScaling {
     Scaling scaling;
-    float temperature, reciprocal, k, k_error, no_logit;
+    float temperature, reciprocal, k, k_error;
 
     BRFT_DEVICE RowScaling(const Rows& rows, int64_t index)
         : scaling(rows.scaling),
           temperature(rows.temperatures ? rows.temperatures[index] : rows.temperature),
           reciprocal(1.0f / temperature),
-          k(rows.k),
-          k_error(rows.k_error),
-          no_logit(rows.no_logit) {}
+          k(kPlain ? rows.k : float(kLog2E)),
+          k_error(rows.k_error) {}
 
     BRFT_DEVICE float z_of_logit(float x) const {
         float z = x;
@@ -252,8 +251,7 @@ struct RowShare {
 struct ThreadState {
     float m, s = 0.0f, t = 0.0f;
 
-    template <bool kPlain>
-    BRFT_DEVICE explicit ThreadState(const RowScaling<kPlain>& scale) : m(scale.no_logit) {}
+    BRFT_DEVICE explicit ThreadState(const Rows& rows) : m(rows.no_logit) {}
 };
 
 // Adds a lane's logits v to its state. x: 2^y of each, by the state's new maximum.

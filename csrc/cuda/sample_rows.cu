@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
 
     Winner winner;
-    ThreadState own(share.scale);
+    ThreadState own(a.rows);
     share.template each<kFiltered ? Pass::first : Pass::only>([&](int i, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);

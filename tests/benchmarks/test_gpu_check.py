@@ -213,6 +213,14 @@ def test_predictions_follow_from_the_machine_and_never_count_as_measured(tmp_pat
     assert machine.row_share(few, "logprob") == pytest.approx(0.55, abs=0.02)
     assert machine.row_share(machine.H200, "logprob") == 1.0
     assert machine.loss_ratio(machine.H200, 8192, 4096, 151936) == pytest.approx(1.11, abs=0.04)
+    building = (ROOT / "docs" / "building.md").read_text()
+    for kind, kernel in {
+        "logprob": "score<F32",
+        "policy": "differentiate<F32, Bf16",
+        "sample": "sample<F32, whole",
+    }.items():
+        counted = next(line for line in building.splitlines() if line.startswith(f"| `{kernel}, plain>`"))
+        assert float(counted.split("|")[3].split()[0]) == machine.INSTRUCTIONS[kind]  # sm_90
     performance = (ROOT / "docs" / "performance.md").read_text()
     assert all(line.rsplit("|", 2)[0] in performance for line in machine.table(machine.H200))  # but what is measured
     assert machine.machine_of("NVIDIA H200", {"copy GB/s": 4000.0}) == machine.H200._replace(copy=4e12)

@@ -19,7 +19,7 @@ def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C++ compiler: the CUDA kernels' source cannot be run on this CPU")
     pybind11 = pytest.importorskip("pybind11")
     library = tmp_path_factory.mktemp("emulated") / "emulated_cuda.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE", "-DBRFT_BINDINGS"]
     flags += ['-DBRFT_CUDA_VERSION="none"', '-DBRFT_CUDA_NAMES="none"']
     flags += [f"-I{ROOT / 'tests/native'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags += ["-fsanitize=alignment", "-fsanitize-recover=alignment"]  # emulated_cuda.cpp has the handler

@@ -76,18 +76,20 @@ def test_results_are_those_of_plain_pytorch(operation: str) -> None:
 
 
 @pytest.mark.usefixtures("_cuda")
-@pytest.mark.parametrize("name", ["one-word", "rows-temperature", "everything"])
+@pytest.mark.parametrize("name", ["bias", "softcap", "everything"])
 def test_bfloat16_gradients_over_the_logits_second_half(name: str) -> None:
-    """dL/dlogits in 16 bits over float32 logits: an offset view of their memory, handed over as one."""
+    """dL/dlogits in 16 bits over float32 logits: an offset view of their memory, handed over as one.
+
+    Vocabularies are even: of rows of odd length a CPU's bfloat16 product reads one entry more, here part of a logit.
+    """
     case = Case.make(**CASES[name], dtype=torch.bfloat16)
-    leaves, truth = case.leaves(), case.leaves(torch.float64)
+    leaves = case.leaves()
     options = case.scaling | {"bias": leaves[2] if len(leaves) > 2 else None}
     linear_logprobs(leaves[0], leaves[1], case.targets, **options).sum().backward()
     logp, _, *plain = plain_in(case, torch.bfloat16)
     logp.sum().backward()
     exact = plain_in(case, torch.float64)
     exact[0].sum().backward()
-    assert truth
     for what, got, p, t in zip(("hidden", "weight", "bias"), leaves, plain, exact[2:], strict=False):
         assert got.grad is not None and p.grad is not None and t.grad is not None
         assert_close_to_truth(what, got.grad, p.grad, t.grad)

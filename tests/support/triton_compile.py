@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from bandit_rft.kernels import head_tile, linear_logprobs, linear_sample, policy_rows, sample_rows
+from bandit_rft.kernels import head_tile, linear_logprobs, linear_sample, policy_rows, sample_rows, scale_gradient
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -22,7 +22,7 @@ TYPES = {
     "hidden": "*bf16", "weight": "*bf16", "logits": "*fp32", "gradient": "*fp32", "winning_token": "*i32",
     **dict.fromkeys(["targets", "target", "seed", "sequences", "positions", "token", "tokens"], "*i64"),
     **dict.fromkeys(["rows", "vocabulary", "tiles", "stride", "hidden_stride", "weight_stride"], "i32"),
-    "gradient_stride": "i32",
+    "gradient_stride": "i32", "count": "i64",
     **dict.fromkeys(["logit_scale", "softcap", "temperature", "low", "high", "dual_clip", "kl_coef"], "fp32"),
     **dict.fromkeys(["entropy_coef", "top_k", "top_p", "min_p"], "fp32"),
 }  # fmt: skip
@@ -70,6 +70,7 @@ def cases(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     found.append(("policy_rows", policy_rows.visit_rows, policy))
     found.append(("sample_rows", sample_rows.draw_rows, draw))
     found.append(("sample_rows, filtered", sample_rows.draw_rows, filtered))
+    found.append(("scale_gradient", scale_gradient.scale_all, {"BLOCK": scale_gradient.BLOCK}))
     return found
 
 

@@ -19,6 +19,7 @@ from bandit_rft import (
     linear_policy_loss,
     linear_sample,
     logprobs_from_logits,
+    policy_loss_from_logits,
     sample_from_logits,
 )
 from bandit_rft.ops import backends, reference, use_backend
@@ -297,9 +298,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_any_strides_are_accepted(operation: str) -> None:
-    """Every argument behind every view, and expanded: the values decide, never how they lie."""
+def arguments_of(operation: str) -> dict[str, Tensor]:
     n, h, v = 6, 8, 70
     values: dict[str, Tensor] = {
         "hidden": torch.randn(n, h), "weight": torch.randn(v, h), "bias": torch.randn(v), "logits": torch.randn(n, v),
@@ -307,35 +306,41 @@ def test_any_strides_are_accepted(operation: str) -> None:
         "positions": torch.arange(n) * 2, "advantages": torch.randn(n), "cu_seqlens": torch.tensor([0, 2, n]),
         "behavior_logprobs": -torch.rand(n) - 3, "reference_logprobs": -torch.rand(n) - 3,
     }  # fmt: skip
-    values = {name: tensor.to(DEVICE) for name, tensor in values.items()}
-    names = OPERATIONS[operation]
+    return {name: values[name].to(DEVICE) for name in OPERATIONS[operation]}
 
-    def run(**arguments: Tensor) -> list[Tensor]:
-        given = {name: arguments.get(name, values[name]) for name in names}
-        if "logprobs" in operation:
-            function = linear_logprobs if operation.startswith("linear") else logprobs_from_logits
-            return list(function(**given, return_entropy=True))
-        if operation == "linear_policy_loss":
-            given = {k: t.detach().requires_grad_(k in ("hidden", "weight", "bias")) for k, t in given.items()}
-            objective = OBJECTIVES["ppo-kl3-entropy"]
-            result = linear_policy_loss(**given, objective=objective)
-            result.loss.backward()
-            return [result.loss.detach(), result.logprobs, *(t.grad for t in given.values() if t.grad is not None)]
-        filters = {"top_k": 9} if "filtered" in operation else {}
-        function = linear_sample if operation.startswith("linear") else sample_from_logits
-        return list(function(**given, seed=3, **filters))
 
-    want = run()
-    for name in names:
+def results_of(operation: str, given: dict[str, Tensor], factor: float = 1.0) -> list[Tensor]:
+    """Of one call, with the gradients of a loss times `factor`."""
+    if "logprobs" in operation:
+        function = linear_logprobs if operation.startswith("linear") else logprobs_from_logits
+        return list(function(**given, return_entropy=True))
+    if operation == "linear_policy_loss":
+        given = {k: t.detach().requires_grad_(k in ("hidden", "weight", "bias")) for k, t in given.items()}
+        objective = OBJECTIVES["ppo-kl3-entropy"]
+        result = linear_policy_loss(**given, objective=objective)
+        (factor * result.loss).backward()
+        return [result.loss.detach(), result.logprobs, *(t.grad for t in given.values() if t.grad is not None)]
+    filters = {"top_k": 9} if "filtered" in operation else {}
+    function = linear_sample if operation.startswith("linear") else sample_from_logits
+    return list(function(**given, seed=3, **filters))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_any_strides_are_accepted(operation: str) -> None:
+    """Every argument behind every view, and expanded: the values decide, never how they lie."""
+    values = arguments_of(operation)
+    want = results_of(operation, values)
+    for name in values:
         for view, tensor in views_of(values[name]).items():
             assert torch.equal(tensor, values[name])
-            for w, g in zip(want, run(**{name: tensor}), strict=True):
+            for w, g in zip(want, results_of(operation, {**values, name: tensor}), strict=True):
                 torch.testing.assert_close(
                     g, w, rtol=1e-4, atol=1e-4, msg=lambda m, n=name, how=view: f"{n}, {how}: {m}"
                 )
         if values[name].dim() == 1 and name != "cu_seqlens":
             same = values[name][1:2].expand(len(values[name]))
-            for w, g in zip(run(**{name: same.clone()}), run(**{name: same}), strict=True):
+            once, shown = (results_of(operation, {**values, name: t}) for t in (same.clone(), same))
+            for w, g in zip(once, shown, strict=True):
                 torch.testing.assert_close(g, w, msg=lambda m, n=name: f"{n}, expanded: {m}")
 
 
@@ -398,9 +403,8 @@ def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) 
         for name, found in vars(module).copy().items():
             if isinstance(found, triton.runtime.KernelInterface) and name in LAUNCHED:
                 monkeypatch.setattr(module, name, Guarded(name, found))
-    test_any_strides_are_accepted("linear_logprobs")
     for operation in OPERATIONS:
-        test_any_strides_are_accepted(operation)
+        results_of(operation, arguments_of(operation), factor=2.0)
     assert set(launches) == LAUNCHED
     monkeypatch.undo()
     seen = []
@@ -409,8 +413,8 @@ def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [torch.device("cuda:1")]
 
 
-KERNEL_MODULES = ("head_tile", "linear_logprobs", "linear_sample", "policy_rows", "sample_rows")
-LAUNCHED = {"score_tiles", "merge_tiles", "draw_tiles", "visit_rows", "draw_rows"}
+KERNEL_MODULES = ("head_tile", "linear_logprobs", "linear_sample", "policy_rows", "sample_rows", "scale_gradient")
+LAUNCHED = {"score_tiles", "merge_tiles", "draw_tiles", "visit_rows", "draw_rows", "scale_all"}
 
 
 def test_the_capability_is_that_of_the_asked_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,3 +523,70 @@ def test_a_gradient_is_scaled_in_place_unless_by_one(dtype: torch.dtype) -> None
     assert torch.isnan(scale_(gradient, torch.tensor(torch.nan, device=DEVICE))).all()
     strided = torch.ones(4, 6, device=DEVICE).to(dtype).T
     assert torch.equal(scale_(strided, torch.tensor(3.0, device=DEVICE)), torch.full_like(strided, 3.0))
+
+
+@TYPES
+def test_the_loss_scales_its_gradients_with_that_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaled loss gives scaled gradients, each in one call of the kernel; so do the other backends, without it."""
+    from bandit_rft.kernels import scale_gradient
+
+    launch, calls = scale_gradient.scale_, []
+    monkeypatch.setattr(scale_gradient, "scale_", lambda *a: calls.append(a[0].shape) or launch(*a))
+    case = head_case("bias", dtype)
+    found = {}
+    for factor, backend in ((1.0, "triton"), (-2.0, "triton"), (-2.0, "torch")):
+        calls.clear()
+        leaves = [t.detach().to(DEVICE).requires_grad_() for t in case.leaves()]
+        rest = [on_device(t) for t in (case.targets, case.advantages, case.cu_seqlens)]
+        logits = torch.randn(len(case.hidden), 50, generator=torch.Generator().manual_seed(1))
+        logits = logits.to(DEVICE, dtype).requires_grad_()
+        with use_backend(backend):
+            first = linear_policy_loss(*leaves[:2], *rest, objective=OBJECTIVES["reinforce"], bias=leaves[2]).loss
+            second = policy_loss_from_logits(logits, rest[0] % 50, *rest[1:], objective=OBJECTIVES["reinforce"]).loss
+        (factor * first).backward()  # outside: the choice was made with the loss
+        (factor * second).backward()
+        found[factor, backend] = [t.grad for t in (*leaves, logits)]
+        # A CPU's factor is seen by the host, so 1 asks nothing of the kernel there.
+        kernel = backend == "triton" and (factor != 1 or DEVICE != "cpu")
+        assert sorted(calls) == (sorted(t.shape for t in (*leaves, logits)) if kernel else [])
+    for one, two, plain in zip(*found.values(), strict=True):
+        assert torch.equal(two, one * -2)
+        torch.testing.assert_close(two, plain, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["given", "reinforce"])
+def test_rows_whose_target_cannot_be_drawn_have_finite_gradients(kind: str) -> None:
+    """A target's logit of -inf: log-probability -inf; the entropy's gradient as well is finite."""
+    from bandit_rft.kernels.policy_rows import gradient_rows, policy_rows
+
+    n, v = 3, 300
+    z, targets = torch.randn(n, v), torch.tensor([7, 8, 299])
+    z[range(n), targets] = -torch.inf
+    rows, first, second = z.clone().to(DEVICE), torch.tensor([1.0, 2.0, -0.5]), torch.tensor([0.5, 1.0, 2.0])
+    arguments = (rows, targets.to(DEVICE), 1.0, None, None, 1.0)
+    if kind == "given":
+        logp, _ = gradient_rows(*arguments, first.to(DEVICE), second.to(DEVICE))
+        c, e = first.double(), -second.double()
+    else:
+        inputs = (first.to(DEVICE), second.to(DEVICE), None, None)
+        logp, _ = policy_rows(*arguments, 1, 0.8, 1.2, 0.0, 0, 0.0, 0.25, *inputs)
+        c, e = -first.double() * second, 0.25 * second.double()
+    assert torch.equal(logp.cpu(), torch.full((n,), -torch.inf))
+    p, finite = torch.softmax(z.double(), -1), torch.log_softmax(z.double(), -1).nan_to_num(neginf=0.0)
+    of_entropy = p * (finite - (p * finite).sum(-1, keepdim=True))
+    hot = torch.nn.functional.one_hot(targets, v)
+    want = c[:, None] * (hot - p) + e[:, None] * of_entropy
+    torch.testing.assert_close(rows.cpu().double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [-3e38, -1e31, -1e9, 1e9, 1e31, 1e38])
+def test_rows_far_from_zero(level: float) -> None:
+    """A softmax does not mind where its logits lie: as many likeliest tokens as there are share it."""
+    from bandit_rft.kernels.policy_rows import logprob_rows
+
+    z = torch.full((2, 300), level, device=DEVICE)
+    z[:, 40:] = -torch.inf
+    z[0, 40:290] = torch.finfo(torch.float32).min
+    logp, entropy = logprob_rows(z, torch.tensor([3, 39], device=DEVICE), 1.0, None, None, 1.0)
+    for found in (-logp, entropy):
+        torch.testing.assert_close(found, torch.full_like(found, 40.0).log())
