@@ -177,8 +177,8 @@ def test_only_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert static._static is not None and len(static._static._graphs) == 2
 
 
-def test_windows_that_no_mask_can_tell_keep_the_usual_way() -> None:
-    """Bloom takes a plain mask, its static cache none but full attention; Mamba's state is no cache of columns."""
+def test_models_without_columns_keep_the_usual_way() -> None:
+    """Mamba's state is no cache of columns: asked for, refused by the probe."""
     torch.manual_seed(0)
     mamba = AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
