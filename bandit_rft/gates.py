@@ -31,10 +31,14 @@ class GateError(ArithmeticError):
 
 
 def logprob_gaps(batch: RolloutBatch, difference: Tensor) -> Tensor:
-    """The mean of |sampler - trainer| over each rollout's tokens, from the tokens' own [N]: float32 [B] on the host."""
-    row = batch.per_token(torch.arange(len(batch)))
-    total = torch.zeros(len(batch)).index_add_(0, row, difference.float().cpu())
-    return total / batch.lengths.clamp(min=1)
+    """The mean of |sampler - trainer| over each rollout's tokens, from the tokens' own [N]: float32 [B].
+
+    The batch is in host memory, the result where `difference` is; nothing here waits for the device.
+    """
+    device = difference.device
+    row = batch.per_token(torch.arange(len(batch))).to(device, non_blocking=True)
+    total = torch.zeros(len(batch), device=device).index_add_(0, row, difference.float())
+    return total / batch.lengths.clamp(min=1).to(device, non_blocking=True)
 
 
 def check_logprob_gap(gap: float, limit: float, where: str) -> None:

@@ -59,6 +59,9 @@ class PolicyOptimizer:
                     earlier.remove()
                 _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
         self.max_grad_norm = max_grad_norm
+        #: Whether a step is refused on the device, and the host hears of it in `check`; elsewhere `step` raises.
+        self.asynchronous = self.masters[0].device.type != "cpu"
+        self._refused = torch.zeros((), device=self.masters[0].device)  # 1: no step is applied until `check`
         self._adamw = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
@@ -77,15 +80,22 @@ class PolicyOptimizer:
     def step(self) -> Tensor:
         """Clip, update, and clear the gradients.
 
+        A norm that is not finite leaves weights and moments untouched. On a CPU it raises at once; elsewhere nothing
+        here waits for the device, which refuses this step and all later ones until `check`.
+
         Returns:
             The gradients' norm before clipping, 0-d.
 
         Raises:
-            FloatingPointError: the norm is not finite; weights and moments are untouched.
+            FloatingPointError: on a CPU, the norm is not finite.
         """
         grads = [master.grad for master in self.masters if master.grad is not None]
         norm = nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
+        if self.asynchronous:
+            self.refuse(~torch.isfinite(norm))
+            # AdamW's fused kernel leaves everything as it is where this is 1.
+            self._adamw.found_inf = self._refused  # type: ignore[attr-defined]
+        elif not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {float(norm)}: the update was not applied")
         if self.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
@@ -95,6 +105,16 @@ class PolicyOptimizer:
                 parameter.data.copy_(master.detach())
         torch._foreach_zero_(grads)
         return norm
+
+    def refuse(self, condition: Tensor) -> None:
+        """Where condition (0-d bool) holds, no step is applied from here to the next `check`; waits for nothing."""
+        self._refused.logical_or_(condition)
+
+    def check(self) -> bool:
+        """Whether every step since the last check was applied; waits for the device."""
+        refused = bool(self._refused)
+        self._refused.zero_()
+        return not refused
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue bit for bit, as tensors by name."""

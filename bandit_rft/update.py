@@ -47,12 +47,12 @@ class Update:
 class _Sums:
     """What the micro-batches of all steps add up to."""
 
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)  # 0-d, one a step
+    norms: list[Tensor] = field(default_factory=list)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     differences: list[Tensor] = field(default_factory=list)
     trained: int = 0
-    gap: float | None = None
+    gap: Tensor | None = None  # 0-d
 
 
 class PolicyUpdater:
@@ -100,12 +100,16 @@ class PolicyUpdater:
         off_policy = off_policy or self.epochs * self.minibatches > 1 or self.objective.kind == "importance"
         for rows in self._minibatches(len(batch), round_index):
             self._step(batch, rows, sums, round_index, off_policy)
+        # The one wait of an update on a GPU: what its steps came to.
+        if self.optimizer.asynchronous and not self.optimizer.check():
+            self._raise_first(sums, round_index)
+        losses, norms = ([float(x) for x in values] for values in (sums.losses, sums.norms))
         means = {name: float(total) / max(sums.trained, 1) for name, total in sums.statistics.items()}
         differences = torch.cat(sums.differences).float().cpu() if sums.differences else torch.zeros(0)
         return Update(
-            loss=float(np.mean(sums.losses)),
-            grad_norm=float(np.mean(sums.norms)),
-            steps=len(sums.losses),
+            loss=float(np.mean(losses)),
+            grad_norm=float(np.mean(norms)),
+            steps=len(losses),
             kl=means.get("kl_k3") if self.reference is not None else None,
             tokens_trained=sums.trained,
             tokens_skipped=len(batch.tokens) * self.epochs - sums.trained,
@@ -113,7 +117,7 @@ class PolicyUpdater:
             off_policy=off_policy,
             statistics=means,
             logprob_differences=differences[~differences.isnan()],
-            logprob_gap=sums.gap,
+            logprob_gap=None if sums.gap is None else float(sums.gap),
         )
 
     def _minibatches(self, size: int, round_index: int) -> Iterator[NDArray[np.int64]]:
@@ -135,20 +139,33 @@ class PolicyUpdater:
         losses = [
             self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy) for micro in micros
         ]
-        loss = float(torch.stack(losses).sum()) if losses else 0.0
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in round {round_index}: the update was not applied")
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.policy.device)
+        gap = None
         if not sums.losses:
-            gaps = [
-                logprob_gaps(micro, difference)[micro.round == round_index]
-                for micro, difference in zip(micros, sums.differences, strict=True)
-            ]
-            sums.gap = float(torch.cat(gaps).max()) if any(len(part) for part in gaps) else None
-            if self.max_logprob_gap and sums.gap is not None:
-                check_logprob_gap(sums.gap, self.max_logprob_gap, f"round {round_index}")
+            sums.gap = gap = _largest_gap(micros, sums.differences, round_index)
+        if self.optimizer.asynchronous:
+            self.optimizer.refuse(~torch.isfinite(loss))
+            if self.max_logprob_gap and gap is not None:
+                self.optimizer.refuse(~(gap <= self.max_logprob_gap))
+        else:
+            self._check(loss, gap, round_index)
         sums.losses.append(loss)
-        sums.norms.append(float(self.optimizer.step()))
+        sums.norms.append(self.optimizer.step())
         sums.trained += int(lengths[computed].sum())
+
+    def _check(self, loss: Tensor, gap: Tensor | None, round_index: int) -> None:
+        """Raise where a step must not be applied."""
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)} in round {round_index}: the update was not applied")
+        if self.max_logprob_gap and gap is not None:
+            check_logprob_gap(float(gap), self.max_logprob_gap, f"round {round_index}")
+
+    def _raise_first(self, sums: _Sums, round_index: int) -> None:
+        """Raise for the first step that the device refused; it has refused those after it, too."""
+        for i, (loss, norm) in enumerate(zip(sums.losses, sums.norms, strict=True)):
+            self._check(loss, sums.gap if i == 0 else None, round_index)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient norm is {float(norm)}: the update was not applied")
 
     def _forward_backward(
         self, micro: RolloutBatch, sums: _Sums, round_index: int, normalizer: float, off_policy: bool
@@ -181,6 +198,17 @@ class PolicyUpdater:
             fresh = micro.per_token(micro.round == round_index)
             sums.differences.append(torch.where(fresh, (result.logprobs - micro.logprobs).abs(), torch.nan))
         return result.loss.detach()
+
+
+def _largest_gap(micros: list[RolloutBatch], differences: list[Tensor], round_index: int) -> Tensor | None:
+    """The largest `logprob_gaps` of this round's rollouts (0-d), where they lie; None without such rollouts."""
+    gaps: list[Tensor] = []
+    for micro, difference in zip(micros, differences, strict=True):
+        fresh = (micro.round == round_index).nonzero()[:, 0]
+        if len(fresh):
+            gap = logprob_gaps(micro, difference)
+            gaps.append(gap.index_select(0, fresh.to(gap.device, non_blocking=True)))
+    return torch.cat(gaps).max() if gaps else None
 
 
 def score_rollouts(policy: Policy, batch: RolloutBatch, *, temperature: float, tokens_per_microbatch: int) -> Tensor:

@@ -86,7 +86,7 @@ class ModelDecoder:
     def read(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
         """Start a batch of P prompts, left-padded, with that many columns; the last hidden state of each, [P, H]."""
         device = self.device
-        self._cache = _cache(self._config, capacity)
+        self._cache = self._empty_cache(room, capacity)
         width = max(len(prompt) for prompt in prompts)
         ids = np.zeros((len(prompts), width), dtype=np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -97,8 +97,7 @@ class ModelDecoder:
         hidden = self._forward(
             torch.from_numpy(ids).to(device), places.clamp(min=0), (places >= 0).long() if padded else None
         )
-        self._columns = width
-        self._mask = self._decoding_mask(lengths, width, capacity, hidden.dtype) if padded else None
+        self._start(lengths, width, capacity, hidden.dtype, padded)
         return hidden
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -116,7 +115,15 @@ class ModelDecoder:
             recurrent = hasattr(state, "recurrent_states") or not hasattr(state, "batch_select_indices")
             (state.reorder_cache if recurrent else state.batch_select_indices)(keep)
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _empty_cache(self, room: int, capacity: int) -> DynamicCache:
+        return _cache(self._config, capacity)
+
+    def _start(self, lengths: Tensor, width: int, capacity: int, dtype: torch.dtype, padded: bool) -> None:
+        """After the prompts, of these lengths [P], in `width` columns."""
+        self._columns = width
+        self._mask = self._decoding_mask(lengths, width, capacity, dtype) if padded else None
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Any) -> Tensor:
         options: dict[str, Any] = {self._cache_argument: self._cache}
         if self._takes_positions:
             options["position_ids"] = position_ids

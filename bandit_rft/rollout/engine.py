@@ -18,11 +18,16 @@ from torch import Tensor
 from bandit_rft import ops
 from bandit_rft.model import Policy
 from bandit_rft.rollout.decoding import ModelDecoder, Padding
+from bandit_rft.rollout.graphs import CHECK_EVERY, CapturedDecoder
 from bandit_rft.rollout.native import NativeDecoder
-from bandit_rft.rollout.probe import probe_decoding
+from bandit_rft.rollout.probe import probe_decoding, probe_static_decoding
+from bandit_rft.rollout.static import StaticDecoder, has_plain_cache, static_cache_serves
 from bandit_rft.rollout_batch import RolloutBatch
 
 logger = logging.getLogger(__name__)
+
+#: tokens int64, log-probabilities and entropy float32, each [sequences, steps].
+Tables = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,19 @@ class _Segment:
     entropy: list[Tensor] = field(default_factory=list)
 
 
+def _tables(segments: list[_Segment], count: int) -> Tables:
+    """[count, steps] of everything drawn, zeros where a sequence had left."""
+    steps, device = segments[-1].first + len(segments[-1].tokens), segments[0].rows.device
+    tokens = torch.zeros((count, steps), dtype=torch.int64, device=device)
+    logprobs, entropy = torch.zeros((2, count, steps), device=device)
+    for segment in segments:
+        columns = slice(segment.first, segment.first + len(segment.tokens))
+        for table, values in ((tokens, segment.tokens), (logprobs, segment.logprobs), (entropy, segment.entropy)):
+            if values:
+                table[segment.rows, columns] = torch.stack(values, dim=1)
+    return tokens, logprobs, entropy
+
+
 class RolloutEngine:
     """Draws completions from a policy.
 
@@ -80,9 +98,18 @@ class RolloutEngine:
         policy: the wrapped model; its current weights are used at every call.
         max_completion_length: tokens after which a completion is cut off.
         batch_size: sequences decoded together (the KV cache holds this many).
+        static_cache: whether decoding goes over a KV cache of fixed size in steps that a GPU replays (graphs.py), where
+            a probe agrees; by default on a GPU. Draws are the same.
     """
 
-    def __init__(self, policy: Policy, *, max_completion_length: int, batch_size: int = 256):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_completion_length: int,
+        batch_size: int = 256,
+        static_cache: bool | None = None,
+    ):
         if max_completion_length < 1 or batch_size < 1:
             raise ValueError(
                 f"max_completion_length and batch_size must be >= 1; got {max_completion_length} and {batch_size}"
@@ -91,12 +118,24 @@ class RolloutEngine:
         self._stop = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]
         self._stop[stops] = True
+        self._stop_on_host = self._stop.cpu()
         if not stops:
             logger.warning("the generation config names no stop token: every completion will run to its length limit")
         # Waiting for the device costs more than a wasted step on a GPU, and nothing on a CPU.
-        self._check_every = 1 if policy.device.type == "cpu" else 16
+        self._check_every = 1 if policy.device.type == "cpu" else CHECK_EVERY
         self._plan = probe_decoding(policy, policy.model.config)
         self._native = self._probe_native()
+        config, padding = policy.model.config, self._plan.padding
+        if static_cache is None:
+            static_cache = static_cache_serves(policy.device.type, padding, has_plain_cache(config))
+        self._static_plan = probe_static_decoding(policy, config, self._plan) if static_cache else None
+        self._static: CapturedDecoder | None = None
+        if self._static_plan is not None:
+            on_gpu = policy.device.type == "cuda"
+            self._static = CapturedDecoder(
+                policy, StaticDecoder(policy.base, config, padding), self._stop, max_completion_length,
+                capture=on_gpu, check_every=self._check_every, lag=1 if on_gpu else 0,
+            )  # fmt: skip
 
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
@@ -125,12 +164,12 @@ class RolloutEngine:
         parts: list[RolloutBatch] = []
         for rows in self._batches(prompts, n):
             with torch.inference_mode():
-                segments = self._decode(
+                tables = self._decode(
                     [prompts[i] for i in sorted({r // n for r in rows})], rows, n, ids, seed, sampling
                 )
-                tokens, logprobs, entropy, lengths, truncated = self._collect(segments, len(rows))
-            # The hand-over to the rewards: the one copy of a round from the device.
-            tokens, logprobs, entropy = (tensor.cpu().clone() for tensor in (tokens, logprobs, entropy))
+                # The hand-over to the rewards: the one copy of a batch from the device.
+                on_host = [table.cpu() for table in tables]
+            tokens, logprobs, entropy, lengths, truncated = self._collect(*on_host)
             of_rows = [prompts[r // n] for r in rows]
             query, attempt = [r // n for r in rows], [r % n for r in rows]
             parts.append(
@@ -172,11 +211,20 @@ class RolloutEngine:
 
     def _decode(
         self, prompts: list[Sequence[int]], rows: list[int], n: int, ids: Tensor, seed: int, sampling: Sampling
-    ) -> list[_Segment]:
+    ) -> Tables:
+        """Tokens, log-probabilities and entropy [B, steps] of `rows`; after a stop token they mean nothing."""
         policy, device = self.policy, self.policy.device
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
         capacity = width + self.max_completion_length - 1
+        row_ids, which = ids[torch.tensor(rows, device=device)], None
+        if n > 1:
+            place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
+            which = torch.tensor([place_of[r // n] for r in rows], device=device)
+        if self._static is not None and self._within_static(capacity):
+            return self._static.decode(
+                prompts, which, row_ids, capacity=capacity, seed=seed, sampling=sampling.__dict__
+            )
         through_model = self._model_decoder()
         in_window = through_model.window is None or capacity <= through_model.window
         native = self._native if in_window and self._native is not None and self._native.ready() else None
@@ -185,14 +233,11 @@ class RolloutEngine:
 
         # One row a prompt so far; from here on one row a completion.
         place = torch.tensor(lengths, device=device)
-        if n > 1:
-            place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
-            which = torch.tensor([place_of[r // n] for r in rows], device=device)
+        if which is not None:
             hidden, place = hidden[which], place[which]
             decoder.select(which)
 
         active = torch.arange(len(rows), device=device)
-        row_ids = ids[torch.tensor(rows, device=device)]
         positions = torch.zeros_like(active)
         alive = torch.ones(len(rows), dtype=torch.bool, device=device)
         segments = [_Segment(active, 0)]
@@ -223,7 +268,11 @@ class RolloutEngine:
                     segments.append(_Segment(active, step + 1))
             hidden = decoder.step(tokens, place)
             positions, place = positions + 1, place + 1
-        return segments
+        return _tables(segments, len(rows))
+
+    def _within_static(self, capacity: int) -> bool:
+        limit = self._static_plan.max_length if self._static_plan is not None else 0
+        return limit is None or capacity + 1 <= limit
 
     def _model_decoder(self) -> ModelDecoder:
         return ModelDecoder(self.policy.base, self.policy.model.config, self._plan.padding)
@@ -238,21 +287,15 @@ class RolloutEngine:
                 "max_prompt_length or max_completion_length"
             )
 
-    def _collect(self, segments: list[_Segment], count: int) -> tuple[Tensor, Tensor, Tensor, list[int], list[bool]]:
-        """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of `count` sequences."""
-        steps = segments[-1].first + len(segments[-1].tokens)
-        device = self.policy.device
-        tokens = torch.zeros((count, steps), dtype=torch.int64, device=device)
-        logprobs, entropy = torch.zeros((2, count, steps), device=device)
-        for segment in segments:
-            columns = slice(segment.first, segment.first + len(segment.tokens))
-            for table, values in ((tokens, segment.tokens), (logprobs, segment.logprobs), (entropy, segment.entropy)):
-                if values:
-                    table[segment.rows, columns] = torch.stack(values, dim=1)
-        stops = self._stop[tokens]
+    def _collect(
+        self, tokens: Tensor, logprobs: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], list[bool]]:
+        """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of tables [B, steps] in host memory."""
+        steps = tokens.shape[1]
+        stops = self._stop_on_host[tokens]
         # A row may have run on for a few steps after its stop token: what counts ends with the first one.
         lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, steps)
-        inside = torch.arange(steps, device=device) < lengths[:, None]
+        inside = torch.arange(steps) < lengths[:, None]
         return (
             tokens[inside],
             logprobs[inside],

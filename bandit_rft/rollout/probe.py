@@ -8,7 +8,7 @@ its config names.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,14 @@ from bandit_rft.model.probe import tolerance_of
 from bandit_rft.model.split import Split, UnsupportedModelError
 from bandit_rft.model.twin import Twin, limits_of, twin_of
 from bandit_rft.rollout.decoding import ModelDecoder, Padding
+from bandit_rft.rollout.static import StaticDecoder
 
 logger = logging.getLogger(__name__)
 
 #: Tokens of each probe sequence that are decoded, not read.
 STEPS = 4
+#: What makes a decoder of (base, config, padding).
+Making = Callable[[nn.Module, PreTrainedConfig, Padding | None], ModelDecoder]
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,13 @@ def probe_decoding(policy: Policy, base_config: PreTrainedConfig) -> DecodingPla
     Raises:
         UnsupportedModelError: where none gives the hidden states of whole sequences.
     """
-    generator = torch.Generator().manual_seed(1)
-    lengths = [3 + STEPS, 7 + STEPS, 5 + STEPS]
-    sequences = [torch.randint(0, policy.vocab_size, (n,), generator=generator) for n in lengths]
-    whole = policy.hidden_states(torch.cat(sequences).to(policy.device), lengths).split(lengths)
+    sequences, whole = _short_sequences(policy)
     twin = twin_of(policy.causal_lm)
     problems: list[str] = []
     for plan in _plans(base_config, policy.plan.max_length, twin):
-        reason = _refusal(policy.base, base_config, plan.padding, sequences, list(whole))
+        reason = _refusal(ModelDecoder, policy.base, base_config, plan.padding, sequences, whole)
         if reason is None and twin is not None:
-            reason = _twin_refusal(twin, plan, policy.plan.mode == "varlen")
+            reason = _twin_refusal(ModelDecoder, twin, plan, policy.plan.mode == "varlen")
         if reason is None:
             if plan.padding is None:
                 logger.info("left padding changes what this model computes: prompts are batched by length")
@@ -68,6 +68,44 @@ def probe_decoding(policy: Policy, base_config: PreTrainedConfig) -> DecodingPla
         f"{type(policy.model).__name__}: decoding with its KV cache fails, or gives other hidden states than the whole "
         f"sequence, and the sampler would draw from another policy: {problems[-1]} (of {len(problems)} ways tried)"
     )
+
+
+@torch.inference_mode()
+def probe_static_decoding(policy: Policy, base_config: PreTrainedConfig, plan: DecodingPlan) -> DecodingPlan | None:
+    """The longest text that a static cache decodes as `plan` does; None where it decodes none.
+
+    Where a sliding window, or chunks, cannot be told to the model by a mask, texts within it are served.
+    """
+    sequences, whole = _short_sequences(policy)
+    twin = twin_of(policy.causal_lm)
+    window = ModelDecoder(policy.base, base_config, plan.padding).window
+    limits = [plan.max_length]
+    if window is not None and (plan.max_length is None or window < plan.max_length):
+        limits.append(window)
+    for limit in limits:
+        candidate = DecodingPlan(plan.padding, limit)
+        short = [i for i, ids in enumerate(sequences) if limit is None or len(ids) <= limit]
+        chosen, states = [sequences[i] for i in short], [whole[i] for i in short]
+        reason = _refusal(_probed_static, policy.base, base_config, plan.padding, chosen, states)
+        if reason is None and twin is not None:
+            reason = _twin_refusal(_probed_static, twin, candidate, policy.plan.mode == "varlen")
+        if reason is None and (twin is not None or limit is None or limit == window):
+            return candidate
+        logger.debug("%s, static cache, %s: %s", type(policy.model).__name__, candidate, reason)
+    return None
+
+
+def _probed_static(base: nn.Module, config: PreTrainedConfig, padding: Padding | None) -> StaticDecoder:
+    return StaticDecoder(base, config, padding, span=8)  # so that the probe crosses some
+
+
+def _short_sequences(policy: Policy) -> tuple[list[Tensor], list[Tensor]]:
+    """A few random sequences, each [length], and what the model gives for each alone, [length, H]."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3 + STEPS, 7 + STEPS, 5 + STEPS]
+    sequences = [torch.randint(0, policy.vocab_size, (n,), generator=generator) for n in lengths]
+    whole = policy.hidden_states(torch.cat(sequences).to(policy.device), lengths).split(lengths)
+    return sequences, list(whole)
 
 
 def _plans(config: PreTrainedConfig, max_length: int | None, twin: Twin | None) -> Iterator[DecodingPlan]:
@@ -85,8 +123,8 @@ def _plans(config: PreTrainedConfig, max_length: int | None, twin: Twin | None) 
         yield from (DecodingPlan(padding, limit) for padding in paddings)
 
 
-def _twin_refusal(twin: Twin, plan: DecodingPlan, packed: bool) -> str | None:
-    key = ("decoding", plan, packed)
+def _twin_refusal(make: Making, twin: Twin, plan: DecodingPlan, packed: bool) -> str | None:
+    key = ("decoding", make, plan, packed)
     if key not in twin.verdicts:
         model, longest = twin.fresh(), twin.scaled(plan.max_length)
         if packed:
@@ -95,6 +133,7 @@ def _twin_refusal(twin: Twin, plan: DecodingPlan, packed: bool) -> str | None:
             i for i, ids in enumerate(twin.sequences) if len(ids) > STEPS and (longest is None or len(ids) <= longest)
         ]
         twin.verdicts[key] = _refusal(
+            make,
             Split.of(model).base,
             model.config,
             plan.padding,
@@ -105,14 +144,21 @@ def _twin_refusal(twin: Twin, plan: DecodingPlan, packed: bool) -> str | None:
 
 
 def _refusal(
-    base: nn.Module, config: PreTrainedConfig, padding: Padding | None, sequences: list[Tensor], whole: list[Tensor]
+    make: Making,
+    base: nn.Module,
+    config: PreTrainedConfig,
+    padding: Padding | None,
+    sequences: list[Tensor],
+    whole: list[Tensor],
 ) -> str | None:
     """Why decoding does not give the hidden states `whole` [length, H] of each sequence; None where it does."""
+    if not sequences:
+        return "no sequence is short enough"
     tolerance = tolerance_of(whole[0]) * max(float(hidden.abs().max()) for hidden in whole)
     everyone = list(range(len(sequences)))
     try:
         for batch in [everyone] if padding is not None else [[i] for i in everyone]:
-            got = _decoded(ModelDecoder(base, config, padding), [sequences[i] for i in batch])
+            got = _decoded(make(base, config, padding), [sequences[i] for i in batch])
             for i, states in zip(batch, got, strict=True):
                 expected = whole[i][len(whole[i]) - 1 - STEPS :][: len(states)]
                 difference = float((states - expected).abs().max())

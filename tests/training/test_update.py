@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from some_rollouts import some_rollouts
 from tiny_models import character_tokenizer, tiny_llama
 
 from bandit_rft import PolicyObjective
+from bandit_rft.gates import GateError
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.update import PolicyUpdater, _score, _Sums, training_inputs
@@ -43,6 +45,83 @@ def test_a_micro_batch_waits_for_nothing(objective: dict[str, Any]) -> None:
     loss = updater._forward_backward(batch, sums, 1, 9.0, off_policy=True)
     assert loss.device.type == "meta" and sums.differences[0].shape == batch.tokens.shape
     _score(policy, batch.to("meta"), training_inputs(batch, policy.device), 1.0)
+
+
+def spoiled(policy: Policy, optimizer: PolicyOptimizer, at: int) -> list[torch.Tensor]:
+    """Step number `at` from here meets a gradient that is not finite; what is left after each step."""
+    step, left = optimizer.step, list[torch.Tensor]()
+
+    def counted() -> torch.Tensor:
+        if len(left) == at:
+            optimizer.grad_buffer(optimizer.parameters[0])[0, 0] = torch.inf
+        norm = step()
+        left.append(state_of(policy, optimizer))
+        return norm
+
+    optimizer.step = counted  # type: ignore[method-assign]
+    return left
+
+
+def state_of(policy: Policy, optimizer: PolicyOptimizer) -> torch.Tensor:
+    """Weights and moments, copied."""
+    tensors = [*policy.parameters(), *optimizer.state_tensors().values()]
+    return torch.cat([x.detach().flatten().float() for x in tensors])
+
+
+def updater_of(asynchronous: bool, dtype: torch.dtype = torch.float32, **options: Any) -> PolicyUpdater:
+    policy = Policy(tiny_llama().to(dtype), character_tokenizer())
+    optimizer = PolicyOptimizer(policy.named_parameters(), learning_rate=1e-3)
+    optimizer.asynchronous = asynchronous
+    return PolicyUpdater(policy, optimizer, PolicyObjective("ppo"), minibatches=4, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_that_wait_for_nothing_have_the_same_bits(dtype: torch.dtype) -> None:
+    waiting, not_waiting = updater_of(False, dtype), updater_of(True, dtype)
+    batch = some_rollouts(count=16).with_columns(advantage=1.0)
+    for number in (1, 2):
+        a, b = waiting(batch, number), not_waiting(batch, number)
+        assert (a.loss, a.grad_norm, a.steps, a.logprob_gap) == (b.loss, b.grad_norm, b.steps, b.logprob_gap)
+        states = [state_of(one.policy, one.optimizer) for one in (waiting, not_waiting)]
+        assert torch.equal(*states)
+
+
+def test_a_step_refused_on_the_device_is_not_applied_nor_are_those_after_it() -> None:
+    updater = updater_of(True)
+    left = spoiled(updater.policy, updater.optimizer, at=2)
+    batch = some_rollouts(count=16).with_columns(advantage=1.0)
+    with pytest.raises(FloatingPointError, match="gradient norm is inf: the update was not applied"):
+        updater(batch, 1)
+    assert len(left) == 4 and not torch.equal(left[0], left[1])
+    assert torch.equal(left[2], left[1]) and torch.equal(left[3], left[1])
+    updater(batch, 2)  # who goes on all the same is served again
+    assert not torch.equal(left[-1], left[1]) and bool(left[-1].isfinite().all())
+
+
+def test_a_loss_or_a_gap_is_refused_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = some_rollouts(count=16).with_columns(advantage=1.0)
+    for problem, error in (("gap", GateError), ("loss", FloatingPointError)):
+        updater = updater_of(True, max_logprob_gap=1e-9 if problem == "gap" else 0.0)
+        before = torch.cat([p.detach().flatten().clone() for p in updater.policy.parameters()])
+        if problem == "loss":
+            monkeypatch.setattr(updater, "_forward_backward", lambda *args: torch.tensor(torch.nan))
+            monkeypatch.setattr("bandit_rft.update._largest_gap", lambda *args: None)
+        with pytest.raises(error, match="he update was not applied"):
+            updater(batch, 1)
+        assert torch.equal(before, torch.cat([p.detach().flatten() for p in updater.policy.parameters()]))
+
+
+def test_a_step_waits_for_nothing() -> None:
+    """All of a step but AdamW's kernel, which has no meta device: norm, clipping, gate, what is kept for later."""
+    policy = on_a_device_that_cannot_answer(Policy(tiny_llama(), character_tokenizer()))
+    optimizer = PolicyOptimizer(policy.named_parameters(), learning_rate=1e-3)
+    assert optimizer.asynchronous
+    optimizer._adamw.step = lambda: None  # type: ignore[method-assign, assignment, return-value]
+    updater = PolicyUpdater(policy, optimizer, PolicyObjective(), max_logprob_gap=0.1, tokens_per_microbatch=60)
+    batch, sums = some_rollouts(count=9).with_columns(advantage=1.0), _Sums()
+    for _ in range(2):
+        updater._step(batch, np.arange(9), sums, 1, True)
+    assert len(sums.losses) == len(sums.norms) == 2 and sums.gap is not None and sums.gap.device.type == "meta"
 
 
 def test_the_check_can_fail() -> None:
