@@ -256,9 +256,9 @@ std::unique_ptr<cpu::Decoder> decoder(const py::dict& outside, const std::vector
     return std::make_unique<cpu::Decoder>(m);
 }
 
-void decoder_read(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& lengths, int64_t room,
-                  int64_t capacity, const py::capsule& cos, const py::capsule& sin, const py::capsule& hidden,
-                  int threads) {
+void decoder_prefill(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& lengths, int64_t room,
+                     int64_t capacity, const py::capsule& cos, const py::capsule& sin, const py::capsule& hidden,
+                     int threads) {
     const TensorView t = memory.view(tokens, "tokens", 1), l = memory.view(lengths, "lengths", 1);
     const TensorView c = memory.view(cos, "cos", 2), s = memory.view(sin, "sin", 2);
     require(t.dtype == DType::i64 && l.dtype == DType::i64, "tokens and lengths must be int64");
@@ -269,7 +269,7 @@ void decoder_read(cpu::Decoder& self, const py::capsule& tokens, const py::capsu
     const float *from_cos = contiguous(c, "cos", positions, size), *from_sin = contiguous(s, "sin", positions, size);
     float* h = writable(hidden, "hidden", batch, self.model().hidden_size);
     py::gil_scoped_release release;
-    self.read(ids, counts, batch, room, capacity, from_cos, from_sin, positions, h, threads);
+    self.prefill(ids, counts, batch, room, capacity, from_cos, from_sin, positions, h, threads);
 }
 
 void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsule& positions,
@@ -345,8 +345,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .def(py::init(&decoder), arg("outside"), arg("layers"), arg("vocabulary"), arg("hidden_size"),
              arg("intermediate_size"), arg("heads"), arg("key_value_heads"), arg("head_size"), arg("norm_eps"),
              arg("scaling"), arg("norms_over_all_heads"))
-        .def("read", &decoder_read, arg("tokens"), arg("lengths"), arg("room"), arg("capacity"), arg("cos"), arg("sin"),
-             arg("hidden"), arg("threads"))
+        .def("prefill", &decoder_prefill, arg("tokens"), arg("lengths"), arg("room"), arg("capacity"), arg("cos"),
+             arg("sin"), arg("hidden"), arg("threads"))
         .def("step", &decoder_step, arg("tokens"), arg("positions"), arg("hidden"), arg("threads"))
         .def("select", &decoder_select, arg("which"))
         .def_property_readonly("lanes", &cpu::Decoder::lanes);

@@ -83,7 +83,7 @@ class ModelDecoder:
         self._mask: Tensor | None = None
         self._columns = 0
 
-    def read(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
         """Start a batch of P prompts, left-padded, with that many columns; the last hidden state of each, [P, H]."""
         device = self.device
         self._cache = self._empty_cache(room, capacity)

@@ -229,7 +229,7 @@ class RolloutEngine:
         in_window = through_model.window is None or capacity <= through_model.window
         native = self._native if in_window and self._native is not None and self._native.ready() else None
         decoder: NativeDecoder | ModelDecoder = native or through_model
-        hidden = decoder.read(prompts, len(rows), capacity)
+        hidden = decoder.prefill(prompts, len(rows), capacity)
 
         # One row a prompt so far; from here on one row a completion.
         place = torch.tensor(lengths, device=device)
@@ -310,7 +310,7 @@ class RolloutEngine:
         prompts = [[5, 4, 3], [3, 4, 5, 6, 5, 4]]
         try:
             native = NativeDecoder(self.policy)
-            first = native.read(prompts, 2, 7)
+            first = native.prefill(prompts, 2, 7)
             last = torch.tensor([3, 6])
             second = native.step(torch.ones_like(last), last)
         except (NotImplementedError, AttributeError, ValueError) as error:
@@ -319,6 +319,6 @@ class RolloutEngine:
         decoder = self._model_decoder()
         if self._plan.padding is None:
             return None
-        expected = torch.stack([decoder.read(prompts, 2, 7), decoder.step(torch.ones_like(last), last)])
+        expected = torch.stack([decoder.prefill(prompts, 2, 7), decoder.step(torch.ones_like(last), last)])
         difference = float((torch.stack([first, second]) - expected).abs().max())
         return native if difference <= 1e-4 * float(expected.abs().max()) else None

@@ -148,7 +148,7 @@ class CapturedDecoder:
         """
         count, size = len(ids), bucket(len(ids))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
-        hidden = self.decoder.read(prompts, size, capacity)
+        hidden = self.decoder.prefill(prompts, size, capacity)
         if which is not None:
             hidden, lengths = hidden[which], lengths[which]
             self.decoder.select(which)

@@ -72,7 +72,7 @@ class NativeDecoder:
             return False
         return True
 
-    def read(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
         """Start a batch of P prompts, with room for so many sequences and columns; the last hidden states, [P, H].
 
         Tokens lie side by side in the SIMD lanes, so that a prompt's bits do not depend on the others here either.
@@ -83,7 +83,7 @@ class NativeDecoder:
         cos, sin = (x[0].contiguous() for x in self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None]))
         hidden = torch.empty(len(prompts), self._sizes[1])
         views = (_dl(x) for x in (cos, sin, hidden))
-        self._core.read(_dl(tokens), _dl(lengths), room, capacity, *views, torch.get_num_threads())
+        self._core.prefill(_dl(tokens), _dl(lengths), room, capacity, *views, torch.get_num_threads())
         return hidden
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:

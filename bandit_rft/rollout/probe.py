@@ -177,7 +177,7 @@ def _decoded(decoder: ModelDecoder, sequences: Sequence[Tensor]) -> list[Tensor]
     prompts = [ids[: len(ids) - STEPS].tolist() for ids in sequences]
     device = decoder.device
     count = len(sequences)
-    first = decoder.read(prompts, 2 * count, max(len(ids) for ids in sequences))
+    first = decoder.prefill(prompts, 2 * count, max(len(ids) for ids in sequences))
     states: list[list[Tensor]] = [[first[i]] for i in range(count)]
     rows = torch.arange(count, device=device).repeat_interleave(2)
     decoder.select(rows)

@@ -52,8 +52,8 @@ float* Decoder::cache(int64_t layer, int64_t panel, int which) const {
     return cache_.memory.get() + ((layer * room_ + panel) * 2 + which) * int64_t(cache_block());
 }
 
-void Decoder::read(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
-                   const float* cos, const float* sin, int64_t positions, float* hidden, int threads) {
+void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
+                      const float* cos, const float* sin, int64_t positions, float* hidden, int threads) {
     require(batch > 0 && room >= batch, "a batch needs a sequence, and room for all");
     for (int64_t b = 0; b < batch; ++b) require(lengths[b] > 0, "a prompt needs a token");
     const int64_t width = *std::max_element(lengths, lengths + batch);
@@ -327,7 +327,7 @@ void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int ind
         const Run& run = pass.runs[size_t(unit / heads)];
         const int64_t head = unit % heads, panel = run.sequence / width;
         const int64_t at = (first_[size_t(run.sequence)] * heads + head) * head_size * width + run.sequence % width;
-        HeadReading a{};
+        HeadPrefill a{};
         a.head_size = head_size;
         a.group = group;
         a.row = run.row;
@@ -341,7 +341,7 @@ void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int ind
         a.keys = cache(which, panel, 0) + at;
         a.values = cache(which, panel, 1) + at;
         a.scratch = member.scratch.memory.get();
-        kernels_->read(a);
+        kernels_->prefill(a);
     }
 }
 

@@ -40,8 +40,8 @@ class Decoder {
     // A new batch: reads prompts of `lengths` [batch], whose tokens follow each other; hidden [batch, hidden_size]
     // after their last ones. The cache has `capacity` columns, and room for `room` sequences that `select` may make of
     // them later; cos and sin [positions, head_size] are copied.
-    void read(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
-              const float* cos, const float* sin, int64_t positions, float* hidden, int threads);
+    void prefill(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
+                 const float* cos, const float* sin, int64_t positions, float* hidden, int threads);
     // hidden [batch, hidden_size] after one more token each, at the given positions.
     void step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads);
     // The batch is now the sequences `which` [count] of what it was: ascending, some left out or some repeated.

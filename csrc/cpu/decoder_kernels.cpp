@@ -270,7 +270,7 @@ BRFT_INLINE float* lane(const Panels& panels, int64_t row, int64_t d) {
     return panels.data + row / kPanel * panels.stride + d * kPanel + row % kPanel;
 }
 
-void read(const HeadReading& a) {
+void prefill(const HeadPrefill& a) {
     const int64_t columns = a.begin + a.count, size = a.head_size;
     float *q = a.scratch, *scores = q + size * kPanel, *keys = scores + columns * kPanel,
           *values = keys + columns * size;
@@ -303,7 +303,7 @@ void read(const HeadReading& a) {
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
     BRFT_ISA::kPanel,      BRFT_ISA::kTile, BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm,
-    BRFT_ISA::inverse_rms, BRFT_ISA::add,   BRFT_ISA::attend,  BRFT_ISA::rotate,        BRFT_ISA::read,
+    BRFT_ISA::inverse_rms, BRFT_ISA::add,   BRFT_ISA::attend,  BRFT_ISA::rotate,        BRFT_ISA::prefill,
 };
 
 }  // namespace bandit_rft::cpu

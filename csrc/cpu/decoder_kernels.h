@@ -35,7 +35,7 @@ struct HeadAttention {
 
 // The same head for `count` new tokens of one sequence, in the lanes from `row` on: the token in row r is lane r %
 // panel of panel r / panel.
-struct HeadReading {
+struct HeadPrefill {
     int64_t head_size, group, row, count;
     int64_t begin;  // columns of the sequence before these
     int64_t column_stride;
@@ -64,7 +64,7 @@ struct DecoderKernels {
     // reading: normalizes and rotates keys and queries where they are, and scales the queries ...
     void (*rotate)(const HeadAttention&);
     // ... so that a sequence's new columns can be written, and each attend to those before it
-    void (*read)(const HeadReading&);
+    void (*prefill)(const HeadPrefill&);
 };
 
 #if defined(BRFT_X86_DISPATCH)

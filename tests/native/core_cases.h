@@ -324,7 +324,8 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
             for (float x : hidden) check(std::isfinite(x), "decoder: finite", batch, head_size);
             last.insert(last.end(), hidden.end() - hidden_size, hidden.end());
         };
-        decoder.read(read.data(), lengths.data(), size, size, positions, cos, sin, positions, hidden.data(), threads);
+        decoder.prefill(read.data(), lengths.data(), size, size, positions, cos, sin, positions, hidden.data(),
+                        threads);
         keep();
         for (int64_t t = 0; t < 4; ++t) {
             std::vector<int64_t> ids, at;

@@ -212,7 +212,7 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     try:
         for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2)):
             torch.set_num_threads(threads)
-            out = native.read([prompts[i] for i in chosen], len(chosen), 15)
+            out = native.prefill([prompts[i] for i in chosen], len(chosen), 15)
             for t in range(9):
                 for row, which in zip(out, chosen.tolist(), strict=True):
                     assert torch.equal(hidden.setdefault((t, which), row), row)
@@ -228,9 +228,9 @@ def test_native_decoding_goes_on_with_those_that_are_left() -> None:
     prompts = (PROMPTS * 40)[: 5 * lanes]
     lengths, everyone = torch.tensor([len(p) for p in prompts]), torch.arange(5 * lanes)
     tokens = torch.randint(0, 97, (6, 5 * lanes), generator=torch.Generator().manual_seed(1))
-    native.read(prompts, 9 * lanes, 12)
+    native.prefill(prompts, 9 * lanes, 12)
     expected = [native.step(tokens[t], lengths + t) for t in range(6)]
-    native.read(prompts, 9 * lanes, 12)
+    native.prefill(prompts, 9 * lanes, 12)
     left = everyone
     for t in range(6):
         assert torch.equal(native.step(tokens[t, left], lengths[left] + t), expected[t][left])
@@ -262,13 +262,13 @@ def test_native_decoding_forgets_an_earlier_batch() -> None:
     engine = native_engine("llama")
     native, token = engine._native, torch.ones(5, dtype=torch.int64)
     lengths = torch.tensor([len(p) for p in PROMPTS])
-    expected = native.read(PROMPTS, 5, 12), native.step(token, lengths)
+    expected = native.prefill(PROMPTS, 5, 12), native.step(token, lengths)
     kept = engine.policy.base.embed_tokens.weight.detach().clone()
     with torch.no_grad():
         engine.policy.base.embed_tokens.weight.fill_(torch.nan)
-        assert native.read([[1] * 11] * 5, 5, 12).isnan().all()
+        assert native.prefill([[1] * 11] * 5, 5, 12).isnan().all()
         engine.policy.base.embed_tokens.weight.copy_(kept)
-    assert torch.equal(native.read(PROMPTS, 5, 12), expected[0])
+    assert torch.equal(native.prefill(PROMPTS, 5, 12), expected[0])
     assert torch.equal(native.step(token, lengths), expected[1])
 
 
@@ -299,8 +299,8 @@ def test_other_models_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_bad_input_to_the_core_is_refused() -> None:
     native, one = native_engine("llama")._native, torch.ones(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="the cache is full"):
-        native.read([[1, 2, 3]], 1, 2)
-    native.read([[1, 2, 3]], 1, 5)
+        native.prefill([[1, 2, 3]], 1, 2)
+    native.prefill([[1, 2, 3]], 1, 5)
     with pytest.raises(ValueError, match="tokens must lie in the vocabulary"):
         native.step(one * 97, one * 3)
     with pytest.raises(ValueError, match="positions must lie in the table"):
@@ -309,7 +309,7 @@ def test_bad_input_to_the_core_is_refused() -> None:
         native.step(torch.ones(2, dtype=torch.int64), one)
     with pytest.raises(ValueError, match="which names a sequence that is not there"):
         native.select(torch.tensor([0, 1]))
-    native.read([[1, 2, 3]] * 4, 4, 5)
+    native.prefill([[1, 2, 3]] * 4, 4, 5)
     for which in ([1, 0], [0, 2, 2, 2], [1, 1, 1, 1]):  # not in order, or neither leaving out nor repeating
         with pytest.raises(ValueError, match="which must be ascending"):
             native.select(torch.tensor(which))
