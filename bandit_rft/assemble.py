@@ -115,7 +115,11 @@ def make_scorer(task: Task, config: Config) -> RewardRunner:
 
 
 def make_engine(policy: Policy, config: Config) -> RolloutEngine:
-    """What draws completions. Raises ConfigError for lengths that the model cannot decode or be packed at."""
+    """What draws completions.
+
+    Raises:
+        ConfigError: for lengths that the model cannot decode or be packed at.
+    """
     engine = RolloutEngine(
         policy, max_completion_length=config.max_completion_length, batch_size=config.rollout.batch_size
     )

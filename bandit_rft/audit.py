@@ -107,7 +107,8 @@ def memory_estimate(config: Config) -> str:
         layers = model.get("num_hidden_layers") or model["n_layer"]
     except (OSError, ValueError, KeyError, struct.error):
         return "unknown: the model is not a local folder"
-    low = config.dtype != "float32"
+    on_gpu = (config.device or "").startswith("cuda")
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu)
     size = 2 if low else 4
     each = size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef else 0)
     fixed = parameters * (size if config.lora.rank else each)

@@ -1,5 +1,7 @@
-"""Checkpoints: plain Hugging Face folders (peft's for adapters), optimizer.safetensors, replay.safetensors (what is
-remembered of earlier rounds) and state.json, written whole or not at all.
+"""Checkpoints: plain Hugging Face folders and what continues the run, written whole or not at all.
+
+Beside the model (peft's layout for adapters) lie optimizer.safetensors, replay.safetensors (what is remembered of
+earlier rounds, where something is) and state.json.
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
 half a checkpoint. state.json holds the checksums of the other files, so a torn or flipped one is noticed when resuming.
@@ -11,10 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bandit_rft.data import Fingerprint
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 
@@ -51,10 +57,22 @@ def save_checkpoint(
     arrays: dict[str, NDArray[Any]] | None = None,
     keep: int = 0,
 ) -> Path:
-    """Write `folder`/checkpoint-<round_index> and remove all but the newest `keep` (0: keep all). Returns its path.
+    """Write `folder`/checkpoint-<round_index> and remove what is older than the newest ones.
 
-    state must be JSON; arrays go to replay.safetensors. Raises OSError (disk full, read-only) with every earlier
-    checkpoint untouched.
+    Args:
+        folder: of the run's checkpoints; made where it is missing.
+        round_index: the round that was finished last.
+        policy: saved as a Hugging Face folder.
+        optimizer: its state goes to optimizer.safetensors.
+        state: what JSON can hold; goes to state.json.
+        arrays: what is remembered of earlier rounds, by name; goes to replay.safetensors.
+        keep: how many of the checkpoints written last stay; 0: all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full or read-only; every earlier checkpoint is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"checkpoint-{round_index}"
@@ -70,12 +88,14 @@ def save_checkpoint(
             safetensors.numpy.save_file(arrays, partial / "replay.safetensors")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = {str(path.relative_to(partial)): _sha256(path) for path in files}
-        state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": time.time_ns(), "sha256": sums}
+        # Later than every other one, also after the clock was set back: the newest are kept, and continued from.
+        written = max([time.time_ns(), *(1 + _written(path) for path in list_checkpoints(folder))])
+        state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": written, "sha256": sums}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in [*files, partial / "state.json", partial]:
             _sync(path)
         if target.exists():  # a round that was saved, resumed from an earlier one, and reached again
-            shutil.rmtree(target)
+            _remove(target)
         partial.rename(target)
         _sync(folder)
     except BaseException as error:
@@ -85,8 +105,16 @@ def save_checkpoint(
         raise
     if keep:
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or the file that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -102,12 +130,16 @@ def _written(path: Path) -> int:
     """When a checkpoint was written, in nanoseconds; copying it does not change that."""
     try:
         return int(json.loads((path / "state.json").read_text())["written_ns"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return path.stat().st_mtime_ns
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return path.lstat().st_mtime_ns
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint and its state; broken ones are skipped with a warning that says why."""
+    """The checkpoint that was written last and is intact, and its state; broken ones are skipped with a warning.
+
+    Raises:
+        LayoutError: it is intact, and of another version of bandit_rft.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, read_state(path)
@@ -118,13 +150,41 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _fingerprints(value: Any) -> bool:
+    names = {field.name for field in fields(Fingerprint)}
+    return isinstance(value, dict) and all(isinstance(x, dict) and x.keys() == names for x in value.values())
+
+
+#: What state.json must hold, if a run is to continue from it; a checkpoint of an earlier version has no fingerprints.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "round": _count,
+    "position": _count,
+    "generated_tokens": _count,
+    "seconds": lambda x: isinstance(x, int | float) and 0 <= x < math.inf,
+    "kl_coef": lambda x: isinstance(x, int | float) and math.isfinite(x),
+    "layout": lambda x: x is None or _count(x),
+    "config": lambda x: isinstance(x, dict),
+    "data": lambda x: x is None or _fingerprints(x),
+}
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, after comparing every file with its checksum. Raises CheckpointError."""
+    """state.json of a checkpoint, after comparing every file with its checksum.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or not what was saved.
+        LayoutError: it is intact, and of another version of bandit_rft.
+    """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         sums = dict(state["sha256"])
-        state["round"] = int(state["round"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if wrong := [name for name, fits in _FIELDS.items() if not fits(state.get(name))]:
+            raise ValueError(f"{wrong[0]} is {str(state.get(wrong[0]))[:80]!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable state.json ({error})") from None
     for name, expected in sums.items():
         file = path / name
@@ -144,7 +204,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_optimizer(path: Path, optimizer: PolicyOptimizer) -> None:
-    """Take up the optimizer state saved in a checkpoint folder. Raises CheckpointError when it is of another model."""
+    """Take up the optimizer state saved in a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
     tensors: dict[str, Tensor] = load_file(path / "optimizer.safetensors")
     try:
         optimizer.load_state_tensors(tensors)

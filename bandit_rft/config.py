@@ -29,6 +29,7 @@ from bandit_rft.options import (
     read_given,
     read_value,
     read_yaml,
+    shown,
 )
 from bandit_rft.presets import PRESETS
 from bandit_rft.sections import (
@@ -64,7 +65,11 @@ class Config(Section):
         also=("model",),
         may_change=True,
     )
-    task: str = Key("", "arithmetic | gsm8k | math | summarize | jsonl | ... (bandit_rft.tasks)", also=("dataset",))
+    task: str = Key(
+        "",
+        "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym",
+        also=("dataset",),
+    )
     data_path: str | None = Key(
         None, "folder or file with the task's data; null: where the task gets it by default", may_change=True
     )
@@ -169,7 +174,7 @@ class Config(Section):
     @classmethod
     def _registered(cls, value: str) -> str:
         if value not in ADVANTAGES:  # looked up now: more may be registered than when this class was made
-            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {value!r}{nearest(value, ADVANTAGES)}")
+            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{nearest(value, ADVANTAGES)}")
         return value
 
     @field_validator("report_to")
@@ -177,7 +182,7 @@ class Config(Section):
     def _trackers(cls, value: list[str]) -> list[str]:
         for tracker in value:
             if tracker not in ("tensorboard", "wandb", "trackio"):
-                raise ValueError(f"knows tensorboard, wandb and trackio; got {tracker!r}")
+                raise ValueError(f"knows tensorboard, wandb and trackio; got {shown(tracker)}")
         return value
 
     @model_validator(mode="after")
@@ -304,10 +309,13 @@ def build_config(
     Raises:
         ConfigError: for every value that cannot work, a line each.
     """
-    from_file, given = dict(_flatten(_read_file(file))), dict(_flatten(overrides or {}))
+    in_file = list(_flatten(_read_file(file)))
+    from_file, given = dict(in_file), dict(_flatten(overrides or {}))
+    if twice := {key for key, _ in in_file if sum(key == other for other, _ in in_file) > 1}:
+        raise ConfigError(f"--config {file}: {min(twice)} is given twice, dotted and nested")
     preset = read_value(str | None, given.get("preset", from_file.get("preset")))
     if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}{nearest(preset, PRESETS)}")
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {shown(preset)}{nearest(preset, PRESETS)}")
     flat = {**dict(_flatten(PRESETS.get(preset, {}))), **from_file, **given}
     if unknown := [key for key in flat if key not in keys() and key.partition(".")[0] not in FREE]:
         raise ConfigError("\n".join(map(unknown_key, unknown)))
@@ -337,7 +345,11 @@ def build_config(
 
 
 def check_config(config: Config) -> None:
-    """Raise ConfigError for the values that cannot work, by name; also for those assigned since it was made."""
+    """Check every value again, those too that were assigned since the configuration was made.
+
+    Raises:
+        ConfigError: naming the values that cannot work.
+    """
     _from_tree(asdict(config))
     _check_given(config)
 
@@ -349,7 +361,11 @@ def _check_given(config: Config) -> None:
 
 
 def _from_tree(tree: Mapping[str, Any]) -> Config:
-    """The configuration of a nested mapping of known keys. Raises ConfigError for everything wrong at once."""
+    """The configuration of a nested mapping of known keys.
+
+    Raises:
+        ConfigError: naming everything that is wrong at once.
+    """
     found, values = list[str](), dict(tree)
     for name, field in fields_of(Config).items():
         section: Any = field.annotation
@@ -374,7 +390,7 @@ def _read_file(file: str | Path | None) -> dict[str, Any]:
         return {}
     try:
         loaded = read_yaml(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:  # a name with a null byte, text that is not UTF-8
         raise ConfigError(f"--config {file}: {error}") from None
     if not isinstance(loaded, dict | None):
         raise ConfigError(f"--config {file}: expected keys and values, got a {type(loaded).__name__}")
@@ -387,7 +403,8 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
         name = f"{prefix}{key}"
         if name in FREE and isinstance(value, str):
             value = read_value(dict, value)
-        if isinstance(value, Mapping) and prefix.rstrip(".") not in FREE:
+        section = value or name in FREE or any(key.startswith(f"{name}.") for key in keys())
+        if isinstance(value, Mapping) and section and prefix.rstrip(".") not in FREE:
             yield from _flatten(value, f"{name}.")
         else:
             yield name, value

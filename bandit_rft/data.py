@@ -30,7 +30,9 @@ class PromptSet:
     """The examples of one split, tokenized; those with too long a prompt are left out and counted.
 
     Attributes:
-        indices: index in the split of each example kept; tokens: its prompt's token ids; examples: the example itself.
+        indices: index in the split of each example kept.
+        tokens: the token ids of its prompt.
+        examples: the example itself.
         filtered: how many were left out, for a length of 0 or more than max_prompt_length tokens.
 
     Raises:
@@ -187,10 +189,22 @@ def score(runner: RewardRunner, examples: Sequence[Example], texts: Sequence[str
 
 
 def query_order(size: int, batch_size: int, seed: int, first: int, count: int) -> list[int]:
-    """Positions in a set of `size` that are trained on as number first, first + 1, ... (0 is the first of the run).
+    """Which queries are trained on: shuffled epochs, the last partial batch of each dropped.
 
-    Shuffled epochs, the last partial batch of each dropped. A pure function: all that has to be remembered is `first`.
-    Raises ValueError when a batch is more than there is.
+    A pure function: all that has to be remembered is `first`.
+
+    Args:
+        size: how many queries there are.
+        batch_size: of a round.
+        seed: of the shuffles.
+        first: how many queries of this order came before.
+        count: how many are asked for.
+
+    Returns:
+        Positions in the set, one for each of first, first + 1, ... first + count - 1.
+
+    Raises:
+        ValueError: a batch is more than there is.
     """
     if size < batch_size:
         raise ValueError(f"batch_size={batch_size} is more than the {size} training prompts")
@@ -209,7 +223,8 @@ class Fingerprint:
 
     Attributes:
         rows: how many.
-        prompts: digest of the prompts in order; columns: of the answers and the other columns in order.
+        prompts: digest of the prompts in order.
+        columns: digest of the answers and the other columns in order.
         unordered: digest of the rows whatever their order.
         blocks: digests of at most BLOCKS runs of equally many rows, which say where a difference begins.
     """

@@ -41,10 +41,21 @@ def evaluate(
     temperature: float = 1.0,
     greedy: bool = True,
 ) -> Evaluation:
-    """Draw num_samples completions a question (and a greedy one), score them, and average.
+    """Draw completions of every question, score them, and average.
 
-    Metrics, all under eval/<split>/: pass@1 (mean reward of the first sample, the paper's Pass@1), pass@k for
-    k = 2, 4, ... up to num_samples, greedy, mean_length, entropy (nats a token), truncated_fraction, unscored.
+    Args:
+        engine: draws them.
+        runner: scores them.
+        prompts: the split.
+        seed: of the run.
+        num_samples: completions a question; 0: none.
+        temperature: they are drawn at.
+        greedy: decode once more without noise.
+
+    Returns:
+        Metrics under eval/<split>/: pass@1 (mean reward of the first sample, the paper's Pass@1), pass@k for
+        k = 2, 4, ... and num_samples, greedy, mean_length, entropy (nats a token), truncated_fraction, unscored; and
+        the completions, of which the greedy ones are sample -1.
     """
     questions = len(prompts)
     metrics: Metrics = {}

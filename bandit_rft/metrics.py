@@ -39,12 +39,13 @@ class MetricsLog:
     """metrics.jsonl of a run folder: one flat JSON object a round, each line written whole and flushed."""
 
     def __init__(self, folder: Path, *, from_round: int | None = None, trackers: Sequence[Tracker] = ()):
-        """Open the log, with the lines of rounds up to `from_round` (None: none); the run will write the others again.
+        """Open the log, with one line for each round up to `from_round` (None: none); the run writes the others again.
 
         What is left out must have been set aside before (run_folder.py).
         """
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if from_round is not None and line["round"] <= from_round]
+        lines = {line["round"]: line for line in read_metrics(folder)}  # the last one, where a round has several
+        kept = [lines[number] for number in sorted(lines) if from_round is not None and number <= from_round]
         temporary = self.path.with_suffix(".partial")
         with temporary.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -88,7 +89,8 @@ def parse_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if isinstance(line, dict) and isinstance(line.get("round"), int):
+        number = line.get("round") if isinstance(line, dict) else None
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
             lines.append(line)
         else:
             torn += 1
@@ -104,6 +106,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the phase `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -119,9 +122,12 @@ class Stopwatch:
 
 
 def write_parquet(path: Path, columns: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
-    """Write columns {name: (Arrow type as text, values)}; complete or absent, never half a file.
+    """Write a table as Parquet: complete or absent, never half a file.
 
-    Types: int32, int64, float32, float64, string, bool, and list<...> of them.
+    Args:
+        path: the file; its folder is made where it is missing.
+        columns: (Arrow type as text, values) by name. Types: int32, int64, float32, float64, string, bool, and
+            list<...> of them.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -137,7 +143,16 @@ def write_parquet(path: Path, columns: Mapping[str, tuple[str, Sequence[Any]]]) 
 
 
 def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers named in report_to. Raises ImportError saying which extra to install."""
+    """The trackers named in report_to.
+
+    Args:
+        names: of tensorboard, wandb, trackio.
+        folder: the run folder; its name is the run's.
+        config: the resolved configuration, which a tracker keeps.
+
+    Raises:
+        ImportError: a library is missing; says which extra to install.
+    """
     return [_OPEN[name](folder, config) for name in names]
 
 

@@ -21,6 +21,17 @@ class PolicyOptimizer:
 
     Every parameter owns a float32 gradient buffer from the start, zeros included: the fused head adds its weight
     gradient straight into it, and a round in which no rollout counts is still a step (moments and weights decay).
+
+    Args:
+        named_parameters: what is trained, at least one, by name.
+        learning_rate: of AdamW.
+        betas: decay of the first and second moments, a step.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled, times the learning rate.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
+
+    Raises:
+        ValueError: named_parameters is empty.
     """
 
     def __init__(
@@ -57,6 +68,7 @@ class PolicyOptimizer:
 
     @property
     def learning_rate(self) -> float:
+        """Today's learning rate."""
         return float(self._adamw.param_groups[0]["lr"])
 
     def grad_buffer(self, parameter: Tensor) -> Tensor:
@@ -66,10 +78,16 @@ class PolicyOptimizer:
         return grad
 
     def step(self) -> Tensor:
-        """Clip, update, and clear the gradients; returns their norm before clipping (0-d).
+        """Clip, update, and clear the gradients.
 
-        A norm that is not finite leaves weights and moments untouched. On a CPU it raises FloatingPointError at once;
-        elsewhere nothing here waits for the device, which refuses this step and all later ones until `check`.
+        A norm that is not finite leaves weights and moments untouched. On a CPU it raises at once; elsewhere nothing here
+        waits for the device, which refuses this step and all later ones until `check`.
+
+        Returns:
+            The gradients' norm before clipping, 0-d.
+
+        Raises:
+            FloatingPointError: the norm is not finite; on a CPU alone.
         """
         grads = [master.grad for master in self.masters if master.grad is not None]
         norm = nn.utils.get_total_norm(grads)
@@ -109,7 +127,11 @@ class PolicyOptimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `state_tensors` gave. Raises ValueError when names or shapes do not belong to this policy."""
+        """Take up what `state_tensors` gave.
+
+        Raises:
+            ValueError: names or shapes do not belong to this policy.
+        """
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, entry = key.rpartition("|")

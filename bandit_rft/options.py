@@ -7,6 +7,7 @@ errors that name the option, what was given and what would do. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -19,6 +20,8 @@ import annotated_types
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.fields import FieldInfo
+
+from bandit_rft.text import LIMIT
 
 #: Nothing is converted silently, and no number is infinite or NaN.
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
@@ -60,7 +63,7 @@ class Problem(NamedTuple):
             return self.name + (" " if predicate else ": ") + self.message if self.name else self.message
         if self.given is None:
             return f"{self.name} must be given; got null"
-        return f"{self.name} must be {self.wanted}; got {self.given!r}{nearest(self.given, self._names())}"
+        return f"{self.name} must be {self.wanted}; got {shown(self.given)}{nearest(self.given, self._names())}"
 
     def expectation(self) -> str:
         """The same in the words of an error about an argument: "expected 1 to 9, got 0"."""
@@ -68,10 +71,19 @@ class Problem(NamedTuple):
         plainly = f"a {self.name} of {self.plainly}" if one_sided else self.plainly
         near = closest(self.given, self._names())
         hint = f"; did you mean {near!r}?" if near else ""
-        return self.message or f"expected {plainly}, got {self.given!r}{hint}"
+        return self.message or f"expected {plainly}, got {shown(self.given)}{hint}"
 
     def _names(self) -> list[str]:
         return self.wanted.removeprefix("one of ").split(", ") if self.wanted.startswith("one of ") else []
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it, on part of a line whatever its size."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more than sys.get_int_max_str_digits() digits
+        text = f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= LIMIT else f"{text[:LIMIT]} ... ({len(text) - LIMIT} more characters)"
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
@@ -82,7 +94,8 @@ def nearest(name: object, names: Iterable[str]) -> str:
 
 def closest(name: object, names: Iterable[str]) -> str | None:
     """The most similar of the names, if any is similar."""
-    return next(iter(difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)), None)
+    text = shown(name) if not isinstance(name, str) else name
+    return next(iter(difflib.get_close_matches(text[:LIMIT], list(names), n=1, cutoff=0.5)), None)
 
 
 # --- texts as values --------------------------------------------------------------------------------------------------
@@ -97,9 +110,48 @@ _Loader.add_implicit_resolver(
 )
 
 
+#: Values in a text of YAML, each alias counted as what it stands for: a few lines can stand for terabytes.
+MAX_VALUES = 100_000
+
+
 def read_yaml(text: str) -> Any:
-    """Plain YAML values, nothing executed. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    """Plain YAML values, nothing executed. Raises yaml.YAMLError, also for a key given twice."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {}, set())
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("the values are nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a date or a number that is none
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """How many values a node stands for. Raises yaml.YAMLError for too many, and for what no mapping can hold."""
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="a value that contains itself", problem_mark=node.start_mark)
+    if id(node) not in known:
+        inner = list[yaml.Node]()
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = set[tuple[str, str]]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in names:
+                        problem = f"the key {key.value!r} is given twice"
+                        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                    names.add((key.tag, key.value))
+                inner += [key, value]
+        known[id(node)] = 1 + sum(_count_values(part, known, above | {id(node)}) for part in inner)
+        if known[id(node)] > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES:,} values", problem_mark=node.start_mark)
+    return known[id(node)]
 
 
 def read_value(kind: Any, value: Any) -> Any:
@@ -131,7 +183,8 @@ def read_value(kind: Any, value: Any) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is float and isinstance(value, int) and plain:
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if kind is str and isinstance(value, int | float) and plain:
         return str(value)
     return value
@@ -192,7 +245,7 @@ def problems(error: ValidationError, model: type, prefix: str = "") -> Iterator[
         elif wanted := type_name(field.annotation, item=isinstance(e["loc"][-1], int)):
             yield Problem(name, given, wanted, wanted, "")
         else:
-            yield Problem(name, given, "", "", f"cannot be {given!r}: {e['msg']}")
+            yield Problem(name, given, "", "", f"cannot be {shown(given)}: {e['msg']}")
 
 
 def type_name(kind: Any, item: bool = False) -> str:

@@ -1,7 +1,7 @@
-"""Trajectory replay: rollouts kept to be trained on again, with what their sampler thought of them.
+"""Trajectory replay: rollouts kept to be trained on again, with the log-probabilities of the policy that drew them.
 
-(The paper's replay replays rewards, not rollouts: that is `history_norm`, see history.py.) A kept rollout has the
-log-probabilities of the policy that drew it, so an importance weight against today's policy can be formed.
+With these an importance weight against today's policy can be formed. (The paper's replay is of rewards, not of
+rollouts: that is the advantage `history_norm`, see history.py.)
 """
 
 from __future__ import annotations

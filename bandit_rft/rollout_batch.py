@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -47,7 +48,7 @@ class RolloutBatch:
         reward: float64 [B], outcome reward; NaN where there is none.
         advantage: float32 [B].
         trained: bool [B]; False: as if never drawn, in no sum and no normalizer.
-        weight_version: int64 [B], the policy that drew it, counted in updates.
+        weight_version: int64 [B], rounds of training behind the policy that drew it.
         importance: float32 [N] or None, a factor on each token's advantage (replay); None: 1.
     """
 
@@ -87,9 +88,14 @@ class RolloutBatch:
                 one value for all.
 
         Raises:
-            ValueError: naming the column, when its length is not B or N.
+            ValueError: naming the argument, when its length is not B or N, or tokens and lengths are no whole numbers.
         """
         size, device = len(prompts), tokens.device
+        if tokens.ndim != 1 or not _whole(tokens):
+            raise ValueError(f"tokens must be token ids int64 [N]; got {tokens.dtype} {list(tokens.shape)}")
+        tokens, lengths = tokens.long(), list(lengths)
+        if wrong := [n for n in lengths if n < 0 or n != int(n)]:
+            raise ValueError(f"lengths must be whole numbers >= 0; got {wrong[0]}")
         if len(lengths) != size or sum(lengths) != len(tokens):
             raise ValueError(
                 f"lengths must be {size} numbers, one a prompt, with sum {len(tokens)}, the number of tokens; got "
@@ -108,7 +114,8 @@ class RolloutBatch:
         return RolloutBatch(
             prompt_tokens=torch.tensor(flat, dtype=torch.int64, device=device),
             prompt_cu_seqlens=_offsets(torch.tensor([len(prompt) for prompt in prompts]), device),
-            tokens=tokens, cu_seqlens=_offsets(torch.tensor(lengths), device), logprobs=logprobs, entropy=entropy,
+            tokens=tokens, cu_seqlens=_offsets(torch.tensor([int(n) for n in lengths]), device),
+            logprobs=logprobs.float(), entropy=entropy.float(),
             **{name: _column(name, value, size, device) for name, value in (defaults | columns).items()},
         )  # fmt: skip
 
@@ -154,7 +161,14 @@ class RolloutBatch:
 
     @staticmethod
     def cat(parts: Sequence[RolloutBatch]) -> RolloutBatch:
-        """Batches one after another; at least one."""
+        """Batches one after another.
+
+        Raises:
+            ValueError: for no batch at all: its device would be anybody's guess.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("parts must be at least one batch; got none")
         if len(parts) == 1:
             return parts[0]
         flat = ("prompt_tokens", "tokens", "logprobs", "entropy")
@@ -183,17 +197,26 @@ class RolloutBatch:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """int64 [B]."""
+        """Prompt lengths, int64 [B]."""
         return self.prompt_cu_seqlens.diff().long()
 
     def select(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> RolloutBatch:
         """The rollouts `rows` in that order, each as often as it is named.
 
         Args:
-            rows: indices int64 [b], or a mask bool [B].
+            rows: whole numbers [b], where -1 is the last rollout as in any list, or a mask bool [B].
+
+        Raises:
+            ValueError: for a mask of another length and for rows that are no whole numbers.
+            IndexError: for a row outside of the batch.
         """
         index = torch.as_tensor(rows, device=self.query.device)
-        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        mask = index.dtype == torch.bool
+        if index.ndim != 1 or (mask and len(index) != len(self)) or not (mask or _whole(index) or not len(index)):
+            raise ValueError(
+                f"rows must be whole numbers [b] or a bool mask [{len(self)}]; got {index.dtype} {list(index.shape)}"
+            )
+        index = index.nonzero().flatten() if mask else index.long()
         prompt_cu_seqlens, prompt_tokens = _spans(self.prompt_cu_seqlens, index)
         cu_seqlens, tokens = _spans(self.cu_seqlens, index)
         return RolloutBatch(
@@ -210,8 +233,14 @@ class RolloutBatch:
         return RolloutBatch(**{name: x.to(device, non_blocking=True) for name, x in self.columns().items()})
 
     def with_columns(self, **columns: Any) -> RolloutBatch:
-        """The batch with other values in some per-rollout columns: tensors, arrays, lists [B], or one value for all."""
+        """The batch with other values in some per-rollout columns: tensors, arrays, lists [B], or one value for all.
+
+        Raises:
+            ValueError: for a name that is no such column, and for values that are not [B].
+        """
         device = self.query.device
+        if unknown := sorted(set(columns) - set(_PER_ROLLOUT)):
+            raise ValueError(f"{unknown[0]!r} is no column of one value a rollout; there are {', '.join(_PER_ROLLOUT)}")
         return replace(self, **{name: _column(name, value, len(self), device) for name, value in columns.items()})
 
     def columns(self) -> dict[str, Tensor]:
@@ -224,10 +253,25 @@ class RolloutBatch:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> RolloutBatch:
-        """The inverse of `arrays`. Raises ValueError naming the columns that are missing."""
-        needed = {f.name for f in fields(RolloutBatch)} - {"importance"}
-        if missing := sorted(needed - set(arrays)):
+        """The inverse of `arrays`.
+
+        Raises:
+            ValueError: naming columns that are missing, unknown or of another length.
+        """
+        known = {f.name for f in fields(RolloutBatch)}
+        if missing := sorted(known - {"importance"} - set(arrays)):
             raise ValueError(f"these columns of a RolloutBatch are missing: {', '.join(missing)}")
+        if unknown := sorted(set(arrays) - known):
+            raise ValueError(f"these are no columns of a RolloutBatch: {', '.join(unknown)}")
+        sizes = dict.fromkeys(_PER_ROLLOUT, len(arrays["query"]))
+        for offsets, of in (("prompt_cu_seqlens", _PER_PROMPT_TOKEN), ("cu_seqlens", _PER_TOKEN)):
+            ends = arrays[offsets]
+            if len(ends) != len(arrays["query"]) + 1 or ends[0] != 0 or (np.diff(ends) < 0).any():
+                raise ValueError(f"{offsets} must be {len(arrays['query']) + 1} numbers that rise from 0; got {ends}")
+            sizes |= dict.fromkeys(of, int(ends[-1]))
+        for name, size in sizes.items():
+            if name in arrays and arrays[name].shape != (size,):
+                raise ValueError(f"{name} must be [{size}]; got {list(arrays[name].shape)}")
         return RolloutBatch(**{name: torch.tensor(column) for name, column in arrays.items()})
 
     def token_lists(self) -> list[list[int]]:
@@ -269,6 +313,13 @@ _PER_ROLLOUT = {
     "query": torch.int64, "attempt": torch.int64, "round": torch.int64, "truncated": torch.bool,
     "reward": torch.float64, "advantage": torch.float32, "trained": torch.bool, "weight_version": torch.int64,
 }  # fmt: skip
+_PER_TOKEN = ("tokens", "logprobs", "entropy", "importance")
+_PER_PROMPT_TOKEN = ("prompt_tokens",)
+
+
+def _whole(values: Tensor) -> bool:
+    """Whether a tensor holds whole numbers: bytes, which torch once took for masks, are not meant."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype in (torch.bool, torch.uint8))
 
 
 def _column(name: str, value: Any, size: int, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints, read_stat
 from bandit_rft.config import MAY_CHANGE, ConfigError
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,13 @@ class RunFolder:
             config: of the run that is about to start.
 
         Raises:
-            ConfigError: when the folder holds a run and resume is never, or the checkpoint is another run's.
+            ConfigError: when the folder holds a run and resume is never or a checkpoint of another folder, or the
+                checkpoint was made under other settings.
             CheckpointError: when the folder named is no intact checkpoint.
         """
+        used = bool(read_metrics(self.path) or list_checkpoints(self.checkpoints))  # by a run that began
         if resume == "never":
-            if read_metrics(self.path):
+            if used:
                 raise ConfigError(
                     f"output_dir={self.path} holds a run already and resume=never: choose another folder, "
                     "remove it, or continue it with --resume auto"
@@ -84,22 +87,30 @@ class RunFolder:
         found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
         if found is not None:
             _refuse_other_run(found[1].get("config", {}), config, found[0])
+        if resume != "auto" and used and Path(resume).resolve().parent != self.checkpoints.resolve():
+            raise ConfigError(
+                f"resume={resume} lies outside of {self.checkpoints}, and output_dir={self.path} holds a run already: "
+                "rounds of both would stand in one metrics.jsonl. Choose another output_dir"
+            )
         return found
 
     def set_aside(self, after: int | None) -> None:
         """Move what lies beyond round `after` (None: everything) out of the way of the rounds that will be run again.
 
-        Nothing is deleted: later checkpoints, rollouts and evaluations, and metrics.jsonl as it was, with torn lines,
-        go to a folder of their own, whose name a warning says.
+        Nothing is deleted: later checkpoints, rollouts and evaluations, and metrics.jsonl as it was, with torn and
+        doubled lines, go to a folder of their own, whose name a warning says.
         """
         last = -1 if after is None else after
+        self._finish_merge()
         logged = [*self.rollouts.glob("round*.parquet"), *self.evaluations.glob("round-*.parquet")]
         beyond = [path for path in [*list_checkpoints(self.checkpoints), *sorted(logged)] if _round_of(path) > last]
         lines, torn = parse_metrics(self.path)
         later = [line for line in lines if line["round"] > last]
-        if not (beyond or later or torn):
+        doubled = len(lines) - len({line["round"] for line in lines})
+        if not (beyond or later or torn or doubled):
             return
-        number = 1 + len(list((self.path / "set-aside").glob("*")))
+        taken = [int(m[1]) for path in (self.path / "set-aside").glob("*") if (m := re.match(r"(\d+)-", path.name))]
+        number = 1 + max(taken, default=0)
         aside = self.path / "set-aside" / f"{number:03d}-after-round-{max(last, 0)}"
         aside.mkdir(parents=True)
         if lines or torn:
@@ -114,8 +125,8 @@ class RunFolder:
                 path.rename(target)
         checkpoints = sum(path.name.startswith("checkpoint-") for path in beyond)
         logger.warning(
-            "beyond round %d there were %d checkpoint(s), %d line(s) of metrics and %d torn one(s): kept in %s",
-            max(last, 0), checkpoints, len(later), torn, aside,
+            "beyond round %d there were %d checkpoint(s), %d line(s) of metrics and %d torn one(s)%s: kept in %s",
+            max(last, 0), checkpoints, len(later), torn, f", {doubled} doubled one(s)" if doubled else "", aside,
         )  # fmt: skip
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
@@ -149,23 +160,55 @@ class RunFolder:
 
     def _merge(self, singles: Sequence[Path]) -> None:
         """Many rounds' files as one, a row group a round; the many go only after the one is whole."""
-        import pyarrow.parquet as pq
-
-        name = f"rounds-{_round_of(singles[0]):06d}-{_round_of(singles[-1]):06d}.parquet"
-        _write_row_groups(self.rollouts / name, [pq.read_table(path) for path in singles])
-        for path in singles:
+        tables = {path: table for path in singles if (table := _read_row_groups(path)) is not None}
+        if not tables:
+            return
+        whole = list(tables)
+        name = f"rounds-{_round_of(whole[0]):06d}-{_round_of(whole[-1]):06d}.parquet"
+        _write_row_groups(self.rollouts / name, [group for groups in tables.values() for group in groups])
+        for path in whole:
             path.unlink()
+
+    def _finish_merge(self) -> None:
+        """Remove the single rounds that a file of many holds too: a kill came between the two."""
+        for merged in sorted(self.rollouts.glob("rounds-*.parquet")):
+            match = re.fullmatch(r"rounds-(\d+)-(\d+)", merged.stem)
+            first, last = map(int, match.groups()) if match else (0, -1)
+            singles = [path for path in self.rollouts.glob("round-*.parquet") if first <= _round_of(path) <= last]
+            groups = _read_row_groups(merged) if singles else None
+            held = {group["round"][0].as_py() for group in groups or ()}
+            for path in singles:
+                if _round_of(path) in held:
+                    path.unlink()
 
     def _cut(self, path: Path, last: int) -> None:
         """Leave only rounds up to `last` in a file of many rounds."""
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            tables = {t["round"][0].as_py(): t for t in map(file.read_row_group, range(file.num_row_groups))}
+        if (groups := _read_row_groups(path)) is None:
+            return
+        tables = {group["round"][0].as_py(): group for group in groups}
         if kept := [number for number in tables if number <= last]:
             name = f"rounds-{kept[0]:06d}-{last:06d}.parquet"
             _write_row_groups(self.rollouts / name, [tables[number] for number in kept])
         path.unlink()
+
+
+def _read_row_groups(path: Path) -> list[Any] | None:
+    """A file's Arrow tables, one a round; None for a damaged file, which gets another name and is out of the way."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+        if all(len(group) and "round" in group.column_names for group in groups):
+            return groups
+        error: Exception | str = "it holds no rollouts"
+    except (OSError, ValueError, pyarrow.ArrowException) as raised:
+        error = raised
+    damaged = path.with_name(path.name + ".damaged")
+    path.rename(damaged)
+    logger.warning("%s cannot be read (%s): kept as %s", path, printable(str(error), 200, one_line=True), damaged.name)
+    return None
 
 
 def _write_row_groups(path: Path, tables: Sequence[Any]) -> None:

@@ -59,9 +59,15 @@ class PolicyUpdater:
     """Takes optimizer steps on a policy.
 
     Args:
+        policy: what is trained.
+        optimizer: over its parameters.
         objective: of bandit_rft.ops; its KL coefficient may be replaced between rounds.
         reference: scored for the KL term; None without one.
-        epochs, minibatches: passes over a round's rollouts, and equal parts a pass is cut into, one step each.
+        temperature: at which the rollouts were sampled, and log-probabilities are taken.
+        tokens_per_microbatch: most tokens of one forward pass, prompts included; a longer rollout is alone.
+        epochs: passes over a round's rollouts.
+        minibatches: equal parts that a pass is cut into, one step each.
+        seed: of the shuffle that cuts them.
         max_logprob_gap: nats a token, mean over a rollout, by which the sampler may differ from this policy in a
             round's first step; 0: any.
     """
@@ -80,9 +86,9 @@ class PolicyUpdater:
         """The steps of one round.
 
         Args:
-            batch: with advantages, and logprobs that an objective's ratio is taken against.
-            round_index: rollouts whose `round` this is were drawn by this very policy.
-            off_policy: the ratio is not 1 by definition even in the first step.
+            batch: with advantages, and with the logprobs that an objective's ratio is taken against.
+            round_index: the current round. Its rollouts were drawn by the policy as it is before the first step.
+            off_policy: the batch holds rollouts of other policies, so that the ratio is not 1 even in the first step.
 
         Raises:
             FloatingPointError: when a loss or a gradient is not finite. The step that failed is not applied; the steps
@@ -125,11 +131,11 @@ class PolicyUpdater:
         self, batch: RolloutBatch, rows: NDArray[np.int64], sums: _Sums, round_index: int, off_policy: bool
     ) -> None:
         objective, lengths = self.objective, batch.lengths.numpy()
-        counted = rows[batch.trained.numpy()[rows]]
-        normalizer = lengths[counted].sum() if objective.aggregation == "token-mean" else len(counted)
+        trained = rows[batch.trained.numpy()[rows]]
+        normalizer = lengths[trained].sum() if objective.aggregation == "token-mean" else len(trained)
         advantages = batch.advantage.numpy()
-        trained = counted if objective.every_token_counts else counted[advantages[counted] != 0]
-        micros = micro_batches(batch.select(longest_first(batch, trained)), self.tokens_per_microbatch)
+        computed = trained if objective.every_token_counts else trained[advantages[trained] != 0]
+        micros = micro_batches(batch.select(longest_first(batch, computed)), self.tokens_per_microbatch)
         losses = [
             self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy) for micro in micros
         ]
@@ -145,7 +151,7 @@ class PolicyUpdater:
             self._check(loss, gap, round_index)
         sums.losses.append(loss)
         sums.norms.append(self.optimizer.step())
-        sums.trained += int(lengths[trained].sum())
+        sums.trained += int(lengths[computed].sum())
 
     def _check(self, loss: Tensor, gap: Tensor | None, round_index: int) -> None:
         """Raise where a step must not be applied."""
@@ -224,7 +230,7 @@ def score_rollouts(policy: Policy, batch: RolloutBatch, *, temperature: float, t
 class TrainingInputs(NamedTuple):
     """What the model reads of B rollouts: T tokens, of which N predict a completion token."""
 
-    input_ids: Tensor  # int64 [T]; the last completion token predicts nothing and is left out
+    input_ids: Tensor  # int64 [T]; a completion's last token predicts nothing and is left out
     lengths: list[int]  # of the B sequences in input_ids
     predicting: Tensor  # int64 [N], the rows of input_ids whose hidden state predicts a completion token
 

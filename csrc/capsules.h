@@ -16,9 +16,13 @@ using OptionalCapsule = std::optional<pybind11::capsule>;
 class Capsules {
   public:
     static Capsules in_cpu_memory() { return {1, 0, "must be in CPU memory"}; }
-    // Of the same device as `first`, which must be a CUDA one.
+    // Of the same device as `first`, which must be a CUDA one. The emulated device's memory is the CPU's.
     static Capsules beside(const pybind11::capsule& first, const char* name) {
+#if defined(BRFT_EMULATED_DEVICE)
+        Capsules any{1, -1, "must be in CPU memory, which the emulated device reads"};
+#else
         Capsules any{2, -1, "must be in CUDA memory, on the device of logits"};
+#endif
         any.device_ = any.view(first, name, 2).device_id;
         return any;
     }

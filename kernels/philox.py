@@ -19,8 +19,10 @@ from .row_math import log1p
 
 @triton.jit
 def words_of(seed, sequence, position, quad):
-    """The words of token ids 4 quad ... 4 quad + 3, uint32 each. seed is a scalar int64; sequence and position are
-    int64, quad an integer; all broadcast against one another."""
+    """The words of token ids 4 quad ... 4 quad + 3, uint32 each.
+
+    seed is a scalar int64; sequence and position are int64, quad an integer; all broadcast against one another.
+    """
     zero = (quad + sequence * 0).to(tl.uint32) * 0
     low = (sequence & 0xFFFFFFFF).to(tl.uint32)
     high = ((sequence >> 32) & 0xFFFFFFFF).to(tl.uint32)

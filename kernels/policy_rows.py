@@ -121,8 +121,10 @@ def gradient_rows(
     logits: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None, softcap: float | None,
     logit_scale: float, grad_logprobs: Tensor, grad_entropy: Tensor | None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `logprob_rows`, and dL/dlogits over logits (or into `out` [N, V], any floating dtype), given dL/dlogp and
-    dL/dentropy, float32 [N]."""
+    """As `logprob_rows`, and dL/dlogits is written over the logits, or into `out` [N, V] of any floating dtype.
+
+    It is computed from dL/dlogprob and dL/dentropy, float32 [N].
+    """
     return _visit(
         logits, logits if out is None else out, targets, temperature, temperatures, softcap, logit_scale, kind=0,
         given=(grad_logprobs, grad_entropy),
@@ -135,9 +137,10 @@ def policy_rows(
     entropy_coef: float, advantages: Tensor, weights: Tensor, behavior: Tensor | None, reference: Tensor | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `gradient_rows`, with c and e those of an objective (bandit_rft/ops/rows.py: `policy_`), all float32 [N].
+    """As `gradient_rows`, with the coefficients c and e of an objective (bandit_rft/ops/objective.py).
 
-    kind: 1 reinforce, 2 importance, 3 ppo, 4 cispo; kl: 0 none, 1 k1, 2 k2, 3 k3; low, high: bounds of the ratio.
+    kind and kl are the numbers of enumerations.py; low and high bound the ratio; advantages, weights, behavior and
+    reference are float32 [N].
     """
     return _visit(
         logits, logits if out is None else out, targets, temperature, temperatures, softcap, logit_scale, kind=kind,

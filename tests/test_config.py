@@ -360,3 +360,46 @@ def test_configuration_needs_no_torch() -> None:
 def test_yaml_of_defaults_is_plain_yaml() -> None:
     tree = yaml.safe_load(to_yaml(build_config(NEEDED)))
     assert tree["objective"]["kind"] == "reinforce" and tree["learning_rate"] == 1e-6
+
+
+BOMB = "\n".join(["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{l: *a{i - 1}, r: *a{i - 1}}}" for i in range(1, 60))])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{BOMB}\nobjective: *a59", "more than 100,000 values"),
+        ("report_to: " + "[" * 5000, "nested too deeply"),
+        ("objective: &a {kl: *a}", "contains itself"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("objective: {kl: k1}\nobjective.kl: k3", "objective.kl is given twice"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ("seed: 2024-13-45", "month must be in 1..12"),
+        ("max_grad_norm: 1" + "0" * 400, "max_grad_norm must be a finite number"),
+        ("learning_rate: .nan", "learning_rate must be a finite number; got nan"),
+        ("objectve: {}", "unknown key 'objectve'"),
+        ("Seed: 1", "did you mean seed"),
+        ("s\u0435ed: 1", "unknown key"),
+    ],
+)
+def test_a_hostile_file_is_one_short_error(text: str, message: str, tmp_path: Path) -> None:
+    """Never a traceback, a hang, or a value silently left out."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        build_config(NEEDED, file)
+    assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "9" * 5000), ("seed", "0x" + "f" * 5000), ("dtype", "x" * 10**6),
+                                            ("seed", "2024-13-45"), ("max_grad_norm", "[" * 5000)])  # fmt: skip
+def test_a_hostile_value_is_one_short_error(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=key) as error:
+        build_config({**NEEDED, key: value})
+    assert len(str(error.value)) < 2000
+
+
+def test_aliases_and_merge_keys_are_served(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("objective: &o {kl: k1}\nkl: {}\nevaluation: {splits: &s [test]}\nreport_to: []")
+    assert build_config(NEEDED, tmp_path / "c.yaml").objective.kl == "k1"

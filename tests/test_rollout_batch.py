@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,55 @@ def test_bad_columns_are_named() -> None:
 def test_per_token_repeats_each_rollouts_value() -> None:
     batch = make([(1, 2), (0, 0), (2, 3)])
     assert batch.per_token(torch.tensor([5, 6, 7])).tolist() == [5, 5, 7, 7, 7]
+
+
+def three() -> RolloutBatch:
+    return RolloutBatch.of([[1], [2], [3]], torch.arange(6), [1, 2, 3], torch.zeros(6), torch.zeros(6), [False] * 3)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([True, False]), torch.tensor([True] * 4), [0.5, 1.0], [float("nan")], torch.tensor([1j]), [[0, 1]],
+        torch.tensor([1, 0, 1], dtype=torch.uint8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_that_name_no_rollouts_are_refused(rows: Any) -> None:
+    """A mask of another length chose rollouts before, and 0.5 was row 0."""
+    with pytest.raises(ValueError, match=r"rows must be whole numbers \[b\] or a bool mask \[3\]"):
+        three().select(rows)
+
+
+def test_rows_count_from_the_end_and_none_is_a_batch() -> None:
+    assert three().select([-1]).tokens.tolist() == [3, 4, 5] and len(three().select([])) == 0
+    for row in (3, -4):
+        with pytest.raises(IndexError):
+            three().select([row])
+    empty = three().select([])
+    assert empty.pad().completion_ids.shape == (0, 0) and len(RolloutBatch.cat([empty, three()])) == 3
+
+
+def test_holes_in_a_mask_close() -> None:
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]])
+    batch = RolloutBatch.from_padded(ids, mask, ids, mask)
+    assert batch.token_lists() == [[0, 2, 3], [5]] and batch.prompt_lists() == [[0, 2, 3], [5]]
+
+
+def test_what_is_no_batch_is_named() -> None:
+    zeros = torch.zeros(2)
+    with pytest.raises(ValueError, match="at least one batch"):
+        RolloutBatch.cat([])
+    with pytest.raises(ValueError, match="'rewrad' is no column"):
+        three().with_columns(rewrad=1.0)
+    with pytest.raises(ValueError, match="lengths must be whole numbers"):
+        RolloutBatch.of([[1], [2]], torch.arange(2), [-1, 3], zeros, zeros, [False] * 2)
+    with pytest.raises(ValueError, match="lengths must be whole numbers"):
+        RolloutBatch.of([[1], [2]], torch.arange(2), [0.5, 1.5], zeros, zeros, [False] * 2)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="tokens must be token ids"):
+        RolloutBatch.of([[1]], zeros, [2], zeros, zeros, [False])
+    arrays = three().arrays()
+    for name, change in (("reward", arrays["reward"][:2]), ("logprobs", arrays["logprobs"][:2]),
+                         ("cu_seqlens", arrays["cu_seqlens"] + 1), ("weight", arrays["reward"])):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            RolloutBatch.from_arrays({**arrays, name: change})

@@ -57,8 +57,10 @@ class Adapter:
 def find_adapter(name_or_path: str, revision: str | None = None) -> Adapter | None:
     """The adapter saved under a folder or hub name; None where something else is.
 
-    Raises ImportError without peft, UnsupportedModelError for weights that are not safetensors, OSError in
-    transformers' own words for an unknown hub name.
+    Raises:
+        ImportError: without peft.
+        UnsupportedModelError: weights that are not safetensors.
+        OSError: an unknown hub name, in transformers' own words.
     """
     if find_adapter_config_file(name_or_path, revision=revision) is None:
         return None
@@ -86,7 +88,11 @@ def check_adapter(model: PeftModel) -> None:
 
 
 def need_peft() -> None:
-    """Raises ImportError, saying what to install, without peft."""
+    """Make sure that peft is there.
+
+    Raises:
+        ImportError: it is not; says what to install.
+    """
     try:
         import peft  # noqa: F401
     except ImportError as error:

@@ -43,12 +43,18 @@ def add_adapter(
 
     Args:
         policy: its model gets the adapters in place; go on with the policy that is returned.
-        rank, alpha: the adapters' rank, and their scale alpha / rank.
+        rank: of the adapters, at least 1.
+        alpha: their scale is alpha / rank; > 0.
         targets: names of linear modules (the last parts of their paths), or "all-linear": all but the head.
         dropout: must be 0; with dropout, the sampler and the trainer would be two different policies.
         seed: of the initial A; the global random state is left as it was.
 
-    Raises ValueError naming the argument, UnsupportedModelError where there is an adapter already.
+    Returns:
+        The policy to go on with.
+
+    Raises:
+        ValueError: naming the argument.
+        UnsupportedModelError: there is an adapter already.
     """
     need_peft()
     from peft import LoraConfig, TaskType, get_peft_model
@@ -150,7 +156,8 @@ class _AdaptersOff(nn.Module):
 def base_policy(policy: Policy) -> Policy:
     """The model beneath the adapters as a policy of its own: the reference of a KL term, at no memory.
 
-    Raises ValueError where turning the adapters off does not give back the weights that were adapted.
+    Raises:
+        ValueError: turning the adapters off does not give back the weights that were adapted.
     """
     model: Any = policy.model
     if not hasattr(model, "disable_adapter"):

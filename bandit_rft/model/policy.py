@@ -41,7 +41,8 @@ class Policy:
         base: what gives the hidden states, in the model or beneath its adapter.
         weight: the head [V, H], the very parameter of the model (of the input embedding too, when they are tied).
         bias: the head's bias [V] or None.
-        softcap, logit_scale: what the model does to its logits, as bandit_rft.ops takes them.
+        softcap: c in c * tanh(z / c), which the model does to its logits z, or None.
+        logit_scale: factor on its logits, before the softcap.
         plan: how packed sequences are kept apart, and the longest that is served.
         padding_token_ids: entries of the head that no token of the tokenizer has; see `mask_padding_tokens`.
         stop_tokens: ids that end a completion, from the generation config.
@@ -77,7 +78,14 @@ class Policy:
     ) -> Policy:
         """Load a model and its tokenizer from a folder or the hub; never runs code that comes with the model.
 
-        A LoRA adapter in peft's format is loaded, trainable, with the model it names, or with `base` in place of that.
+        A LoRA adapter in peft's format is loaded, trainable, with the model it names.
+
+        Args:
+            name_or_path: a folder or a hub name.
+            dtype: of the weights: float32, bfloat16, float16 or float64.
+            device: cpu, cuda, cuda:1, ...; None: cuda where there is one.
+            revision: of a hub model.
+            base: of an adapter, in place of the model that it names.
 
         Raises:
             OSError: (with transformers' own words) when there is no such model.

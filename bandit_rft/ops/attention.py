@@ -23,10 +23,17 @@ def serves(query: Tensor) -> bool:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
-    """[T, heads, head_size] from query of that shape, key and value [T, key_value_heads, head_size]; differentiable.
+    """Attend causally within each sequence; gradients are the same bits on any number of threads.
 
-    cu_seqlens: int64 [sequences + 1], where each sequence begins, and T. Gradients are the same bits on any number of
-    threads.
+    Args:
+        query: [T, heads, head_size] float32.
+        key: [T, key_value_heads, head_size] float32.
+        value: likewise.
+        cu_seqlens: [sequences + 1] int64, where each sequence begins, and T.
+        scaling: factor of the products q . k.
+
+    Returns:
+        [T, heads, head_size], differentiable in query, key and value.
     """
     out: Tensor = _PackedAttention.apply(query, key, value, cu_seqlens, scaling)  # type: ignore[no-untyped-call]
     return out

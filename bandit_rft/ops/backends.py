@@ -212,6 +212,7 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
 
 def is_checked() -> bool:
+    """Whether values are looked at although a GPU has to be waited for: `checked`, or else BANDIT_RFT_CHECKED."""
     value = _checked.get()
     return os.environ.get("BANDIT_RFT_CHECKED", "0") not in ("", "0") if value is None else value
 

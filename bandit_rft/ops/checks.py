@@ -25,10 +25,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def shape_of(tensor: Tensor) -> str:
+    """A tensor's shape as messages show it: [2, 3]."""
     return f"[{', '.join(str(n) for n in tensor.shape)}]"
 
 
 def tensor(name: str, value: object, rank: int, axes: str) -> Tensor:
+    """A tensor with so many axes, which `axes` names in the message."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {axes}; got {type(value).__name__}")
     if value.dim() != rank:
@@ -37,17 +39,19 @@ def tensor(name: str, value: object, rank: int, axes: str) -> Tensor:
 
 
 def floating(name: str, value: Tensor) -> None:
+    """One of the dtypes that the operations compute with."""
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {_name(value.dtype)}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """On the device of another argument."""
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}; got {value.device}")
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: str) -> None:
-    """hidden [rows, H], weight [V, H], bias [V]."""
+    """Hidden states [rows, H], weight [V, H] and bias [V] or None belong together."""
     tensor("hidden", hidden, 2, f"[{rows}, H]")
     tensor("weight", weight, 2, "[V, H]")
     floating("hidden", hidden)
@@ -69,6 +73,7 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: str) -> None
 
 
 def logits(value: Tensor, rows: str) -> None:
+    """Logits [rows, V] with V >= 1."""
     tensor("logits", value, 2, f"[{rows}, V]")
     floating("logits", value)
     if value.shape[1] == 0:
@@ -91,6 +96,7 @@ def per_row(name: str, value: object, rows: int, axis: str, like: Tensor, dtype:
 def scaling(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, rows: int, axis: str, like: Tensor
 ) -> None:
+    """A temperature > 0 or one a row, a softcap > 0 or None, a logit scale other than 0."""
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         per_row("temperature", temperature, rows, axis, like)
     elif isinstance(temperature, Tensor):
@@ -121,7 +127,7 @@ def positive(name: str, value: float) -> None:
 
 
 def filters(top_k: int, top_p: float, min_p: float) -> None:
-    """top-k, top-p and min-p."""
+    """A whole top_k >= 0, top_p in (0, 1], min_p in [0, 1]."""
     if isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)) or not 0 <= top_k < 1 << 63:
         raise ValueError(f"top_k must be a whole number >= 0 and < 2^63 (0 keeps every token); got {top_k!r}")
     number("top_p", top_p, "a number in (0, 1]")
@@ -161,6 +167,7 @@ def normalizer(value: float | Tensor | None) -> float | Tensor | None:
 
 
 def sequences(cu_seqlens: object, tokens: int, like: Tensor) -> Tensor:
+    """Offsets [B + 1] of packed sequences; their values are checked by `sequence_values`."""
     cu = tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]")
     if cu.shape[0] == 0:
         raise ValueError(f"cu_seqlens must be [B + 1], beginning with 0; got shape {shape_of(cu)}")
@@ -178,6 +185,7 @@ def readable(value: Tensor) -> bool:
 
 
 def sequence_values(cu_seqlens: Tensor, tokens: int) -> None:
+    """Offsets that never fall, from 0 to the number of tokens; where looking is free."""
     if readable(cu_seqlens):
         values = cu_seqlens.tolist()  # a few numbers: cheaper to look at here than by operations of torch
         if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
@@ -186,6 +194,7 @@ def sequence_values(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def target_values(targets: Tensor, vocabulary: int) -> None:
+    """Targets in [0, V); where looking is free."""
     if readable(targets):
         within("targets", targets, vocabulary, f"[0, V = {vocabulary})")
 
@@ -201,6 +210,7 @@ def within(name: str, values: Tensor, end: int, expected: str) -> None:
 
 
 def temperature_values(temperature: Tensor | None) -> None:
+    """Temperatures > 0 that float32 holds; where looking is free."""
     if temperature is not None and readable(temperature) and temperature.numel():
         bad = ~((temperature >= SMALLEST) & (temperature <= LARGEST))
         if bool(bad.any()):

@@ -39,6 +39,7 @@ class CpuBackend(Backend):
         return int(seed.item()) & 0xFFFFFFFFFFFFFFFF
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
+        """One pass over each row, by the core's kernel."""
         out = _empty_statistics(logits)
         self._kernels().logprob_rows(
             _matrix(logits), _vector(targets), *_scaling(scaling), *map(_vector, out), self._place(logits)
@@ -49,6 +50,7 @@ class CpuBackend(Backend):
         self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
+        """Two passes over each row: its statistics, then the gradient written over it."""
         out = _empty_statistics(logits)
         self._kernels().gradient_rows(
             _matrix(logits), _vector(targets), *_scaling(scaling), _vector(grad_logprobs), _vector(grad_entropy),
@@ -60,6 +62,7 @@ class CpuBackend(Backend):
         self, logits: Tensor, targets: Tensor, scaling: Scaling, objective: PolicyObjective, inputs: TokenInputs,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
+        """As `gradient_rows`; the coefficient is computed between the two passes."""
         o, out = objective, _empty_statistics(logits)
         self._kernels().policy_rows(
             _matrix(logits), _vector(targets), *_scaling(scaling),
@@ -69,6 +72,7 @@ class CpuBackend(Backend):
         return out
 
     def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:
+        """Filters and noise by the core's kernel."""
         size, on = logits.shape[0], logits.device
         statistics = (torch.empty(size, dtype=torch.float32, device=on) for _ in range(4))
         out = Sample(torch.empty(size, dtype=torch.int64, device=on), *statistics)

@@ -48,6 +48,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def workspace(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """Room for the logits of one chunk, [rows, vocabulary] in the computing dtype."""
     return torch.empty((rows, vocabulary), dtype=computing_dtype(like), device=like.device)
 
 

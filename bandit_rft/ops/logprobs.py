@@ -39,7 +39,8 @@ def linear_logprobs(
         targets: [N] int64 in [0, V).
         bias: [V] or None, added to the logits before anything else.
         temperature: a float, or [N] (one for each row): what the logits are divided by, last.
-        softcap: c in c * tanh(z / c), or None.  logit_scale: a factor of the logits, before the softcap.
+        softcap: c in c * tanh(z / c), or None.
+        logit_scale: a factor of the logits, before the softcap.
         return_entropy: also return the entropy of the whole softmax, in nats.
 
     Returns:
@@ -61,9 +62,21 @@ def linear_logprobs(
 def logprobs_from_logits(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` [N] from logits [N, V] that exist already; differentiable in the logits.
+    """Log-probabilities of `targets` from logits that exist already.
 
-    Beyond the gradient itself nothing of the logits' size is allocated. Shapes, returns, errors as `linear_logprobs`.
+    Beyond the gradient itself nothing of the logits' size is allocated.
+
+    Args:
+        logits: [N, V] float32, bfloat16, float16 or float64; -inf is a token that cannot occur.
+        targets: [N] int64 in [0, V).
+        temperature: a float, or [N] (one for each row): what the logits are divided by.
+        return_entropy: also return the entropy of the whole softmax, in nats.
+
+    Returns:
+        logprobs [N] float32 (float64 for float64 logits), or (logprobs, entropy); both differentiable in the logits.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is computed.
     """
     checks.logits(logits, "N")
     checks.no_forward_mode(logits)

@@ -20,25 +20,39 @@ KLEstimator = Literal["none", "k1", "k2", "k3"]
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """A policy-gradient objective, checked when it is made. With r = exp(logp - behavior) and A the advantage:
+    """A policy-gradient objective, checked when it is made.
 
-    kind:
+    The loss of a token by `kind`, with r = exp(logp - behavior) and A the advantage:
+
         reinforce   -A logp                                             (Williams 1992)
         importance  -A min(r, importance_cap) logp, ratio held constant (truncated importance sampling)
         ppo         -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); for A < 0 at most -dual_clip A
                     (arXiv 1707.06347; dual clip: arXiv 1912.09729)
         cispo       -clip(r, 1 - clip_low, 1 + clip_high) A logp, clipped ratio held constant (arXiv 2506.13585)
         gspo        the ppo form with r = exp(mean over the sequence of (logp - behavior))    (arXiv 2507.18071)
-    aggregation (verl's names; D is `normalizer` where one is given):
+
+    The loss by `aggregation` (verl's names; D is `normalizer` where one is given):
+
         token-mean               sum over all tokens / D,                          D = tokens
         seq-mean-token-sum       sum over all tokens / D,                          D = sequences (the bandit gradient)
         seq-mean-token-mean      sum over sequences of their token mean / D,       D = sequences
         seq-mean-token-sum-norm  sum over all tokens / (norm_length D),            D = sequences  (arXiv 2503.20783)
-    kl: an estimator of KL(policy || reference) added to the token loss, times kl_coef. With d = logp - reference:
-        k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Its gradient is the derivative of that expression.
-    entropy_coef: entropy_coef times the token's entropy is subtracted from its loss, with the true gradient.
 
-    Raises ValueError for an unknown name, a value out of range, or a coefficient that would have no effect.
+    Attributes:
+        kind: the token loss, from the table above.
+        aggregation: how token losses become one loss, from the table above.
+        clip_low: the ratio's lower bound is 1 - clip_low; in [0, 1].
+        clip_high: the ratio's upper bound is 1 + clip_high; >= 0.
+        dual_clip: ppo and gspo: for A < 0 the token loss is at most -dual_clip A; > 1, or None.
+        importance_cap: importance: the largest ratio.
+        kl: an estimator of KL(policy || reference) added to the token loss, times kl_coef. With d = logp - reference:
+            k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Its gradient is the derivative of that expression.
+        kl_coef: factor of the KL; >= 0.
+        entropy_coef: this times the token's entropy (nats) is subtracted from its loss, with the true gradient.
+        norm_length: the constant length of seq-mean-token-sum-norm, tokens.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or a coefficient that would have no effect.
     """
 
     kind: Kind = "reinforce"

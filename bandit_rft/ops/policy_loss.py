@@ -28,11 +28,19 @@ from .token_arguments import ObjectiveFields, Selection, Sequences, check_weight
 
 
 class PolicyLoss(NamedTuple):
-    """A scalar loss to call .backward() on, and what was seen while computing it (no graph)."""
+    """A loss to call .backward() on, and what was seen while computing it.
 
-    loss: Tensor  # 0-d
-    stats: dict[str, Tensor]  # 0-d each; see `objective.STATISTICS`
-    logprobs: Tensor  # [N]; NaN for rows that were dropped
+    Attributes:
+        loss: 0-d.
+        stats: 0-d tensors by name, without a graph: means over the tokens computed (ratio_mean, clip_fraction_low,
+            clip_fraction_high, clip_fraction_dual, kl_k1, kl_k3, entropy), effective_sample_size, and the counts
+            tokens_computed, tokens_skipped, nonfinite_rows.
+        logprobs: [N], without a graph; NaN for rows that were dropped.
+    """
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    logprobs: Tensor
 
 
 def linear_policy_loss(
@@ -57,20 +65,25 @@ def linear_policy_loss(
     """The policy-gradient loss of N completion tokens of B packed sequences, from the head, never building [N, V].
 
     Args:
-        hidden: [N, H]; weight: [V, H]; targets: [N] int64; bias, temperature, softcap, logit_scale: as in
-            `linear_logprobs`.
+        hidden: [N, H] float32, bfloat16, float16 or float64: the last hidden states at which targets are predicted.
+        weight: [V, H], hidden's dtype. It may be frozen, or hidden may be: the other's gradient is then not computed.
+        targets: [N] int64 in [0, V).
         advantages: [B] (one a sequence) or [N] (one a token). Tokens with advantage 0 are not computed at all, unless
             the objective's KL or entropy terms make them count; the normalizer does not change.
         cu_seqlens: [B + 1] int32, where sequences begin and end in N, from 0 to N.
         objective: what is minimized (PolicyObjective).
         behavior_logprobs: [N] of the policy that drew the tokens; None means this very policy (ratio 1, with gradient).
         reference_logprobs: [N], needed for a KL term.
+        bias: [V] or None, added to the logits before anything else.
+        temperature: a float, or [N] (one for each row): what the logits are divided by, last.
+        softcap: c in c * tanh(z / c), or None.
+        logit_scale: a factor of the logits, before the softcap.
         normalizer: the D of the objective's aggregation, so that micro-batches or ranks add up to exactly the whole.
         weight_grad: [V, H] float32 (such as weight.grad): the weight's gradient is added straight into it, here and
             now, and autograd returns none for the weight. The loss must then be backpropagated unscaled.
         gradient_threshold: above 0, the products of hidden's and weight's gradient leave out every block of 128
             vocabulary entries in which no |dL/dlogit| of the chunk of tokens at hand reaches this share of the largest
-            |advantage x token weight|. An approximation (docs/operations.md has its error); the loss stays exact.
+            |advantage x token weight|. An approximation (docs/operations.md); the loss stays exact.
         skip_zero_rows: look for tokens of advantage 0 and do not compute them. On a GPU the host waits for their
             number; False asks the device for nothing, and is the same loss and gradients: for callers who know on the
             host which tokens count, and pass no others.
@@ -123,7 +136,29 @@ def policy_loss_from_logits(
     logit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
 ) -> PolicyLoss:
-    """As `linear_policy_loss`, from logits [N, V] that exist already; beside them only their gradient is allocated."""
+    """The policy-gradient loss of N completion tokens of B packed sequences, from logits that exist already.
+
+    Beside the logits only their gradient is allocated.
+
+    Args:
+        logits: [N, V] float32, bfloat16, float16 or float64; -inf is a token that cannot occur.
+        targets: [N] int64 in [0, V).
+        advantages: [B] (one a sequence) or [N] (one a token).
+        cu_seqlens: [B + 1] int32, where sequences begin and end in N, from 0 to N.
+        objective: what is minimized (PolicyObjective).
+        behavior_logprobs: [N] of the policy that drew the tokens; None means this very policy (ratio 1, with gradient).
+        reference_logprobs: [N], needed for a KL term.
+        temperature: a float, or [N] (one for each row): what the logits are divided by, last.
+        softcap: c in c * tanh(z / c), or None.
+        logit_scale: a factor of the logits, before the softcap.
+        normalizer: the D of the objective's aggregation, so that micro-batches or ranks add up to exactly the whole.
+
+    Returns:
+        PolicyLoss(loss, stats, logprobs). The logits' gradient is ready when this returns; .backward() hands it on.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is computed.
+    """
     checks.logits(logits, "N")
     checks.no_forward_mode(logits)
     n = logits.shape[0]

@@ -16,16 +16,25 @@ from .philox import gumbel_noise, random_words
 
 
 class Sample(NamedTuple):
-    """One token drawn for each of B rows, and what is known of it from the same pass (all but tokens: float32 [B])."""
+    """One token drawn for each of B rows, and what is known of it from the same pass.
 
-    tokens: Tensor  # int64 [B]
-    logprobs: Tensor  # log-probability under the full softmax at this temperature
-    sampling_logprobs: Tensor  # log-probability under the distribution drawn from (after top-k, top-p and min-p)
-    entropy: Tensor  # of the full softmax at this temperature, nats
-    kept_mass: Tensor  # probability that top-k, top-p and min-p kept; 1 without them
+    Attributes:
+        tokens: [B] int64.
+        logprobs: [B] float32, log-probability under the full softmax at this temperature.
+        sampling_logprobs: [B] float32, log-probability under the distribution drawn from (after top-k, top-p, min-p).
+        entropy: [B] float32, of the full softmax at this temperature, nats.
+        kept_mass: [B] float32, probability that top-k, top-p and min-p kept; 1 without them.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    sampling_logprobs: Tensor
+    entropy: Tensor
+    kept_mass: Tensor
 
 
 def computing_dtype(tensor: Tensor) -> torch.dtype:
+    """What an operation computes and returns in: float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

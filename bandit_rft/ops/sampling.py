@@ -1,4 +1,4 @@
-"""Draw one token a row and know its probability: from the head, or from logits. The trainer never has to ask again.
+"""Draw one token a row and its probability from one pass: over the head, or over logits that exist.
 
     token = argmax_j z_j + g_j,  g_j Gumbel noise of (seed, sequence id, position, j)        (the Gumbel-max trick)
 
@@ -38,13 +38,18 @@ def linear_sample(
     """Draw the next token of B sequences from the LM head.
 
     Args:
-        hidden: [B, H]; weight: [V, H]; bias, temperature (float or [B]), softcap, logit_scale: as in `linear_logprobs`.
+        hidden: [B, H] float32, bfloat16, float16 or float64: the last hidden state of each sequence.
+        weight: [V, H], hidden's dtype.
         seed: a 64-bit integer, or a 0-d int64 tensor (for CUDA graphs).
         sequence_ids: [B] int64, which random stream a row draws from.
         positions: [B] int64 in [0, 2^32), where in the stream: usually the index of the token in its completion.
+        temperature: a float, or [B] (one for each row): what the logits are divided by, last.
         top_k: keep the k most likely tokens of the tempered softmax; 0 keeps every token, 1 is greedy.
         top_p: then keep the most likely tokens that make up this mass; 1 keeps every token.
         min_p: then keep the tokens at least this likely relative to the most likely one; 0 keeps every token.
+        bias: [V] or None, added to the logits before anything else.
+        softcap: c in c * tanh(z / c), or None.
+        logit_scale: a factor of the logits, before the softcap.
 
     Returns:
         Sample(tokens, logprobs, sampling_logprobs, entropy, kept_mass), each [B]. `logprobs` are under the full softmax
@@ -76,7 +81,26 @@ def sample_from_logits(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Sample:
-    """As `linear_sample`, from logits [B, V] that exist already (a logit of -inf is a token that cannot be drawn)."""
+    """Draw the next token of B sequences from logits that exist already.
+
+    Args:
+        logits: [B, V] float32, bfloat16, float16 or float64; -inf is a token that cannot be drawn.
+        seed: a 64-bit integer, or a 0-d int64 tensor (for CUDA graphs).
+        sequence_ids: [B] int64, which random stream a row draws from.
+        positions: [B] int64 in [0, 2^32), where in the stream.
+        temperature: a float, or [B] (one for each row): what the logits are divided by, last.
+        top_k: keep the k most likely tokens of the tempered softmax; 0 keeps every token, 1 is greedy.
+        top_p: then keep the most likely tokens that make up this mass; 1 keeps every token.
+        min_p: then keep the tokens at least this likely relative to the most likely one; 0 keeps every token.
+        softcap: c in c * tanh(z / c), or None.
+        logit_scale: a factor of the logits, before the softcap.
+
+    Returns:
+        Sample, as `linear_sample`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is computed.
+    """
     checks.logits(logits, "B")
     checks.scaling(temperature, softcap, logit_scale, logits.shape[0], "B", logits)
     stream = _stream(seed, sequence_ids, positions, logits)

@@ -117,6 +117,7 @@ def _check_sequences(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def check_weight_grad(weight_grad: Tensor, weight: Tensor, hidden: Tensor) -> None:
+    """A buffer [V, H] in the computing dtype, with memory of its own for every entry."""
     checks.tensor("weight_grad", weight_grad, 2, "[V, H]")
     if weight_grad.shape != weight.shape:
         raise ValueError(f"weight_grad must be [V, H] = {checks.shape_of(weight)}; got {checks.shape_of(weight_grad)}")

@@ -18,12 +18,14 @@ class TorchBackend(Backend):
     copies_of_logits = 10  # z, log p, p, dz and temporaries beside the logits
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
+        """The definition of reference.py on a chunk."""
         return _statistics(_scaled(logits, scaling), targets)
 
     def gradient_rows(
         self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
+        """The gradient in closed form (`_write_gradient`)."""
         z = _scaled(logits, scaling)
         seen = _statistics(z, targets)
         _write_gradient(logits if into is None else into, z, targets, scaling, seen, grad_logprobs, grad_entropy)
@@ -33,6 +35,7 @@ class TorchBackend(Backend):
         self, logits: Tensor, targets: Tensor, scaling: Scaling, objective: PolicyObjective, inputs: TokenInputs,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
+        """The same gradient, with the coefficients of objective.py."""
         z = _scaled(logits, scaling)
         seen = _statistics(z, targets)
         nowhere = torch.empty(0, dtype=torch.int64, device=logits.device)  # only gspo looks at sequences
@@ -45,6 +48,7 @@ class TorchBackend(Backend):
         return seen
 
     def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:
+        """The definition of reference.py on a chunk."""
         return reference.sample(_scaled(logits, scaling), **stream._asdict(), **filters._asdict())
 
 

@@ -18,12 +18,14 @@ class TritonBackend(Backend):
     name = "triton"
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
+        """By kernels/policy_rows.py."""
         return RowStatistics(*_module("policy_rows").logprob_rows(logits, targets, *scaling))
 
     def gradient_rows(
         self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
+        """By kernels/policy_rows.py."""
         seen = _module("policy_rows").gradient_rows(logits, targets, *scaling, grad_logprobs, grad_entropy)
         return RowStatistics(*seen)
 
@@ -31,6 +33,7 @@ class TritonBackend(Backend):
         self, logits: Tensor, targets: Tensor, scaling: Scaling, objective: PolicyObjective, inputs: TokenInputs,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
+        """By kernels/policy_rows.py."""
         o = objective
         seen = _module("policy_rows").policy_rows(
             logits, targets, *scaling, KINDS[o.kind], *ratio_bounds(o), o.dual_clip or 0.0,
@@ -39,15 +42,18 @@ class TritonBackend(Backend):
         return RowStatistics(*seen)
 
     def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:
+        """By kernels/sample_rows.py."""
         return Sample(*_module("sample_rows").sample_rows(logits, *scaling, *stream, *filters))
 
     def linear_logprobs(self, of: Head, targets: Tensor, scaling: Scaling, workspace: int) -> RowStatistics:
+        """By kernels/linear_logprobs.py."""
         seen = _module("linear_logprobs").linear_logprobs(
             of.hidden, of.weight, targets, bias=of.bias, workspace=workspace, **_named(scaling)
         )
         return RowStatistics(*seen)
 
     def linear_sample(self, of: Head, scaling: Scaling, stream: Stream, workspace: int) -> Sample:
+        """By kernels/linear_sample.py."""
         drawn = _module("linear_sample").linear_sample(
             of.hidden, of.weight, **stream._asdict(), bias=of.bias, workspace=workspace, **_named(scaling)
         )

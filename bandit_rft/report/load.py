@@ -71,7 +71,12 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Read `folder`. Raises FileNotFoundError when it is not a folder, ValueError when it holds no run."""
+    """Read a run folder.
+
+    Raises:
+        FileNotFoundError: it is not a folder.
+        ValueError: it holds no run.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"run_folder: {folder} is not a folder")
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
@@ -82,10 +87,19 @@ def load_run(folder: Path) -> Run:
     _load_config(run)
     _load_metrics(run)
     files = evaluation_files(folder)
+    _note_filtered_prompts(run)
     _load_evaluations(run, files)
     _load_pairs(run, files)
     _load_rollouts(run)
     return run
+
+
+def _note_filtered_prompts(run: Run) -> None:
+    """Prompts that were too long are not in any number on the page."""
+    names = {"prompts/filtered": "train", **{f"eval/{split}/filtered": split for split in run.splits()}}
+    for name, split in names.items():
+        if (count := next((int(value) for _, value in run.series(name)), 0)) > 0:
+            run.notes.append(f"{count:,} prompts of {split} are longer than max_prompt_length and were left out.")
 
 
 def _load_config(run: Run) -> None:

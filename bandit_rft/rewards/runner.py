@@ -298,7 +298,11 @@ class RewardRunner:
 
 
 def _fields(function: RewardFunction) -> dict[str, Any]:
-    """Return what a worker needs to know of a function. Errors: TypeError for one that cannot be imported by name."""
+    """Return what a worker needs to know of a function.
+
+    Raises:
+        TypeError: it cannot be imported by name.
+    """
     if function.function is not None:
         raise TypeError(
             f"reward {function.name!r} is a lambda, a closure, an object or built interactively, which a worker "

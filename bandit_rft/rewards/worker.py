@@ -39,7 +39,11 @@ class Worker:
         self._asked = 0  # the number of the last request, never used again
 
     def start(self) -> None:
-        """Start the process unless it runs already. Errors: RewardError with what kept a function from being loaded."""
+        """Start the process unless it runs already.
+
+        Raises:
+            RewardError: with what kept a function from being loaded.
+        """
         if self._process is not None and not self._exited():
             return
         self.kill()
@@ -77,7 +81,12 @@ class Worker:
             raise RewardError(answer["error"])
 
     def ask(self, request: dict[str, Any], deadline: float) -> None:
-        """Send a request under a new number. Errors: WorkerLost; ValueError for what JSON cannot hold."""
+        """Send a request under a new number.
+
+        Raises:
+            WorkerLost: the worker did not take it in time, or is gone.
+            ValueError: the request holds what JSON cannot.
+        """
         self._asked += 1
         pipe = self._pipes[1].fileno()
         view = memoryview(encode({"id": self._asked, **request}))
@@ -93,7 +102,8 @@ class Worker:
     def answer(self, deadline: float, row: int = 0) -> dict[str, Any]:
         """Read the reply to the last request that starts at a row of it; no other is taken for it.
 
-        Errors: WorkerLost, also where something that is no such reply was written to the pipe.
+        Raises:
+            WorkerLost: no reply in time, or something that is no such reply was written to the pipe.
         """
         line = self._line(deadline)
         try:
@@ -137,7 +147,11 @@ class Worker:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _wait(self, pipe: int, event: int, deadline: float) -> None:
-        """Wait until a pipe is ready. Errors: WorkerLost at the deadline."""
+        """Wait until a pipe is ready.
+
+        Raises:
+            WorkerLost: at the deadline.
+        """
         poll = select.poll()
         poll.register(pipe, event)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):

@@ -32,7 +32,14 @@ Tables = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `greedy()` is top_k=1, whose log-probabilities are still those of the full softmax."""
+    """How tokens are drawn. `greedy()` is top_k=1, whose log-probabilities are still those of the full softmax.
+
+    Attributes:
+        temperature: what logits are divided by.
+        top_k: keep the k most likely tokens; 0: all.
+        top_p: then keep the most likely tokens that make up this mass.
+        min_p: then keep the tokens at least this likely relative to the most likely one.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -41,6 +48,7 @@ class Sampling:
 
     @staticmethod
     def greedy() -> Sampling:
+        """Always the most likely token."""
         return Sampling(top_k=1)
 
 
@@ -132,10 +140,16 @@ class RolloutEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
     ) -> RolloutBatch:
-        """Draw n completions of each of P prompts (token ids, not empty), B = P * n in prompt-major order.
+        """Draw n completions of each of P prompts, B = P * n in prompt-major order.
 
-        ids [B] int64 name the random streams (see `sequence_ids`); completion i takes the stream ids[i] of `seed`, so
-        it is the same whatever else is in the batch, to float rounding of its log-probabilities.
+        A completion is the same whatever else is in the batch, to float rounding of its log-probabilities.
+
+        Args:
+            prompts: P lists of token ids, none of them empty.
+            ids: [B] int64, the random stream of each completion (see `sequence_ids`).
+            seed: of all streams.
+            sampling: how tokens are drawn; plain sampling at temperature 1 by default.
+            n: completions a prompt.
 
         Returns:
             The rollouts in host memory, with `query` the prompt's position in `prompts`.

@@ -28,10 +28,13 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class NativeDecoder:
-    """The core's decoder over a policy's weights: `read` the prompts, then `step` by `step`, `select` when some end."""
+    """The core's decoder over a policy's weights: `read` the prompts, then `step` by `step`, `select` when some end.
+
+    Raises:
+        NotImplementedError: saying why, for a model that the core does not compute.
+    """
 
     def __init__(self, policy: Policy):
-        """Raises NotImplementedError, saying why, for a model that the core does not compute."""
         base: Any = policy.base
         config = policy.model.config.get_text_config()
         _refuse_unless(config.model_type in MODEL_TYPES, f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")

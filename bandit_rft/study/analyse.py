@@ -46,7 +46,16 @@ SIDES = (*SPLITS, "gap")  # gap: the gain on train minus the gain on test
 
 @dataclass
 class Analysis:
-    """The study's tables. Columns are listed in docs/study.md."""
+    """The study's tables, whose columns docs/study.md lists.
+
+    Attributes:
+        study: the folder in memory.
+        results: gains over the baseline, one row a level, metric, split, model and task.
+        curves: Pass@1 by round.
+        costs: tokens a run and a point of gain cost.
+        timings: likewise in seconds, which no other machine will repeat.
+        cells: every cell and whether it is used.
+    """
 
     study: Study
     results: list[Row]
@@ -68,7 +77,12 @@ class Analysis:
 
 
 def analyse_study(folder: Path | str) -> Analysis:
-    """Analyse the finished cells of a study folder. Raises what `load_study` raises."""
+    """Analyse the finished cells of a study folder.
+
+    Raises:
+        FileNotFoundError: study.yaml or plan.json is missing.
+        ValueError: naming what is wrong in one of them.
+    """
     study = load_study(folder)
     index = study.index()
     results: list[Row] = []

@@ -99,7 +99,12 @@ class Study:
 
 
 def load_study(folder: Path | str) -> Study:
-    """Read `folder`. Raises FileNotFoundError or ValueError naming what is wrong in study.yaml or plan.json."""
+    """Read a study folder.
+
+    Raises:
+        FileNotFoundError: study.yaml or plan.json is missing.
+        ValueError: naming what is wrong in one of them.
+    """
     import yaml
 
     folder = Path(folder)

@@ -37,7 +37,19 @@ class StudyError(ConfigError):
 
 @dataclass
 class PlannedCell:
-    """One run. `also`: further (factor, level) pairs with the same configuration; `config`: dotted overrides."""
+    """One run.
+
+    Attributes:
+        id: the name of its folder.
+        factor: the design choice it belongs to.
+        level: which value of that choice.
+        model: as the study file names it.
+        task: likewise.
+        seed: of the run.
+        baseline: whether it is the baseline.
+        config: dotted overrides of the configuration.
+        also: further (factor, level) pairs with the same configuration.
+    """
 
     id: str
     factor: str
@@ -52,9 +64,13 @@ class PlannedCell:
 
 @dataclass
 class Plan:
-    """A checked study: its settings as written, where paths in it start from, and its cells in the order they are run.
+    """A checked study.
 
-    Seeds come first in that order: a study that is stopped early has few seeds, but whole ones.
+    Attributes:
+        settings: the study file as written.
+        base: the folder that paths in it start from.
+        cells: in the order they are run. Seeds come first in that order: a study that is stopped early has few seeds,
+            but whole ones.
     """
 
     settings: dict[str, Any]
@@ -63,6 +79,7 @@ class Plan:
 
     @property
     def name(self) -> str:
+        """The study's name, from its file."""
         return str(self.settings["name"])
 
     def config(self, cell: PlannedCell, folder: Path) -> Config:
@@ -75,7 +92,11 @@ class Plan:
         return build_config({**overrides, "output_dir": f"cells/{cell.id}"})
 
     def write(self, folder: Path) -> None:
-        """Write study.yaml and plan.json. Raises StudyError where `folder` holds another study's cells."""
+        """Write study.yaml and plan.json.
+
+        Raises:
+            StudyError: `folder` holds another study's cells.
+        """
         text = json.dumps([asdict(cell) for cell in self.cells], indent=1) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "plan.json"
@@ -100,7 +121,11 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def load_plan(file: str | Path) -> Plan:
-    """Read and check a study file (docs/study.md), every cell's configuration too. Raises StudyError naming the key."""
+    """Read and check a study file (docs/study.md), every cell's configuration too.
+
+    Raises:
+        StudyError: naming the key.
+    """
     file = Path(file)
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -73,11 +73,18 @@ class Runner:
     """Works through a plan in a folder until every cell is finished, failed for good, or another runner's.
 
     Args:
+        plan: the study.
+        folder: the study folder, which other runners may share.
         jobs: cells at once.
         threads: CPU threads a cell.
         retry: how often a cell that crashed is tried again; it resumes from its last checkpoint.
         gpus: device numbers, one cell each at a time (then jobs <= len(gpus)); empty: cells choose for themselves.
-        work: what a cell's process does, called with its configuration.
+        listener: told of cells as they start and end.
+        work: what a cell's process does, called with its configuration; `train_cell` by default.
+        timeout: seconds without a sign of life after which another runner's cell is taken over.
+
+    Raises:
+        ValueError: naming the number that is too small, or jobs where there are fewer gpus.
     """
 
     def __init__(

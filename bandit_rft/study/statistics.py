@@ -215,7 +215,14 @@ def interquartile_mean(values: Array) -> Array:
 
 
 def probability_of_improvement(level: Array, baseline: Array) -> Array:
-    """How often a run of the level beats a run of the baseline, [..., S] against [..., S], ties one half, averaged over
-    all but the first axis (arXiv 2108.13264)."""
+    """How often a run of the level beats a run of the baseline, ties one half (arXiv 2108.13264).
+
+    Args:
+        level: [R, ..., S], runs of S seeds.
+        baseline: likewise.
+
+    Returns:
+        [R], means over all axes but the first.
+    """
     sign = np.sign(level[..., :, None] - baseline[..., None, :])
     return np.asarray((sign / 2 + 0.5).reshape(len(level), -1).mean(-1))

@@ -35,6 +35,7 @@ class Status:
 
     @property
     def counts(self) -> Counter[str]:
+        """How many cells are in each state."""
         return Counter(self.states.values())
 
 
@@ -148,10 +149,12 @@ class StudyProgress:
             self._live.stop()
 
     def started(self, cell: PlannedCell, config: Config) -> None:
+        """A cell of this runner begins."""
         self._totals[cell.id] = config.max_rounds
         self._begun[cell.id] = time.monotonic()
 
     def ended(self, cell: PlannedCell, record: dict[str, Any]) -> None:
+        """A cell of this runner ended; where no terminal is, or it failed, a line says so."""
         seconds = time.monotonic() - self._begun.pop(cell.id)
         self._look()
         done = self._progress.tasks[0].completed
@@ -162,6 +165,7 @@ class StudyProgress:
             self.console.print(line, markup=False, soft_wrap=True)
 
     def tick(self) -> None:
+        """Called again and again while cells run: look at the folder when it is time."""
         if time.monotonic() - self._last_look > max(2.0, len(self.plan.cells) / 500):
             self._look()
 

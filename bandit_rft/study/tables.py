@@ -89,6 +89,7 @@ class Tables:
         return notes
 
     def gains(self) -> Table:
+        """The main table: what every level adds to the baseline, pooled."""
         head = [
             "factor", "level", "test gain", "test, all at once", "BCa", "Holm p", "train gain", "best test",
             "area test", "IQM", "P(improve)", "seeds", "conditions",
@@ -126,6 +127,7 @@ class Tables:
         return ["factor", "level", "train gain − test gain", *columns], rows
 
     def precision(self) -> Table:
+        """How small a gain this study could have found, and what a finer one would need."""
         head = [
             "factor", "level", "standard error", "smallest gain found with 80% power", "the same, corrected for all",
             "seeds to find 0.01",
@@ -142,6 +144,7 @@ class Tables:
         return head, rows
 
     def cost(self, timings: bool = False) -> Table:
+        """What a run and a point of gain cost, in tokens, or in seconds and GPU-hours (`timings`)."""
         names = {"seconds": "seconds", "gpu_hours": "GPU-hours"} if timings else {
             "tokens_generated": "tokens generated", "tokens_trained": "tokens trained"}  # fmt: skip
         head = ["factor", "level"]
@@ -159,6 +162,7 @@ class Tables:
         return head, rows
 
     def replay(self) -> Table:
+        """Levels with replay beside those without it at the same batch size and rollouts."""
         head = ["B, n", "replay level", "gain", "same B, n without replay", "its gain", "replay − without", "Holm p"]
         rows: list[list[Text]] = []
         for (batch, n), replay, plain, row in self._replay:
@@ -202,6 +206,7 @@ class Tables:
         return {**single, **plane}
 
     def versions(self) -> Table:
+        """Software of the analysis and of the cells."""
         rows: list[list[Text]] = [["analysis", "python", platform.python_version()]]
         for name in ("bandit_rft", "numpy", "scipy", "pyarrow"):
             try:
@@ -216,6 +221,7 @@ class Tables:
         return ["where", "what", "version"], rows + [["cells", *pair] for pair in sorted(recorded)]
 
     def configurations(self) -> Table:
+        """What each level changes in the baseline's configuration."""
         rows: list[list[Text]] = []
         for level in self.study.levels:
             design = self.designs.get(level)
@@ -234,6 +240,7 @@ class Tables:
         return "\n".join(f"{key}: {value}" for key, value in self.baseline_config.items()) or "no baseline cell has run"
 
     def unused(self) -> Table:
+        """Cells that are not in the results, and why."""
         rows: list[list[Text]] = [
             [cell.id, "; ".join("=".join(p) for p in cell.places), cell.status, cell.problem]
             for cell in self.study.unused
@@ -241,6 +248,7 @@ class Tables:
         return ["cell", "stands for", "status", "why it is not used"], rows[:MAX_UNUSED_SHOWN]
 
     def unused_note(self) -> str:
+        """How many of these the table has no room for; empty where it has."""
         hidden = len(self.study.unused) - MAX_UNUSED_SHOWN
         return f"And {hidden:,} more, in cells.csv." if hidden > 0 else ""
 

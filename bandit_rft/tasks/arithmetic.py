@@ -67,8 +67,9 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     The same seed and options give the same questions. Whether a question may be in "train" or only in "test" is a hash
     of its text, the same for every seed: a model warm-started on train-side questions has seen no test question.
 
-    Errors: TypeError or ValueError, naming the option, for an unknown one, an impossible value, or options
-    under which there are too few distinct questions.
+    Raises:
+        OptionError: a ValueError and TypeError that names the option: unknown, or impossible.
+        ValueError: under these options there are too few distinct questions.
     """
     dial = read_options("arithmetic", Options, options)
     trained = range(dial.min_terms, dial.max_terms + 1)

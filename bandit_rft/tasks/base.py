@@ -68,7 +68,8 @@ Declared = TypeVar("Declared", bound=OptionModel)
 def read_options(task: str, model: type[Declared], options: Mapping[str, Any] | None) -> Declared:
     """Return a task's options, as `model` declares and checks them.
 
-    Errors: OptionError, a ValueError and TypeError, naming the option: unknown, with the nearest name; or impossible.
+    Raises:
+        OptionError: a ValueError and TypeError that names the option: unknown, with the nearest name; or impossible.
     """
     for name in options or {}:
         if name not in model.model_fields:

@@ -74,8 +74,9 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     order. Which of them may be in "train" is a hash, the same for every seed: a model warm-started on train-side
     questions has seen no test question.
 
-    Errors: TypeError or ValueError, naming the option, for an unknown one, an impossible value, or options
-    under which there are too few distinct questions.
+    Raises:
+        OptionError: a ValueError and TypeError that names the option: unknown, or impossible.
+        ValueError: under these options there are too few distinct questions.
     """
     dial = read_options("countdown", Options, options)
     harder = range(dial.numbers + 1, dial.numbers + dial.extra_numbers + 1)

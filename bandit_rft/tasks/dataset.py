@@ -37,7 +37,11 @@ class Options(OptionModel):
 
 
 def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
-    """Load a dataset; it brings no reward. Errors: ValueError, naming the argument, the columns and the row."""
+    """Load a dataset; it brings no reward.
+
+    Raises:
+        ValueError: naming the argument, the columns and the row.
+    """
     chosen = read_options("dataset", Options, options)
     if data_path is None:
         raise ValueError("data_path: task 'dataset' needs a file, a folder or the name of a dataset of the hub")

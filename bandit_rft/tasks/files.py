@@ -95,7 +95,11 @@ def hold_out(splits: dict[str, list[Row]], test_path: str | None, test_size: int
 
 
 def read_rows(path: Path, argument: str = "data_path") -> list[Row]:
-    """Read one file's rows. Errors: ValueError with the file and, for jsonl, the line."""
+    """Read one file's rows.
+
+    Raises:
+        ValueError: with the file and, for jsonl, the line.
+    """
     if not path.is_file():
         raise ValueError(f"{argument}: there is no file {str(path)!r}")
     if path.suffix == ".jsonl":
@@ -130,7 +134,11 @@ def read_rows(path: Path, argument: str = "data_path") -> list[Row]:
 
 
 def _text(path: Path, argument: str) -> str:
-    """Read a file as UTF-8, with a byte order mark or without. Errors: ValueError with the file and the line."""
+    """Read a file as UTF-8, with a byte order mark or without.
+
+    Raises:
+        ValueError: with the file and the line.
+    """
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{argument}: {path} is UTF-16; expected UTF-8")

@@ -36,7 +36,11 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
 
 
 def example(row: Row, where: str) -> Example:
-    """Make an example of a row. Errors: ValueError, naming the row and what is wrong with it."""
+    """Make an example of a row.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
     question, solution = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not isinstance(solution, str):
         raise ValueError(f"{where}: expected texts in the columns question and answer, got the columns {sorted(row)}")
@@ -47,7 +51,11 @@ def example(row: Row, where: str) -> Example:
 
 
 def gold_answer(solution: str, where: str = "answer") -> str:
-    """Return what follows the last `####` of a solution, commas removed. Errors: ValueError where there is none."""
+    """Return what follows the last `####` of a solution, commas removed.
+
+    Raises:
+        ValueError: there is none.
+    """
     _, mark, answer = solution.rpartition("####")
     if not mark or not answer.strip():
         raise ValueError(f'{where}: expected a solution that ends in "#### number", got {solution[-80:]!r}')

@@ -39,7 +39,11 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
 
 
 def example(row: Row, where: str) -> Example:
-    """Make an example of a row. Errors: ValueError, naming the row and what is wrong with it."""
+    """Make an example of a row.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
     problem, solution = row.get("problem"), row.get("solution")
     answer = row.get("answer")
     if answer is None and isinstance(solution, str):

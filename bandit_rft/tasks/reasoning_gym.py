@@ -23,7 +23,12 @@ class Options(OptionModel):
 
 
 def load(seed: int, options: dict[str, Any]) -> Task:
-    """Generate a task. Errors: ImportError naming the extra; ValueError for unknown options, datasets and settings."""
+    """Generate a task.
+
+    Raises:
+        ImportError: naming the extra.
+        ValueError: an unknown option, dataset or setting.
+    """
     chosen = read_options("reasoning_gym", Options, options)
     name, config = chosen.dataset, dict(chosen.config or {})
     library = _library()
@@ -71,7 +76,11 @@ def _problems(name: str, seed: int, size: int, config: tuple[tuple[str, Any], ..
 
 
 def _library() -> Any:
-    """Import the library. Errors: ImportError, naming the extra."""
+    """Import the library.
+
+    Raises:
+        ImportError: naming the extra.
+    """
     try:
         import reasoning_gym
         import reasoning_gym.factory

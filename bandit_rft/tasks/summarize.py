@@ -49,7 +49,11 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
 
 
 def example(row: Row, where: str) -> Example:
-    """Make an example; `source` and `target` are texts or lists of texts. Errors: ValueError, naming the row."""
+    """Make an example; `source` and `target` are texts or lists of texts.
+
+    Raises:
+        ValueError: naming the row.
+    """
     source, references = _texts(row.get("source")), _texts(row.get("target"))
     if not source or not references:
         raise ValueError(f"{where}: expected texts in the columns source and target, got the columns {sorted(row)}")

@@ -1,4 +1,4 @@
-// The two operations on a CPU, on raw memory: policy-gradient rows and sample rows.
+// Rows of logits on a CPU, on raw memory: log-probabilities, gradients, draws; and the head's product to draw from.
 #pragma once
 
 #include <cstdint>

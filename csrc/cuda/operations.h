@@ -1,4 +1,4 @@
-// The two operations on a GPU, on raw memory: policy-gradient rows and sample rows. All return at once; the work is on
+// Rows of logits on a GPU, on raw memory: log-probabilities, gradients, draws. All return at once; the work is on
 // `stream`. Nothing is allocated, nothing is remembered, so every call can be captured in a CUDA graph.
 #pragma once
 

@@ -1,8 +1,8 @@
 // Rows of logits on a GPU: log-probability and entropy, and dL/dlogits written over the logits.
 //
 //   pass 1   (m, s, t) of each lane's logits, merged over warps, blocks and the cluster        -> lse, logp, entropy
-//   pass 2   dz_j = 2^(y_j - M) (a + b (y_j - M)), p_j being 2^(y_j - M) / s                   -> over the logits
-//            a = chain (-c - e ln2 E[y - M]) / s, b = chain e ln2 / s, chain = dz / dlogit; the target's is stored last
+//   pass 2   dz_j = 2^y_j (a + b y_j), p_j being 2^y_j / s                                     -> over the logits
+//            a = chain (-c - e ln2 E[y]) / s, b = chain e ln2 / s, chain = dz / dlogit; the target's is stored last
 //
 // Never in memory: probabilities, or anything of the row's length but the row. On sm_90 and later a row is read from
 // global memory once and written once: in between a cluster of up to eight blocks holds it in shared memory (V =
@@ -29,8 +29,8 @@ struct PolicyArguments {
 struct alignas(16) PolicyShared {
     SharedStates states;
     struct {
-        float top, constant, slope, at_target;  // M, a, b, and dz of the target
-        float unit;                             // z times this is tanh(...): temperature / softcap, 0 without
+        float m, constant, slope, at_target;  // m, a, b, and dz of the target
+        float unit;                           // z times this is tanh(...): temperature / softcap, 0 without
     } row;
 };
 static_assert(sizeof(PolicyShared) % 16 == 0);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) score(PolicyArguments a) {
     const int64_t index = blockIdx.x;
     const RowShare<In, kPlain> share(a.rows, a.plan, index, 0, nullptr);
     const float k = share.scale.k;
-    ThreadState own;
+    ThreadState own(share.scale);
     share.template each<Pass::only>([&](int, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     const float k = share.scale.k;
     const float logit =
         has_target(a, index) ? In::widen(share.row[a.targets[index]]) : NAN;  // before it is written over
-    ThreadState own;
+    ThreadState own(share.scale);
     share.template each<Pass::first>([&](int, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);
@@ -102,11 +102,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         if (!has_target(a, index)) of.c = NAN;  // must be seen, not taken for a gradient
         const double chain = double(a.rows.scaling.logit_scale) / double(share.scale.temperature);
         const double slope = double(of.e) * kLn2 / softmax.s * chain;
-        float at_target = (-of.c * expm1f(logp) + of.e * expf(logp) * (logp + entropy)) * float(chain);
+        const float p = expf(logp);  // 0 where the target's logit is -inf: 0 * -inf must not become NaN
+        const float pull = p == 0.0f ? 0.0f : of.e * p * (logp + entropy);
+        float at_target = (-of.c * expm1f(logp) + pull) * float(chain);
         const float cap = a.rows.scaling.softcap, unit = cap == 0.0f ? 0.0f : share.scale.temperature / cap;
         if (unit != 0.0f) at_target *= 1.0f - (v * unit) * (v * unit);
         if (share.lane == 0) {
-            shared->row = {softmax.top, float(double(-of.c) / softmax.s * chain - slope * softmax.mean), float(slope),
+            shared->row = {softmax.m, float(double(-of.c) / softmax.s * chain - slope * softmax.mean), float(slope),
                            at_target, unit};
             if (rank == 0) {
                 a.logprobs[index] = logp;
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         share.values(i, raw, v);
         BRFT_UNROLL
         for (int l = 0; l < kLogits; ++l) {
-            const float y = fmaxf(fmaf(v[l], k, -term.top), kExponentFloor);
+            const float y = fmaxf((v[l] - term.m) * k, kExponentFloor);
             g[l] = exp2_approximate(y) * fmaf(term.slope, y, term.constant);
             if constexpr (!kPlain) g[l] *= term.unit == 0.0f ? 1.0f : 1.0f - (v[l] * term.unit) * (v[l] * term.unit);
         }
@@ -152,9 +154,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {
     PolicyArguments a{};
-    a.rows = {logits.data,         logits.count,   logits.vocabulary,
-              logits.stride,       logits.scaling, logits.temperature,
-              logits.temperatures, 0.0f,           0.0f};
+    a.rows = {logits.data,
+              logits.count,
+              logits.vocabulary,
+              logits.stride,
+              logits.scaling,
+              logits.temperature,
+              logits.temperatures,
+              0.0f,
+              0.0f,
+              0.0f};
     a.targets = targets;
     a.logprobs = logprobs;
     a.entropy = entropy;

@@ -1,9 +1,12 @@
 // One row of logits spread over the warps of a block, or of a cluster of blocks.
 //
-//   y_j = k v_j      the exponent in base 2, one multiply-add from what is loaded
-//   plain            v = logit, k = log2(e) logit_scale / temperature (no softcap, one temperature, k > 0)
-//   general          v = z = softcap tanh(logit_scale logit / softcap) / temperature, k = log2(e)
-//   state (m, s, t)  m = max v, M = fl(k m), s = sum 2^(y - M), t = sum (y - M) 2^(y - M)
+//   y_j = k (v_j - m)   the exponent in base 2: a subtraction, exact where it matters, and a multiplication
+//   plain               v = logit, k = log2(e) logit_scale / temperature (no softcap, one temperature, k > 0)
+//   general             v = z = softcap tanh(logit_scale logit / softcap) / temperature, k = log2(e)
+//   state (m, s, t)     m = max v, s = sum 2^y, t = sum y 2^y
+//
+// One multiply-add, k v - fl(k m), would do for y, but its likeliest logit is off by the rounding of k m: above |z| of
+// about 1e9 (masked rows have such) by more than 2^y can hold.
 //
 // A row is cut into spans of 512 logits on aligned addresses: a warp takes one at a time, 16 logits a lane, in 16-byte
 // loads whose offsets are constants. Only a span over the row's edge looks at columns; what it has outside is -inf. A
@@ -17,7 +20,9 @@ namespace bandit_rft::cuda {
 
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32, kMaxCluster = 8;
 constexpr int kLogits = 16, kSpan = 32 * kLogits;  // of a lane and of a warp at a time
-constexpr float kNoLogit = -1e30f;  // stands for -inf as a maximum: -inf - (-inf) would be NaN, and k * this is finite
+// k m for the m that stands for -inf as a maximum, where -inf - (-inf) would be NaN: half of what float32 holds, so
+// that k (m - m') is finite for any m' up to as much above zero. A row whose largest |k m| is above this is NaN.
+constexpr float kNoExponent = -1.7e38f;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // exp2_approximate is exactly 0 below -126, and 0 * -inf would be NaN.
 constexpr float kExponentFloor = -128.0f;
@@ -73,29 +78,32 @@ struct Rows {
     float temperature;
     const float* temperatures;  // [count], or null for the one above
     float k, k_error;           // k as it is rounded, and (what it stands for) / k - 1
+    float no_logit;             // stands for -inf as a maximum v
 };
 
 // Whether the plain template serves (if it is `wanted`), and k for it or for the general one.
 inline bool set_scaling(Rows& rows, bool wanted) {
     const double k = kLog2E * double(rows.scaling.logit_scale) / double(rows.temperature);
-    // Beyond these bounds k * kNoLogit overflows or vanishes.
+    // Far beyond any temperature; outside, the general template divides every logit.
     const bool plain = wanted && rows.scaling.softcap == 0.0f && !rows.temperatures && k > 1e-7 && k < 1e7;
     rows.k = float(plain ? k : kLog2E);
     rows.k_error = float((plain ? k : kLog2E) / double(rows.k) - 1.0);
+    rows.no_logit = kNoExponent / (rows.k > 0.5f ? rows.k : 0.5f);  // at least float32's lowest number
     return plain;
 }
 
 template <bool kPlain>
 struct RowScaling {
     Scaling scaling;
-    float temperature, reciprocal, k, k_error;
+    float temperature, reciprocal, k, k_error, no_logit;
 
     BRFT_DEVICE RowScaling(const Rows& rows, int64_t index)
         : scaling(rows.scaling),
           temperature(rows.temperatures ? rows.temperatures[index] : rows.temperature),
           reciprocal(1.0f / temperature),
           k(rows.k),
-          k_error(rows.k_error) {}
+          k_error(rows.k_error),
+          no_logit(rows.no_logit) {}
 
     BRFT_DEVICE float z_of_logit(float x) const {
         float z = x;
@@ -242,19 +250,22 @@ struct RowShare {
 };
 
 struct ThreadState {
-    float m = kNoLogit, s = 0.0f, t = 0.0f;
+    float m, s = 0.0f, t = 0.0f;
+
+    template <bool kPlain>
+    BRFT_DEVICE explicit ThreadState(const RowScaling<kPlain>& scale) : m(scale.no_logit) {}
 };
 
-// Adds a lane's logits v to its state. x: 2^(y - M) of each, by the state's new maximum.
+// Adds a lane's logits v to its state. x: 2^y of each, by the state's new maximum.
 BRFT_DEVICE void add_to_state(ThreadState& state, const float* v, float k, float* x) {
     float m = state.m;
     BRFT_UNROLL
     for (int l = 0; l < kLogits; ++l) m = fmaxf(m, v[l]);
-    const float top = m * k, d = state.m * k - top, w = exp2_approximate(d);
+    const float d = (state.m - m) * k, w = exp2_approximate(d);
     float s[2] = {0.0f, 0.0f}, t[2] = {0.0f, 0.0f};
     BRFT_UNROLL
     for (int l = 0; l < kLogits; ++l) {
-        const float y = fmaf(v[l], k, -top);
+        const float y = (v[l] - m) * k;
         x[l] = exp2_approximate(y);
         s[l % 2] += x[l];
         t[l % 2] = fmaf(x[l], fmaxf(y, kExponentFloor), t[l % 2]);
@@ -266,13 +277,13 @@ BRFT_DEVICE void add_to_state(ThreadState& state, const float* v, float k, float
 
 // Sums that threads add up from here on are double.
 struct RowState {
-    float m = kNoLogit;
-    double s = 0, t = 0;
+    float m;
+    double s, t;
 };
 
 // The state brought to a larger maximum.
 BRFT_DEVICE RowState raised(const RowState& state, float m, float k) {
-    const float d = state.m * k - m * k;
+    const float d = (state.m - m) * k;
     const double w = double(exp2f(d));
     return {m, state.s * w, (state.t + double(d) * state.s) * w};
 }
@@ -325,7 +336,7 @@ BRFT_DEVICE void share_state(const ThreadState& own, float k, SharedStates* shar
 
 // The state of the whole row, in every lane of the warp that asks, after share_state.
 BRFT_DEVICE RowState whole_state(const SharedStates* shared, float k, int states) {
-    RowState all;
+    RowState all{shared->m[0], 0, 0};
     BRFT_NO_UNROLL
     for (int i = int(threadIdx.x) % 32; i < states; i += 32) {
         const float m = fmaxf(all.m, shared->m[i]);
@@ -335,24 +346,20 @@ BRFT_DEVICE RowState whole_state(const SharedStates* shared, float k, int states
     return merged_over_warp(all, k);
 }
 
-// What is known of a row once its state is. The likeliest logit's own term is taken out of s as it was added and put
-// back exact: the log-probability of a token that is nearly certain hangs on it. The rounding of k is made good to
-// first order: d log2(s) / d log(k) = E[y].
+// What is known of a row once its state is. The likeliest logit's own term, on which the log-probability of a token
+// that is nearly certain hangs, is exact in s: 2^0. The rounding of k is made good to first order: d log2(s) / d log(k)
+// = E[y].
 struct RowSoftmax {
-    float m, top;  // top: M
+    float m;
     double s, mean, log2_s;
     float k, k_error;
 
     template <bool kPlain>
     BRFT_DEVICE RowSoftmax(const RowState& state, const RowScaling<kPlain>& scale)
-        : m(state.m), top(state.m * scale.k), s(state.s), k(scale.k), k_error(scale.k_error) {
-        if (s > 0) s += exp2(double(m) * double(k) - double(top)) - double(exp2_approximate(fmaf(m, k, -top)));
-        mean = state.t / s;
-        log2_s = log2(s);
-    }
+        : m(state.m), s(state.s), mean(state.t / s), log2_s(log2(s)), k(scale.k), k_error(scale.k_error) {}
 
     BRFT_DEVICE float logprob(float v) const {
-        const double y = double(v) * double(k) - double(top);
+        const double y = (double(v) - double(m)) * double(k);
         return float(kLn2 * (y * (1.0 + double(k_error)) - double(k_error) * mean - log2_s));
     }
     BRFT_DEVICE float entropy() const { return float(kLn2 * (log2_s - mean)); }

@@ -29,10 +29,10 @@ constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 // win only if word <= x `limit`, limit = 2^(32 + M - best log2(e)), with the best of the warp: two instructions a logit
 // and no logarithm; of what passes, few, z + g decides as the reference computes it.
 //
-// The limit must not be too low by rounding. With B = |M| + |best log2(e)| + 34, which bounds |y| of whatever passes:
-// z and k are within 2^-22 |y|, y - M, best log2(e) and the limit's exponent within 2^-22 B each; logf, log1pf and the
+// The limit must not be too low by rounding. With B = |M| + |best log2(e)| + 34, which bounds |k v| of whatever passes:
+// z and k are within 2^-22 |k v|, y, best log2(e) and the limit's exponent within 2^-22 B each; logf, log1pf and the
 // sum z + g within 2^-22 B + 4e-6; 2^x is within 2^-21, word as a float and its bound at 1 - 2^-24 within 2^-22. In the
-// exponent that is below 2^-19 (|M| + |best log2(e)|) + 1e-4. Where x is 0 (y < M - 126) the logit at M, whose
+// exponent that is below 2^-19 (|M| + |best log2(e)|) + 1e-4. Where x is 0 (y < -126) the logit at M, whose
 // noise is above -2.9, beats any noise (below 23.1) of this one.
 struct Winner {
     float best = -INFINITY;
@@ -113,7 +113,7 @@ BRFT_DEVICE T one_of(const T* four, int j) {  // in registers: no address is tak
     return j < 2 ? (j == 0 ? four[0] : four[1]) : (j == 2 ? four[2] : four[3]);
 }
 
-// Offers a lane's logits of span i to its draw; x = 2^(y - M), M = top, and 0 for what may not be drawn. What may win
+// Offers a lane's logits of span i to its draw; x = 2^y, M = k m = top, and 0 for what may not be drawn. What may win
 // is read again: that is rare, and 16 registers are free in the meantime.
 template <bool kAligned, class Share>
 BRFT_DEVICE void draw(Winner& winner, const Share& share, int i, const float* x, float top, const uint32_t* counter,
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     const uint32_t counter[3] = {uint32_t(a.in.positions[index]), uint32_t(sequence), uint32_t(sequence >> 32)};
 
     Winner winner;
-    ThreadState own;
+    ThreadState own(share.scale);
     share.template each<kFiltered ? Pass::first : Pass::only>([&](int i, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);
@@ -330,9 +330,16 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     require_grid(logits.count);
     const OnDevice on(where.device);
     SampleArguments a{};
-    a.rows = {logits.data,         logits.count,   logits.vocabulary,
-              logits.stride,       logits.scaling, logits.temperature,
-              logits.temperatures, 0.0f,           0.0f};
+    a.rows = {logits.data,
+              logits.count,
+              logits.vocabulary,
+              logits.stride,
+              logits.scaling,
+              logits.temperature,
+              logits.temperatures,
+              0.0f,
+              0.0f,
+              0.0f};
     a.in = in;
     a.out = out;
     for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ops_cases import OBJECTIVES, assert_close_to_truth
-from paths import ROOT
 from torch import Tensor
 
 from bandit_rft.ops import PolicyObjective, reference
@@ -49,17 +47,8 @@ class Logits(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler: the CUDA kernels' source cannot be run on this CPU")
-    library = tmp_path_factory.mktemp("emulated") / "cuda.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DBRFT_EMULATED_DEVICE", f"-I{ROOT / 'tests/native'}"]
-    flags += ["-fsanitize=alignment", "-fsanitize-recover=alignment"]  # emulated_cuda.cpp has the handler
-    source = ROOT / "tests/native/emulated_cuda.cpp"
-    built = subprocess.run([compiler, *flags, "-o", library, source], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(library))
+def kernels(emulated_cuda: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(emulated_cuda))
     for name in ("logprob_rows", "policy_rows", "sample_rows", "write_vector"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.exp2_approximate.restype = ctypes.c_float
@@ -299,6 +288,80 @@ def test_lost_rows_say_so(kernels: ctypes.CDLL) -> None:
         )  # fmt: skip
         assert out[1].isnan().tolist() == [True, True, False]
         assert bool(((out[0] >= 0) & (out[0] < 300)).all())
+
+
+#: Rows whose largest logit is that far from zero; masked logits and what a mask of finite numbers leaves of a row.
+FAR = [-3e38 / 4, -1e31, -1e30, -1e10, -1e9, 1e9, 1e10, 1e31, 3e38 / 4]
+
+
+@pytest.mark.parametrize("scaling", [{}, {"temperature": 0.75}, {"temperature": "rows"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_far_from_zero(kernels: ctypes.CDLL, dtype: torch.dtype, scaling: dict[str, Any]) -> None:
+    """A softmax does not mind where its logits lie: as many likeliest tokens as there are share it."""
+    v = 700
+    z = torch.tensor(FAR)[:, None].repeat(1, v).to(dtype)
+    z[:, 40:] = (z[:, 40:] * torch.tensor([2.0 if x < 0 else 0.5 for x in FAR])[:, None]).to(dtype)
+    z[:, 600:650], z[:, 650:] = torch.finfo(dtype).min, -torch.inf
+    n = len(z)
+    scaling = {k: torch.full((n,), 0.75) if t == "rows" else t for k, t in scaling.items()}
+    targets, logp, entropy = torch.full((n,), 39), torch.empty(n), torch.empty(n)
+    rows, given = z.clone(), torch.ones(n)
+    raise_if(kernels.logprob_rows(argument(z, scaling), pointer(targets), pointer(logp), pointer(entropy)))
+    for found in (logp, entropy):
+        torch.testing.assert_close(found.abs(), torch.full((n,), 40.0).log())
+    raise_if(
+        kernels.policy_rows(
+            argument(rows, scaling), pointer(targets), 0, *[ctypes.c_float(0)] * 3, 0, *[ctypes.c_float(0)] * 2,
+            pointer(given), pointer(given), None, None, None, 0, ctypes.c_int64(0), pointer(logp), pointer(entropy),
+        )
+    )  # fmt: skip
+    of_target = torch.zeros(n, v)
+    of_target[:, :40], of_target[:, 39] = -1 / 40, 1 - 1 / 40
+    chain = 1 / 0.75 if scaling else 1.0
+    torch.testing.assert_close(
+        rows.float(), of_target * chain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
+    )
+    filters: dict[str, float]
+    for filters in ({}, {"top_k": 60}, {"top_p": 0.9}, {"min_p": 0.5}):
+        seed, ids, out = torch.tensor(4), torch.arange(n), (torch.empty(n, dtype=torch.int64), *torch.empty(4, n))
+        raise_if(
+            kernels.sample_rows(
+                argument(z, scaling), *map(pointer, (seed, ids, ids)), ctypes.c_int64(int(filters.get("top_k", 0))),
+                ctypes.c_double(filters.get("top_p", 1.0)), ctypes.c_float(filters.get("min_p", 0.0)),
+                *map(pointer, out),
+            )
+        )  # fmt: skip
+        assert bool((out[0] < 40).all()), filters
+        torch.testing.assert_close(-out[1], torch.full((n,), 40.0).log())
+
+
+@pytest.mark.parametrize("scaling", [{}, {"temperature": "rows"}], ids=str)
+@pytest.mark.parametrize("kind", ["given", "reinforce", "ppo"])
+def test_a_target_that_cannot_be_drawn(kernels: ctypes.CDLL, kind: str, scaling: dict[str, Any]) -> None:
+    """A target's logit of -inf: log-probability -inf, and finite gradients, entropy's too."""
+    n, v = 3, 300
+    z, targets = torch.randn(n, v), torch.tensor([7, 8, 299])
+    z[range(n), targets] = -torch.inf
+    scaling = {k: torch.ones(n) for k in scaling}
+    logp, entropy, behavior = torch.empty(n), torch.empty(n), torch.full((n,), -5.0)
+    first, second = torch.tensor([1.0, 2.0, -0.5]), torch.tensor([0.5, 1.0, 2.0])
+    number, coefficient = {"given": 0, "reinforce": 1, "ppo": 3}[kind], 0.25
+    rows = z.clone()
+    raise_if(
+        kernels.policy_rows(
+            argument(rows, scaling), pointer(targets), number, *map(ctypes.c_float, (0.8, 1.2, 0.0)), 0,
+            *map(ctypes.c_float, (0.0, coefficient)), pointer(first), pointer(second),
+            pointer(behavior if kind == "ppo" else None), None, None, 0, ctypes.c_int64(0), pointer(logp),
+            pointer(entropy),
+        )
+    )  # fmt: skip
+    assert torch.equal(logp, torch.full((n,), -torch.inf))
+    p, finite = torch.softmax(z.double(), -1), torch.log_softmax(z.double(), -1).nan_to_num(neginf=0.0)
+    c = {"given": first, "reinforce": -first * second, "ppo": torch.tensor([0.0, 0.0, 0.0])}[kind].double()
+    e = (-second if kind == "given" else coefficient * second).double()
+    hot = torch.nn.functional.one_hot(targets, v)
+    of_entropy = p * (finite - (p * finite).sum(-1, keepdim=True))
+    torch.testing.assert_close(rows.double(), c[:, None] * (hot - p) + e[:, None] * of_entropy, rtol=1e-4, atol=1e-7)
 
 
 def test_gradient_memory_is_checked(kernels: ctypes.CDLL) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from architectures import CONFIGS, own_logprobs
@@ -42,10 +44,17 @@ def test_packed_log_probabilities_are_the_models_own(name: str) -> None:
     got = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     (torch.cat([own_logprobs(model, s) for s in sequences]) * weights).sum().backward()
+    truth = copy.deepcopy(model).double()
+    truth.zero_grad()
+    (torch.cat([own_logprobs(truth, s) for s in sequences]) * weights).sum().backward()
     scale_of = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
-    for key, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(got[key] / scale_of, parameter.grad / scale_of, atol=1e-5, rtol=0, msg=key)
+    for (key, parameter), exact in zip(model.named_parameters(), truth.parameters(), strict=True):
+        if parameter.grad is not None and exact.grad is not None:
+            # Granite multiplies its embeddings by 12: on some processors the model's own float32 is further than the
+            # usual bound from float64, and then twice its error is what is allowed, as everywhere.
+            plain_error = float((parameter.grad - exact.grad).abs().max()) / scale_of
+            atol = max(1e-5, 2 * plain_error)
+            torch.testing.assert_close(got[key] / scale_of, parameter.grad / scale_of, atol=atol, rtol=0, msg=key)
 
 
 def test_architectures_with_an_attention_interface_are_packed_without_padding() -> None:

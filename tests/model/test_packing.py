@@ -148,7 +148,7 @@ def test_when_torchs_attention_of_packed_sequences_is_taken() -> None:
 
 def test_torchs_attention_of_packed_sequences_is_called_as_it_defines(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its definition written out in PyTorch in its place, window and grouped queries included."""
-    from bandit_rft import packing as module
+    from bandit_rft.model import packing as module
 
     def defined(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, scale: float,

@@ -8,8 +8,8 @@ from architectures import CONFIGS
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from bandit_rft import ops, verify
-from bandit_rft.model import Policy
+from bandit_rft import ops
+from bandit_rft.model import Policy, verify
 from bandit_rft.model.twin import _spread
 from bandit_rft.model.verify import verify_sequence
 

@@ -1,6 +1,10 @@
-// The CUDA kernels' own source, compiled for the CPU, behind C functions for tests/csrc/test_device_math.py.
+// The CUDA kernels' own source, compiled for the CPU: behind C functions for tests/csrc/test_device_math.py, and behind
+// their own bindings, as a Python module that reads CPU memory, for tests/csrc/test_bindings.py.
+#include "../../csrc/cuda/exports.cpp"
 #include "../../csrc/cuda/policy_rows.cu"
 #include "../../csrc/cuda/sample_rows.cu"
+
+PYBIND11_MODULE(emulated_cuda, module) { bandit_rft::cuda::add_exports(module); }
 
 using namespace bandit_rft;
 

@@ -337,3 +337,11 @@ def test_rollouts_in_files_of_many_rounds_are_found(tmp_path: Path) -> None:
     run = load_run(folder)
     assert [row["round"] for row in run.rollouts] == [round_ for round_ in range(1, 6) for _ in range(4)]
     assert run.rollout_note == "All 20 rollouts of 5 round(s)."
+
+
+def test_prompts_that_were_left_out_are_said(tmp_path: Path) -> None:
+    first = {"round": 0, "prompts/filtered": 1200, "eval/test/pass@1": 0.1, "eval/test/filtered": 3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps({"round": 1, "reward": 0.5}) + "\n")
+    text = write_report(tmp_path).read_text()
+    assert "1,200 prompts of train are longer than max_prompt_length and were left out." in text
+    assert "3 prompts of test are longer" in text

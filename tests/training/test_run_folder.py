@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from tiny_models import save_tiny_llama, sums
 from tiny_rewards import everything
 
-from bandit_rft.checkpoint import LayoutError, latest_checkpoint, list_checkpoints, read_state
+from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.metrics import MetricsLog, parse_metrics, read_metrics
 from bandit_rft.rollout_batch import RolloutBatch
@@ -229,3 +230,130 @@ def test_a_checkpoint_of_another_layout_is_refused_by_name(configure: Callable[.
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(LayoutError, match="keeps rollouts in layout 1"):
         latest_checkpoint(folder / "checkpoints")
+
+
+# --- a folder that was damaged, or is not the checkpoint's ------------------------------------------------------------
+
+
+def stored_rounds(folder: RunFolder) -> list[int]:
+    return sorted(i for p in folder.rollouts.glob("*.parquet") for i in pq.read_table(p)["round"].to_pylist())
+
+
+def edit_state(checkpoint: Path, **changes: Any) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, **changes}))
+
+
+def test_a_clock_that_was_set_back_costs_no_checkpoint(configure: Callable[..., Config]) -> None:
+    """The checkpoint just written is the newest, whatever the clock says: never rotated out, and continued from."""
+    folder = run(configure(max_rounds=2, save_steps=1)).folder
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        edit_state(checkpoint, written_ns=4 * 10**18 + int(checkpoint.name[-1]))
+    run(configure(max_rounds=4, save_steps=1))
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": "x"}, {"position": -1}, {"seconds": None}, {"kl_coef": "a"}, {"layout": "2"}, {"config": []},
+        {"data": [1]}, {"data": {"train": {"rows": 3}}}, {"round": True}, {"round": -1}, {"generated_tokens": 1.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_that_says_nonsense_is_a_broken_checkpoint(
+    configure: Callable[..., Config], changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run(configure(max_rounds=2, save_steps=1)).folder
+    newest = folder / "checkpoints" / "checkpoint-2"
+    edit_state(newest, **changes)
+    with pytest.raises(CheckpointError, match=f"no readable state.json .{next(iter(changes))} is"):
+        read_state(newest)
+    with caplog.at_level(logging.WARNING):
+        run(configure(max_rounds=3, save_steps=1))
+    assert "falling back to the checkpoint before it" in caplog.text and rounds(folder) == [0, 1, 2, 3]
+
+
+def test_a_file_named_like_a_checkpoint_stops_no_rotation(configure: Callable[..., Config]) -> None:
+    folder = run(configure(max_rounds=2, save_steps=1)).folder
+    stray = folder / "checkpoints" / "checkpoint-0"
+    stray.write_text("no folder")
+    os.utime(stray, (1, 1))
+    run(configure(max_rounds=3, save_steps=1))
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_checkpoint_of_another_folder_is_not_mixed_into_a_run(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    other = run(configure(max_rounds=2, save_steps=1, output_dir=str(tmp_path / "other"))).folder
+    folder = run(configure(max_rounds=2, save_steps=1)).folder
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(configure(max_rounds=3, resume=str(other / "checkpoints" / "checkpoint-1")))
+    assert (folder / "metrics.jsonl").read_bytes() == before and len(list_checkpoints(folder / "checkpoints")) == 2
+    run(configure(max_rounds=3, output_dir=str(tmp_path / "new"), resume=str(other / "checkpoints" / "checkpoint-1")))
+    assert rounds(tmp_path / "new") == [2, 3]
+
+
+def test_never_refuses_a_folder_that_has_only_checkpoints(configure: Callable[..., Config]) -> None:
+    folder = run(configure(max_rounds=1)).folder
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="resume=never"):
+        run(configure(max_rounds=2, resume="never"))
+    assert list_checkpoints(folder / "checkpoints")
+
+
+def test_a_set_aside_folder_that_was_removed_frees_no_number(tmp_path: Path) -> None:
+    (tmp_path / "set-aside" / "002-after-round-0").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0}\n{"round": 1}\n')
+    RunFolder(tmp_path).set_aside(0)
+    assert rounds(tmp_path / "set-aside" / "003-after-round-0") == [0, 1]
+
+
+def test_doubled_lines_and_rounds_that_are_none(tmp_path: Path) -> None:
+    """One line a round remains, the last; the file as it was is kept."""
+    lines = [*({"round": i, "loss": 0.0} for i in (0, 2, 1)), {"round": 1, "loss": 1.0}, {"round": True}, {"round": -3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert parse_metrics(tmp_path)[1] == 2
+    RunFolder(tmp_path).set_aside(2)
+    MetricsLog(tmp_path, from_round=2).close()
+    assert rounds(tmp_path) == [0, 1, 2] and read_metrics(tmp_path)[1]["loss"] == 1.0
+    (aside,) = (tmp_path / "set-aside").iterdir()
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_kill_while_rollouts_are_merged_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, unlink, removed = RunFolder(tmp_path), Path.unlink, 0
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        nonlocal removed
+        if removed == 3:
+            raise KeyboardInterrupt
+        removed += 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        for number in range(1, ROUNDS_A_FILE + 1):
+            write_round(folder, number)
+    folder.set_aside(ROUNDS_A_FILE)
+    for number in range(ROUNDS_A_FILE + 1, 2 * ROUNDS_A_FILE + 1):
+        write_round(folder, number)
+    assert stored_rounds(folder) == list(range(1, 2 * ROUNDS_A_FILE + 1))
+
+
+def test_a_damaged_file_of_rollouts_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, n = RunFolder(tmp_path), ROUNDS_A_FILE
+    for number in range(1, n):
+        write_round(folder, number)
+    damaged = folder.rollouts / "round-000007.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    for number in range(n, 2 * n + 1):
+        write_round(folder, number)
+    assert stored_rounds(folder) == [i for i in range(1, 2 * n + 1) if i != 7]
+    assert damaged.with_name("round-000007.parquet.damaged").exists() and "cannot be read" in caplog.text
+    many = sorted(folder.rollouts.glob("rounds-*.parquet"))[-1]
+    many.write_bytes(many.read_bytes()[:-20])
+    folder.set_aside(n + 2)
+    assert list((tmp_path / "set-aside").rglob(many.name)) and not many.exists()
