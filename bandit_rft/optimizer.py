@@ -80,8 +80,8 @@ class PolicyOptimizer:
     def step(self) -> Tensor:
         """Clip, update, and clear the gradients.
 
-        A norm that is not finite leaves weights and moments untouched. On a CPU it raises at once; elsewhere nothing here
-        waits for the device, which refuses this step and all later ones until `check`.
+        A norm that is not finite leaves weights and moments untouched. On a CPU it raises at once; elsewhere nothing
+        here waits for the device, which refuses this step and all later ones until `check`.
 
         Returns:
             The gradients' norm before clipping, 0-d.
