@@ -25,9 +25,11 @@ pytestmark = pytest.mark.slow  # trainers that are killed
 
 #: Kills in each of the two tests below; an hour's worth on demand: BANDIT_RFT_KILLS=100.
 KILLS = int(os.environ.get("BANDIT_RFT_KILLS", "20"))
+#: Enough that a run which gets a little further between kills is not over before the last of them.
+ROUNDS = 40 if KILLS <= 20 else 3 * KILLS
 #: Everything that is remembered across rounds, at once: reward history, replay, several updates, a moving coefficient.
 REMEMBERING = {
-    "preset": "minimal", "task": "arithmetic", "device": "cpu", "batch_size": 6, "max_rounds": 40,
+    "preset": "minimal", "task": "arithmetic", "device": "cpu", "batch_size": 6, "max_rounds": ROUNDS,
     "learning_rate": 1e-3, "max_prompt_length": 12, "max_completion_length": 8, "save_steps": 1, "eval_steps": 10,
     "evaluation.max_queries": 3, "evaluation.greedy": False, "log_rollouts_steps": 0,
     "advantage": "history_norm", "replay.capacity": 30, "replay.max_staleness": 6, "update.epochs": 2,
@@ -76,7 +78,7 @@ def whole(trainers: Trainers, values: Values, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def ends_like(folder: Path, whole: Path, rounds: int = 40) -> None:
+def ends_like(folder: Path, whole: Path, rounds: int = ROUNDS) -> None:
     def lines(of: Path) -> list[Values]:
         return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in read_metrics(of)]
 
