@@ -161,7 +161,12 @@ def fusing(device: torch.device, dtype: torch.dtype) -> Backend | None:
 
 
 def scaling(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that scales a gradient in place: on a GPU triton, whichever serves the rows."""
+    """The name of the backend that scales a gradient in place: on a GPU triton, whichever serves the rows.
+
+    A compiler that traces the call sees PyTorch's product, which it can fuse.
+    """
+    if torch.compiler.is_compiling():
+        return "torch"
     if device.type != "cuda" or _forced.get() or os.environ.get("BANDIT_RFT_BACKEND"):
         return select(device, dtype)
     serves = _ENTRIES["triton"].refusal(Call(device.type, dtype, _index(device))) is None

@@ -219,7 +219,7 @@ import bandit_rft.cli
 from bandit_rft.model import Policy
 from bandit_rft.tasks import load_task
 out, options = {}, {"config": "main", "test_size": 0}
-task = load_task("dataset", data_path="openai/gsm8k", seed=0, options=options, reward=["gsm8k"])
+task = load_task("dataset", data_path="openai/gsm8k", seed=0, options=options, reward=["exact_match"])
 out["sizes"] = {name: len(examples) for name, examples in task.splits.items()}
 out["columns"] = sorted(task.splits["train"][0].columns)
 for name, call in {
