@@ -67,14 +67,15 @@ class SpotCheck:
     Args:
         steps: rounds between checks; 0: never.
         limit: largest relative error; None: by dtype, VERIFY_ERROR.
+        seed: chooses the rollouts, with the round.
+        objective: whose loss is checked; its terms that need another policy (ratio, KL) are left out.
     """
 
-    def __init__(self, steps: int, limit: float | None, seed: int):
+    def __init__(self, steps: int, limit: float | None, seed: int, objective: ops.PolicyObjective):
         self.steps, self.limit, self.seed = steps, limit, seed
+        self.objective = ops.PolicyObjective(objective.kind, objective.aggregation, norm_length=objective.norm_length)
 
-    def __call__(
-        self, policy: Policy, batch: RolloutBatch, objective: ops.PolicyObjective, temperature: float, number: int
-    ) -> Metrics:
+    def __call__(self, policy: Policy, batch: RolloutBatch, temperature: float, number: int) -> Metrics:
         """Check one rollout of round `number`, chosen by seed and round; {} where there is nothing to check.
 
         Raises:
@@ -86,9 +87,8 @@ class SpotCheck:
         one = batch.select([row])
         try:
             found = verify_sequence(
-                policy, one.prompt_lists()[0], one.token_lists()[0], temperature=temperature,
-                objective=ops.PolicyObjective(objective.kind, objective.aggregation, norm_length=objective.norm_length),
-            )  # fmt: skip
+                policy, one.prompt_lists()[0], one.token_lists()[0], objective=self.objective, temperature=temperature
+            )
         except torch.OutOfMemoryError:
             logger.warning("verify_steps: no memory to compute one rollout by plain PyTorch: no more checks")
             self.steps = 0

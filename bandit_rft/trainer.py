@@ -158,7 +158,7 @@ class Trainer:
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.updater.objective, self.config.temperature, number)
+            checked = self.spot_check(self.policy, batch, self.config.temperature, number)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {
@@ -322,7 +322,7 @@ class Trainer:
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
         self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
         self.engine = make_engine(self.policy, config)
-        self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed)
+        self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed, self.updater.objective)
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -136,14 +137,16 @@ def test_killed_and_continued_from_any_checkpoint(
         older += resume not in ("auto", str(saved[-1]) if saved else "")
 
         def kill(pid: int) -> None:
-            start, written = time.monotonic(), (tmp_path / "metrics.jsonl").exists()
-            known = (tmp_path / "metrics.jsonl").stat().st_mtime_ns if written else 0
-            while time.monotonic() - start < 20:  # until the metrics are opened again, or for the first time
-                if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_mtime_ns != known:
+            start, known = time.monotonic(), time.time_ns()
+            while (
+                time.monotonic() - start < 20
+            ):  # until it has saved again: it may have started anew or from further back
+                if any(path.stat().st_mtime_ns > known for path in (tmp_path / "checkpoints").glob("checkpoint-*")):
                     break
                 time.sleep(0.002)
-            time.sleep(random_source.uniform(0, 10 * typical))
-            os.kill(pid, signal.SIGKILL)
+            time.sleep(random_source.uniform(0, 2 * typical))
+            with contextlib.suppress(ProcessLookupError):  # it was done already
+                os.kill(pid, signal.SIGKILL)
 
         assert trainers.run({**values, "resume": resume}, kill) in (-signal.SIGKILL, 0)
         lines = [line["round"] for line in read_metrics(tmp_path)]
