@@ -378,7 +378,7 @@ def train(folder: Path, output: Path, graded: Any, table: dict[str, PolicyObject
         "batch_size": 4, "num_generations": 3, "max_rounds": 4, "learning_rate": 3e-3, "temperature": TEMPERATURE,
         "max_prompt_length": 12, "max_completion_length": 6, "tokens_per_microbatch": 70, "save_steps": 0,
         "eval_steps": 0, "evaluation.max_queries": 1, "evaluation.splits": ["test"], "device": "cpu",
-        "replay.window": WINDOW, "log_rollouts_steps": 0, "rollout.max_logprob_gap": 0, **overrides,  # weights are moved
+        "replay.window": WINDOW, "log_rollouts_steps": 0, "rollout.max_logprob_gap": 0, **overrides,
     }  # fmt: skip
     task = sums(4)  # every round is an epoch: what a query is remembered for acts from the second on
     task = Task(task.name, task.splits, [graded])
