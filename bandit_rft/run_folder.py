@@ -40,6 +40,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints, self.rollouts = self.path / "checkpoints", self.path / "rollouts"
         self.evaluations = self.path / "evaluations"
+        self._singles: int | None = None  # files of one round's rollouts; None: to be counted
 
     @contextmanager
     def lock(self, wait_s: float = 0.0) -> Iterator[None]:
@@ -100,6 +101,7 @@ class RunFolder:
         Nothing is deleted: later checkpoints, rollouts and evaluations, and metrics.jsonl as it was, with torn and
         doubled lines, go to a folder of their own, whose name a warning says.
         """
+        self._singles = None
         last = -1 if after is None else after
         self._finish_merge()
         logged = [*self.rollouts.glob("round*.parquet"), *self.evaluations.glob("round-*.parquet")]
@@ -154,9 +156,12 @@ class RunFolder:
                 "truncated": ("bool", batch.truncated.tolist()),
             },
         )
-        singles = sorted(self.rollouts.glob("round-*.parquet"))
-        if len(singles) >= ROUNDS_A_FILE:
-            self._merge(singles)
+        # A look at the folder in every round would cost more than the file.
+        counted = self._singles
+        self._singles = len(list(self.rollouts.glob("round-*.parquet"))) if counted is None else counted + 1
+        if self._singles >= ROUNDS_A_FILE:
+            self._merge(sorted(self.rollouts.glob("round-*.parquet")))
+            self._singles = None
 
     def _merge(self, singles: Sequence[Path]) -> None:
         """Many rounds' files as one, a row group a round; the many go only after the one is whole."""
