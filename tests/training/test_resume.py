@@ -47,11 +47,15 @@ class Trainers:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [sys.executable, str(SUPPORT / "trainer_process.py")], text=True, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors.open("w"), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors.open("a"), start_new_session=True,
         )  # fmt: skip
 
     def run(self, values: Values, meanwhile: Callable[[int], None] = lambda pid: None) -> int:
-        """Train; `meanwhile` is told the process id. Returns the exit status (negative: the signal that killed it)."""
+        """Train; `meanwhile` is told the process id. Returns the exit status (negative: the signal that killed it).
+
+        `errors` then holds what this run wrote and nothing older: its file, too, counts for `file_size_limit`.
+        """
+        os.truncate(self.errors, 0)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(values) + "\n")
         self.process.stdin.flush()
