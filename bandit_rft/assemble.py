@@ -20,7 +20,7 @@ from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardRunner
 from bandit_rft.rollout import RolloutEngine
-from bandit_rft.tasks import Task
+from bandit_rft.tasks import Task, load_task
 from bandit_rft.text import LIMIT, printable
 from bandit_rft.update import PolicyUpdater
 
@@ -161,6 +161,14 @@ def make_updater(
         tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
         minibatches=config.update.minibatches, seed=config.seed,
         max_logprob_gap=LOGPROB_GAP[policy.weight.dtype] if gap is None else gap,
+    )  # fmt: skip
+
+
+def configured_task(config: Config) -> Task:
+    """The task that a configuration names, with its further evaluation files."""
+    return load_task(
+        config.task, data_path=config.data_path, seed=config.seed, reward=config.reward.functions or None,
+        options=config.task_options, evaluation_files=config.evaluation.files,
     )  # fmt: skip
 
 

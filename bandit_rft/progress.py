@@ -27,6 +27,28 @@ if TYPE_CHECKING:
 SMOOTHING = 0.9  # of the shown reward and length, a round
 
 
+class Count:
+    """How much of something is done, and how long the rest will take at that rate."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._begun = self._shown = time.monotonic()
+
+    def add(self, count: int, total: int) -> str:
+        """So much more is done; "512 of 8,792, 0:41 left"."""
+        self.done += count
+        left = (time.monotonic() - self._begun) / max(1, self.done) * (total - self.done)
+        return f"{self.done:,} of {total:,}" + (f", {duration(left)} left" if self.done < total else "")
+
+    def due(self, every: float = 10.0) -> bool:
+        """Whether a line about it is due where lines stay: one every ten seconds."""
+        now = time.monotonic()
+        if now - self._shown < every:
+            return False
+        self._shown = now
+        return True
+
+
 class ConsoleListener(Listener):
     """Shows a run: a live line in a terminal, plain lines (about one every two seconds, all evaluations) elsewhere."""
 
@@ -37,6 +59,7 @@ class ConsoleListener(Listener):
         self._pass_at_1: dict[str, float] = {}
         self._last_line = -1e9
         self._line = ""
+        self._count = Count()
         self._rounds = config.max_rounds  # until the trainer knows better
         self._progress: Progress | None = None
         self._live: Live
@@ -89,8 +112,17 @@ class ConsoleListener(Listener):
 
     def phase(self, name: str) -> None:
         """Show the current phase."""
+        self._count = Count()
         if self._progress is not None:
             self._progress.update(self._task, description=f"{name:<8}")
+
+    def evaluated(self, count: int, total: int) -> None:
+        """Show how far an evaluation is, and how long it will take."""
+        text = self._count.add(count, total)
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"evaluate {text}")
+        elif self._count.due():
+            self.say(f"evaluation: {text}")
 
     def round_done(self, metrics: dict[str, Any]) -> None:
         """Show a round's numbers."""
@@ -112,7 +144,7 @@ class ConsoleListener(Listener):
             left = ""
             seconds = (metrics.get("seconds/round") or 0.0) - (metrics.get("seconds/evaluate") or 0.0)
             if self._progress is None and number:
-                left = f"  {_duration((self._rounds - number) * seconds)} left"
+                left = f"  {duration((self._rounds - number) * seconds)} left"
             self.say(f"round {number}/{self._rounds}  {numbers}{left}")
 
     def _numbers(self, metrics: dict[str, Any]) -> str:
@@ -167,7 +199,8 @@ def _short(text: str, limit: int = 600) -> str:
     return printable(text, limit)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -79,6 +79,17 @@ class RunData:
             if difference:
                 logger.warning("evaluation before and after %s is on different data (%s)", checkpoint, difference)
 
+    def explain_overlap(self) -> None:
+        """Say so where an evaluation other than of "train" asks questions that are trained on."""
+        trained = {prompt_text(example.prompt) for example in self.train.examples}
+        for prompts in self.evaluation:
+            shared = sum(prompt_text(example.prompt) in trained for example in prompts.examples)
+            if shared and prompts.name != "train":
+                logger.warning(
+                    "%d of %d prompts of %s are training prompts, too: it says little of new questions",
+                    shared, len(prompts), prompts.name,
+                )  # fmt: skip
+
     def explain_budget(self) -> None:
         """Say so where max_rounds ends the run before the passes that were asked for."""
         if self.last_position is not None and self.config.max_rounds * self.config.batch_size < self.last_position:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     check_course,
+    configured_task,
     load_policy,
     load_reference,
     make_engine,
@@ -30,6 +32,7 @@ from bandit_rft.assemble import (
     new_policy,
     resolve_dtype,
 )
+from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, advantage_options, check_config, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
@@ -57,7 +60,7 @@ from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
 from bandit_rft.selection import constant_groups, most_varied
-from bandit_rft.tasks import Task, load_task
+from bandit_rft.tasks import Task
 from bandit_rft.tasks.checks import check_task
 from bandit_rft.update import score_rollouts
 
@@ -99,8 +102,7 @@ class Trainer:
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
         self._saving: Metrics = {}
-        options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
-        self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
+        self.task = task or configured_task(config)
         if task is not None:
             check_task(task)
         self._given_policy = policy
@@ -333,6 +335,7 @@ class Trainer:
         if self.memory is not None:
             self.data.explain_history()
         self.data.explain_budget()
+        self.data.explain_overlap()
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
@@ -382,11 +385,12 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """Measure every evaluation split with the current weights and keep the completions."""
         metrics: Metrics = {}
+        e, total = self.config.evaluation, evaluation_rollouts(self.config, map(len, self.data.evaluation))
         for prompts in self.data.evaluation:
-            e = self.config.evaluation
             result = evaluate(
                 self.engine, self.scorer, prompts,
                 seed=self.config.seed, num_samples=e.num_samples, temperature=e.temperature, greedy=e.greedy,
+                drawn=partial(self.listener.evaluated, total=total),
             )  # fmt: skip
             metrics |= result.metrics
             write_parquet(
