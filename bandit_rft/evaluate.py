@@ -7,13 +7,18 @@ their noise, so their differences are the policy's, and a saved checkpoint evalu
 from __future__ import annotations
 
 import math
+import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from bandit_rft.assemble import configured_task, load_policy, make_engine, make_scorer
+from bandit_rft.budget import evaluation_rollouts
+from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import PromptSet, completion_texts, prompt_text, score
 from bandit_rft.intervals import Interval, reward_interval
 from bandit_rft.metrics import Metrics
@@ -147,6 +152,54 @@ def _draw(
     back = (np.argsort(order)[:, None] * count + np.arange(count)).reshape(-1)  # in the order of the questions
     joined = RolloutBatch.cat(batches).select(back)
     return joined, [rewards[i] for i in back], [texts[i] for i in back]
+
+
+@dataclass(frozen=True)
+class EvaluatedSplit:
+    """One split of `evaluate_splits`: its name, how many questions, how many were left out as too long, seconds."""
+
+    name: str
+    questions: int
+    filtered: int
+    seconds: float
+    evaluation: Evaluation
+
+
+def evaluate_splits(config: Config, drawn: Callable[..., None] = lambda count, total: None) -> Iterator[EvaluatedSplit]:
+    """Evaluate the model that a configuration names, on its splits, one after another.
+
+    Args:
+        config: checked.
+        drawn: drawn(count, total=total), told how many more completions were drawn and scored, of how many in all.
+
+    Raises:
+        ConfigError: for a split that the task does not have.
+    """
+    task = configured_task(config)
+    policy = load_policy(config.model_name_or_path, config)
+    if policy.tokenizer is None:
+        raise ConfigError(f"model_name_or_path={config.model_name_or_path} has no tokenizer")
+    e, engine = config.evaluation, make_engine(policy, config)
+    names = e.splits or list(task.splits)
+    if missing := [name for name in names if name not in task.splits]:
+        raise ConfigError(f"evaluation.splits: {missing[0]!r} is none of {', '.join(task.splits)}")
+    splits = [
+        PromptSet(
+            name, task.splits[name], policy.tokenizer, chat_template=config.chat_template,
+            max_prompt_length=config.max_prompt_length, limit=e.max_queries,
+        )
+        for name in names
+    ]  # fmt: skip
+    total = evaluation_rollouts(config, map(len, splits))
+    with make_scorer(task, config) as scorer:
+        for prompts in splits:
+            start = time.perf_counter()
+            result = evaluate(
+                engine, scorer, prompts, seed=config.seed, num_samples=e.num_samples, temperature=e.temperature,
+                greedy=e.greedy, drawn=partial(drawn, total=total),
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            yield EvaluatedSplit(prompts.name, len(prompts), prompts.filtered, round(seconds, 3), result)
 
 
 def best_of_k(rewards: Sequence[float], k: int) -> float:

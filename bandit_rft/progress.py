@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,11 @@ from bandit_rft.text import printable
 
 if TYPE_CHECKING:
     from bandit_rft.config import Config
+    from bandit_rft.evaluate import EvaluatedSplit
     from bandit_rft.trainer import Trainer
 
+#: Names in the table of an evaluation, so that three splits fit beside each other.
+SHORT = {"mean_length": "length", "truncated_fraction": "truncated"}
 SMOOTHING = 0.9  # of the shown reward and length, a round
 
 
@@ -159,6 +162,74 @@ class ConsoleListener(Listener):
         if busy:
             parts.append(f"{metrics['tokens/generated'] / busy:,.0f} tok/s")
         return "  ".join(parts)
+
+
+class EvaluationProgress:
+    """How far `bandit-rft eval` is: a live line in a terminal, else a line every ten seconds."""
+
+    def __init__(self, console: Console):
+        self.console, self._count = console, Count()
+        self._status = console.status("loading") if console.is_terminal else None
+
+    def __enter__(self) -> EvaluationProgress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def drawn(self, count: int, total: int) -> None:
+        """So many more completions are drawn and scored."""
+        if not self._count.done:
+            self._count = Count()  # the clock starts once everything is loaded
+        text = f"evaluation: {self._count.add(count, total)}"
+        if self._status is not None:
+            self._status.update(Text(text))
+        elif self._count.due():
+            self.console.print(Text(text))
+
+
+def evaluation_line(split: EvaluatedSplit) -> dict[str, Any]:
+    """One split as `bandit-rft eval --json` prints it."""
+    result = split.evaluation
+    intervals = {f"eval/{split.name}/{name}": list(interval) for name, interval in result.intervals.items()}
+    return {
+        "split": split.name, "questions": split.questions, "filtered": split.filtered, **result.metrics,
+        "intervals": intervals, "seconds": split.seconds,
+    }  # fmt: skip
+
+
+def show_evaluations(title: str, splits: Sequence[EvaluatedSplit], console: Console) -> None:
+    """Print what was measured, a column a split, with 95% intervals over questions where they can be given."""
+    console.print(Text(printable(title, one_line=True)), soft_wrap=True)
+    table = Table("", box=None, pad_edge=False)
+    for split in splits:
+        table.add_column(Text(split.name))
+    of_split = [(split, {k.split("/", 2)[2]: v for k, v in split.evaluation.metrics.items()}) for split in splits]
+    table.add_row("questions", *(f"{split.questions:,}" for split in splits))
+    if any(split.filtered for split in splits):
+        table.add_row("too long", *(f"{split.filtered:,}" for split in splits))
+    binary = all(split.evaluation.binary for split in splits)
+    for name in dict.fromkeys(name for _, values in of_split for name in values):
+        if name == "unscored" and not any(values.get(name) for _, values in of_split):
+            continue
+        shown = SHORT.get(name, name.replace("pass@", "Pass@"))
+        if not binary:
+            shown = shown.replace("Pass@1", "mean reward").replace("Pass@", "best of ")
+        cells = [_with_interval(values.get(name), split.evaluation.intervals.get(name)) for split, values in of_split]
+        table.add_row(shown, *cells)
+    table.add_row("seconds", *(f"{split.seconds:.1f}" for split in splits))
+    console.print(table)
+    console.print(Text("[ ]: 95% interval over questions, one draw of the samples"))
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> Text:
+    if value is None:
+        return Text("-")
+    number = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    return Text(number if interval is None else f"{number} [{interval[0]:.3f}, {interval[1]:.3f}]")
 
 
 def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, console: Console | None = None) -> None:

@@ -12,6 +12,7 @@ report.html
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import filelock
 
-from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import MAY_CHANGE, ConfigError
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
 from bandit_rft.rollout_batch import RolloutBatch
@@ -195,6 +196,56 @@ class RunFolder:
             name = f"rounds-{kept[0]:06d}-{last:06d}.parquet"
             _write_row_groups(self.rollouts / name, [tables[number] for number in kept])
         path.unlink()
+
+
+def checkpoint_of(path: Path, *, best: bool = False) -> tuple[Path, str]:
+    """The checkpoint that is meant by a run's folder or by a checkpoint's own, and what it is called.
+
+    Args:
+        path: a run's folder, or any folder with a model.
+        best: of a run, the kept checkpoint whose evaluation had the highest Pass@1 (on "test" where there is one, else
+            on the first split that is not "train"), not the one that was written last.
+
+    Raises:
+        ConfigError: the run has no intact checkpoint, or none that was evaluated.
+    """
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        if best:
+            raise ConfigError(f"{path} is a model, not a run: there is no best checkpoint to choose")
+        return path, str(path)
+    kept = list[Path]()
+    for checkpoint in list_checkpoints(path / "checkpoints"):
+        try:
+            read_state(checkpoint)
+        except LayoutError:  # of use for continuing a run alone
+            pass
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            continue
+        kept.append(checkpoint)
+    if not kept:
+        raise ConfigError(f"{path / 'checkpoints'} holds no intact checkpoint")
+    if not best:
+        return kept[-1], f"{kept[-1]}, the newest of {len(kept)}"
+    lines = {f"checkpoint-{line['round']}": line for line in read_metrics(path)}
+    measured = [(checkpoint, passes) for checkpoint in kept if (passes := _pass_at_1(lines.get(checkpoint.name, {})))]
+    if not measured:
+        raise ConfigError(f"no checkpoint in {path / 'checkpoints'} is of a round that was evaluated: see eval_steps")
+    splits = [split for _, passes in measured for split in passes if split != "train"] or ["train"]
+    split = "test" if "test" in splits else splits[0]
+    chosen, passes = max(measured, key=lambda found: found[1].get(split, -math.inf))
+    return chosen, (
+        f"{chosen}, the best of {len(measured)} on {split} ({passes[split]:.3f} while training; chosen by that number, "
+        "which flatters it)"
+    )
+
+
+def _pass_at_1(line: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key.split("/")[1]: value
+        for key, value in line.items()
+        if key.startswith("eval/") and key.endswith("/pass@1") and value is not None
+    }
 
 
 def _read_row_groups(path: Path) -> list[Any] | None:

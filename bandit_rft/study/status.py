@@ -122,8 +122,8 @@ def _cost_columns(cost: Cost) -> list[str]:
 class StudyProgress:
     """A live view in a terminal: all cells, and every cell at work with its round; elsewhere a line a cell."""
 
-    def __init__(self, plan: Plan, folder: Path, console: Console | None = None):
-        self.plan, self.folder = plan, folder
+    def __init__(self, plan: Plan, folder: Path, console: Console | None = None, *, verbose: bool = False):
+        self.plan, self.folder, self.verbose = plan, folder, verbose
         self.console = console or Console(highlight=False)
         self._totals: dict[str, int] = {}
         self._begun: dict[str, float] = {}
@@ -152,6 +152,8 @@ class StudyProgress:
         """A cell of this runner begins."""
         self._totals[cell.id] = config.max_rounds
         self._begun[cell.id] = time.monotonic()
+        if self.verbose:
+            self.console.print(f"started  {cell.id}", markup=False, soft_wrap=True)
 
     def ended(self, cell: PlannedCell, record: dict[str, Any]) -> None:
         """A cell of this runner ended; where no terminal is, or it failed, a line says so."""

@@ -89,9 +89,7 @@ def test_a_task_reads_further_files_as_its_own(tmp_path: Path) -> None:
         ("a=", "expected name=path"),
     ],
 )
-def test_names_that_cannot_be_are_refused_at_once(
-    configure: Callable[..., Config], files: str, message: str
-) -> None:
+def test_names_that_cannot_be_are_refused_at_once(configure: Callable[..., Config], files: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configure(**{"evaluation.files": files})
     assert message in str(caught.value)
