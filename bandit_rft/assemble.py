@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,8 +28,13 @@ from bandit_rft.update import PolicyUpdater
 logger = logging.getLogger(__name__)
 
 
-def load_policy(name_or_path: str, config: Config) -> Policy:
+def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -> Policy:
     """The policy a config names; arithmetic-base is the model that comes with the package.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        config: says where and in what precision.
+        base: of an adapter whose own config names a folder that is not there any more.
 
     Raises:
         ConfigError: for a device that torch does not know or have.
@@ -39,10 +45,10 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
             torch.empty(0, device=config.device)
         except Exception as error:
             raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
-    if name_or_path == "arithmetic-base":
-        name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
+    name_or_path = model_place(name_or_path)
+    moved = _moved_base(Path(name_or_path), model_place(base or config.model_name_or_path))
     try:
-        policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
+        policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device, base=moved)
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
@@ -52,6 +58,23 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
+
+
+def model_place(name_or_path: str) -> str:
+    """A model's folder or hub name."""
+    return (
+        str(Path(__file__).parent / "assets" / "arithmetic-base") if name_or_path == "arithmetic-base" else name_or_path
+    )
+
+
+def _moved_base(adapter: Path, base: str) -> str | None:
+    """`base`, for an adapter that names a folder as its base where there is none; None: what it names will do."""
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    usable = Path(base).is_dir() and not (Path(base) / "adapter_config.json").is_file()
+    return base if usable and isinstance(named, str) and not Path(named).is_dir() else None
 
 
 def resolve_dtype(config: Config) -> Literal["float32", "bfloat16", "float64"]:

@@ -1,4 +1,4 @@
-"""`bandit-rft train | eval | report | study | env | completion`. Nothing heavy is imported before the arguments are known good."""
+"""The commands of `bandit-rft`. Nothing heavy is imported before the arguments are known good."""
 
 from __future__ import annotations
 
@@ -117,20 +117,22 @@ def evaluate(given: argparse.Namespace) -> int:
 
     overrides, file = given.overrides, getattr(given, "config", None)
     found, title = "", ""  # the run's own configuration, which came with the checkpoint; what is evaluated
+    base = None  # what the run began with
     if "target" in given:
         target = Path(given.target)
         if not any((target / name).exists() for name in ("config.json", "adapter_config.json", "checkpoints")):
             raise UsageError(
-                f"{target} is no run folder (it has no checkpoints) and no model folder: it has neither config.json nor "
-                "adapter_config.json"
+                f"{target} is no run folder (it has no checkpoints) and no model folder (neither config.json nor "
+                "adapter_config.json)"
             )
         from bandit_rft.run_folder import checkpoint_of
 
         checkpoint, title = checkpoint_of(target, best="best" in given)
         overrides["model_name_or_path"] = str(checkpoint)
-        run = checkpoint.absolute().parent.parent / "config.yaml"
+        run = Path(os.path.relpath(checkpoint.absolute().parent.parent)) / "config.yaml"
         if file is None and run.is_file():
             file = found = str(run)
+            base = build_config({}, file, check=False).model_name_or_path or None
     elif "best" in given:
         raise UsageError("--best chooses among the checkpoints of a run: give its folder")
     config = build_config(overrides, file)
@@ -147,7 +149,7 @@ def evaluate(given: argparse.Namespace) -> int:
     with EvaluationProgress(console) as progress:
         from bandit_rft.evaluate import evaluate_splits
 
-        evaluations = evaluate_splits(config, progress.drawn)
+        evaluations = evaluate_splits(config, progress.drawn, base=base)
         if "json" in given:
             for evaluation in evaluations:
                 print(json.dumps(evaluation_line(evaluation)), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 
 from bandit_rft.arguments import make_parser, subcommands
 
@@ -36,11 +37,11 @@ def _describe(parser: argparse.ArgumentParser, file: dict[str, str]) -> None:
     from bandit_rft.presets import PRESETS
     from bandit_rft.tasks import TASKS
 
-    named = {"preset": PRESETS, "advantage": ADVANTAGES, "task": TASKS, "dry_run": ("probe",)}
+    named: dict[str, Iterable[str]] = {"preset": PRESETS, "advantage": ADVANTAGES, "task": TASKS, "dry_run": ("probe",)}
     known = keys()
     for action in parser._actions:
         key = known.get(action.dest)
-        values = named.get(action.dest) or (choices(key.kind) if key else ())
+        values = tuple(named.get(action.dest) or (choices(key.kind) if key else ()))
         if key is not None and key.switch:
             values = ("true", "false")
         if action.option_strings and values:

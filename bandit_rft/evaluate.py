@@ -165,18 +165,21 @@ class EvaluatedSplit:
     evaluation: Evaluation
 
 
-def evaluate_splits(config: Config, drawn: Callable[..., None] = lambda count, total: None) -> Iterator[EvaluatedSplit]:
+def evaluate_splits(
+    config: Config, drawn: Callable[..., None] = lambda count, total: None, *, base: str | None = None
+) -> Iterator[EvaluatedSplit]:
     """Evaluate the model that a configuration names, on its splits, one after another.
 
     Args:
         config: checked.
         drawn: drawn(count, total=total), told how many more completions were drawn and scored, of how many in all.
+        base: the model that the run began with, where what is evaluated is an adapter of it.
 
     Raises:
         ConfigError: for a split that the task does not have.
     """
     task = configured_task(config)
-    policy = load_policy(config.model_name_or_path, config)
+    policy = load_policy(config.model_name_or_path, config, base=base)
     if policy.tokenizer is None:
         raise ConfigError(f"model_name_or_path={config.model_name_or_path} has no tokenizer")
     e, engine = config.evaluation, make_engine(policy, config)

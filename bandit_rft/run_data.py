@@ -47,7 +47,8 @@ class RunData:
                 raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
         self.train = self._prompts("train")
         query_order(len(self.train), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
-        self.rounds, self.last_position = (f(config, len(self.train)) for f in (planned_rounds, last_position))
+        self.rounds = planned_rounds(config, len(self.train))
+        self.last_position = last_position(config, len(self.train))
         self.evaluation = [self._prompts(name, config.evaluation.max_queries) for name in names]
         self.fingerprints = {name: asdict(fingerprint(task.splits[name])) for name in {"train", *names}}
 

@@ -25,6 +25,7 @@ import filelock
 from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import MAY_CHANGE, ConfigError
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
+from bandit_rft.paths import same_place
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.text import printable
 
@@ -88,7 +89,7 @@ class RunFolder:
             return None
         found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
         if found is not None:
-            _refuse_other_run(found[1].get("config", {}), config, found[0])
+            _refuse_other_run(found[1], config, found[0], self.path)
         if resume != "auto" and used and Path(resume).resolve().parent != self.checkpoints.resolve():
             raise ConfigError(
                 f"resume={resume} lies outside of {self.checkpoints}, and output_dir={self.path} holds a run already: "
@@ -284,7 +285,7 @@ def _round_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_run(state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path) -> None:
     """Raise ConfigError when the checkpoint was made under settings that make this another run."""
 
     def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -296,8 +297,14 @@ def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], path: P
             out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
         return out
 
-    old, new = flat(before), flat(now)
-    changed = [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)]
+    old, new = flat(state.get("config", {})), flat(now)
+    saved_in = state.get("folder")
+    before = Path(saved_in) if isinstance(saved_in, str) else None
+    changed = [
+        f"{key}: {old[key]!r} -> {new.get(key)!r}"
+        for key in old
+        if old[key] != new.get(key) and not same_place(key, old[key], before, new.get(key), folder)
+    ]
     if changed:
         raise ConfigError(
             f"{path} was made with other settings ({'; '.join(changed)}): this would be neither run. Choose another "

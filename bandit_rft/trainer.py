@@ -53,6 +53,7 @@ from bandit_rft.metrics import (
 )
 from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
+from bandit_rft.paths import absolute, saved_tree
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import Sampling, sequence_ids
@@ -344,7 +345,7 @@ class Trainer:
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
         self.run_folder.set_aside(None if found is None else self.round)
-        (self.folder / "config.yaml").write_text(to_yaml(config))
+        (self.folder / "config.yaml").write_text(to_yaml(config, self.folder))
         self.log = MetricsLog(
             self.folder, from_round=None if found is None else self.round,
             trackers=open_trackers(config.report_to, self.folder, asdict(config)),
@@ -406,9 +407,10 @@ class Trainer:
             )
         self.log.sync()
         state = {
-            "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
-            "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
-            "seconds": self.seconds, "course": self.learning_rate.course,
+            "config": saved_tree(asdict(self.config), absolute), "folder": str(self.folder.resolve()),
+            "data": self.data.fingerprints, "torch": torch.__version__, "position": self.position,
+            "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+            "course": self.learning_rate.course,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()
