@@ -16,6 +16,7 @@ from bandit_rft.budget import schedule_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
 from bandit_rft.gates import LOGPROB_GAP
+from bandit_rft.hub import asking, check_place
 from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
@@ -46,9 +47,11 @@ def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -
         except Exception as error:
             raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
     name_or_path = model_place(name_or_path)
+    check_place("model_name_or_path", name_or_path)
     moved = _moved_base(Path(name_or_path), model_place(base or config.model_name_or_path))
     try:
-        policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device, base=moved)
+        with asking(name_or_path):
+            policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device, base=moved)
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory

@@ -29,7 +29,7 @@ def completion_script(shell: str) -> str:
     return script
 
 
-def _describe(parser: argparse.ArgumentParser, file: dict[str, str]) -> None:
+def _describe(parser: argparse.ArgumentParser, file: object) -> None:
     """Say of every flag what may stand behind it."""
     from bandit_rft.advantages import ADVANTAGES
     from bandit_rft.config import keys

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
@@ -52,6 +53,7 @@ from bandit_rft.metrics import (
     write_parquet,
 )
 from bandit_rft.model import Policy
+from bandit_rft.model_card import model_card
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.paths import absolute, saved_tree
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
@@ -417,10 +419,15 @@ class Trainer:
         with clock.phase("checkpoint"):
             save_checkpoint(
                 self.run_folder.checkpoints, self.round, self.policy, self.optimizer, state, arrays,
-                self.config.save_total_limit,
+                self.config.save_total_limit, self._card(),
             )  # fmt: skip
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self._saved_round = self.round
+
+    def _card(self) -> str:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        lines = read_metrics(self.folder)
+        return model_card(self.config, self.task, lines, self.run_folder.evaluations, versions)
 
     def _log_rollouts(self, batch: RolloutBatch, texts: Sequence[str]) -> None:
         examples = [self.task.splits["train"][query] for query in batch.query.tolist()]

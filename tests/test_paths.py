@@ -1,4 +1,4 @@
-"""Paths in configuration files: from the file's folder, and found again after a run was moved, with its data or alone."""
+"""Paths in configuration files: from the file's folder, and found again after a run was moved, with its data or not."""
 
 from __future__ import annotations
 

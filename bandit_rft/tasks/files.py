@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.hub import asking, check_place
 from bandit_rft.text import printable
 
 Row = dict[str, Any]
@@ -87,12 +88,14 @@ def read_hub(
     seed: int = 0,
 ) -> dict[str, list[Row]]:
     """Read the splits of a dataset of the Hugging Face hub; see read_splits for the rest."""
+    check_place("data_path", name)
     try:
         import datasets
     except ImportError as error:
         raise ImportError("the datasets library is missing: pip install 'bandit_rft[train]'") from error
     try:
-        loaded = datasets.load_dataset(name, config, revision=revision)
+        with asking(name):
+            loaded = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:
         raise ValueError(
             f"data_path: the dataset {name!r} could not be loaded from the Hugging Face hub "
