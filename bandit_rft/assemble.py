@@ -203,7 +203,7 @@ def make_scorer(task: Task, config: Config) -> RewardRunner:
     r = config.reward
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error,
+        on_error=r.on_error, columns=task.columns,
     )  # fmt: skip
 
 

@@ -12,9 +12,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bandit_rft.arguments import UsageError, make_parser, parse
+
+if TYPE_CHECKING:
+    from bandit_rft.config import Config
 
 #: Extras by the library that is missing without them; all others come with "train".
 EXTRAS = {"shtab": "completion", "scipy": "study", "peft": "lora"}
@@ -63,17 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(given: argparse.Namespace) -> int:
     """Train a policy as configured."""
-    from bandit_rft.config import build_config, to_yaml
+    from bandit_rft.config import build_config
 
     config = build_config(given.overrides, getattr(given, "config", None))
     if "dry_run" in given:
-        from bandit_rft.audit import design_audit
-
-        print(to_yaml(config), end="")
-        print("\n# design audit")
-        for what, value in design_audit(config):
-            print(f"# {what + ':':<17}{value}")
-        return 0
+        return _dry_run(config, probe=given.dry_run == "probe")
     from rich.console import Console
 
     from bandit_rft.listener import Listeners
@@ -108,6 +105,35 @@ def train(given: argparse.Namespace) -> int:
             f"  bandit-rft train --config {trainer.folder / 'config.yaml'}"
         )
         return 130
+    return 0
+
+
+def _dry_run(config: Config, probe: bool) -> int:
+    """Print the configuration as YAML and, as comments in it, what it amounts to and what would fail."""
+    from bandit_rft.audit import design_audit
+    from bandit_rft.config import to_yaml
+    from bandit_rft.preflight import preflight
+    from bandit_rft.text import printable
+
+    def say(what: str, text: str) -> None:
+        print(f"# {what + ':':<17}{printable(text, 2000, one_line=True)}", flush=True)
+
+    found = preflight(config)
+    print(to_yaml(config), end="")
+    print("\n# design audit")
+    for what, value in design_audit(config, found.sizes):
+        say(what, value)
+    print("\n# checks")
+    for what, well, text in found.lines:
+        say(what, ("" if well else "FAILS: " if well is False else "not checked: ") + text)
+    if found.failed:
+        return _fail(f"this would fail: {', '.join(dict.fromkeys(found.failed))}", 1)
+    if probe:
+        from bandit_rft.wall_time import probe_round
+
+        print("\n# probe")
+        for what, value in probe_round(config):
+            say(what, value)
     return 0
 
 

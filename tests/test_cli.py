@@ -226,7 +226,11 @@ def eval_runs_foreign_code_if_told(stage: Stage) -> None:
 
 
 def train_runs_dry(stage: Stage) -> None:
-    assert "# design audit" in stage.says("train --preset demo --dry_run")
+    text = stage.says("train --preset demo --dry_run")
+    assert "# design audit" in text and "# checks" in text and "# probe" not in text
+    few = "--batch_size 4 --evaluation.splits test --evaluation.max_queries 3 --rollout.batch_size 8"
+    text = stage.says(f"train --preset demo --dry_run probe {few}")
+    assert "# probe" in text and re.search(r"# wall time: +about \d+:\d\d", text)
     assert not (stage.folder / "runs").exists()
 
 

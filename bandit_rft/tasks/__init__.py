@@ -16,6 +16,11 @@ __all__ = ["TASKS", "Example", "Task", "collate", "load_task", "task_option_mode
 # Name -> module. These make their own examples, the others read them from a file, a folder or the hub.
 GENERATED = {"arithmetic": "arithmetic", "countdown": "countdown", "reasoning_gym": "reasoning_gym"}
 READ = {"gsm8k": "gsm8k", "math": "math_problems", "summarize": "summarize", "dataset": "dataset"}
+#: Rows of what is loaded from the hub where no data_path is given, as far as they are known without asking.
+HUB_SIZES = {
+    "gsm8k": {"train": 7473, "test": 1319}, "math": {"train": 7500, "test": 5000},
+    "summarize": {"train": 1992, "validation": 619, "test": 618},
+}  # fmt: skip
 SAME_AS_DATASET = ("jsonl", "json", "parquet", "csv")
 TASKS = (*GENERATED, *READ)
 
