@@ -225,6 +225,7 @@ def study(given: argparse.Namespace) -> int:
 
 
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
+    from bandit_rft.study.plan import seed_warning
     from bandit_rft.study.run import Runner
     from bandit_rft.study.status import StudyProgress, show_plan, show_status
 
@@ -237,6 +238,9 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
     if "dry_run" in given:
         show_plan(plan, console)
         return 0
+
+    if (warning := seed_warning(plan)) is not None:
+        console.print(f"note: {warning}", markup=False, style="yellow")
 
     def stop(number: int, frame: object) -> None:
         console.print("stopping: cells finish their round and save; once more to kill them")
