@@ -183,7 +183,9 @@ def _fill_in(settings: dict[str, Any]) -> None:
     keys = {"models": "model_name_or_path", "tasks": "task"}
     for name, key in keys.items():
         if name not in settings:
-            given = dict(_dotted(baseline, "baseline")).get(key) or PRESETS.get(baseline.get("preset"), {}).get(key)
+            given = dict(_dotted(baseline, "baseline")).get(key) or PRESETS.get(str(baseline.get("preset")), {}).get(
+                key
+            )
             if not given:
                 raise StudyError(f"{name} is missing, and neither baseline nor its preset says which {key} to use")
             settings[name] = {Path(str(given)).name: {key: given}}
