@@ -194,6 +194,7 @@ def evaluate_splits(
         for name in names
     ]  # fmt: skip
     total = evaluation_rollouts(config, map(len, splits))
+    drawn(0, total=total)  # the clock starts here
     with make_scorer(task, config) as scorer:
         for prompts in splits:
             start = time.perf_counter()

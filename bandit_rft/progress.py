@@ -41,7 +41,7 @@ class Count:
         """So much more is done; "512 of 8,792, 0:41 left"."""
         self.done += count
         left = (time.monotonic() - self._begun) / max(1, self.done) * (total - self.done)
-        return f"{self.done:,} of {total:,}" + (f", {duration(left)} left" if self.done < total else "")
+        return f"{self.done:,} of {total:,}" + (f", {duration(left)} left" if 0 < self.done < total else "")
 
     def due(self, every: float = 10.0) -> bool:
         """Whether a line about it is due where lines stay: one every ten seconds."""
@@ -181,9 +181,9 @@ class EvaluationProgress:
             self._status.stop()
 
     def drawn(self, count: int, total: int) -> None:
-        """So many more completions are drawn and scored."""
-        if not self._count.done:
-            self._count = Count()  # the clock starts once everything is loaded
+        """So many more completions are drawn and scored; the first time none, once everything is loaded."""
+        if not count:
+            self._count = Count()
         text = f"evaluation: {self._count.add(count, total)}"
         if self._status is not None:
             self._status.update(Text(text))

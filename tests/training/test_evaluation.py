@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_models import sums
 from tiny_rewards import starts_with_vowel
 
@@ -19,6 +21,7 @@ from bandit_rft.evaluate import Evaluation, evaluate
 from bandit_rft.intervals import reward_interval, wilson
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import read_metrics
+from bandit_rft.progress import EvaluationProgress
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.trainer import Trainer
 
@@ -157,6 +160,20 @@ def test_the_trainer_tells_how_far_an_evaluation_is(configure: Callable[..., Con
 
     Trainer(configure(max_rounds=0, **{"rollout.batch_size": 4}), Told()).run()
     assert told == ["evaluate", *[(4, 10)] * 2, (2, 10)]
+
+
+def test_the_time_left_goes_by_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("bandit_rft.progress.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    with EvaluationProgress(console) as progress:
+        now[0] = 100.0  # loading
+        progress.drawn(0, total=1200)
+        for now[0], count in ((105.0, 100), (112.0, 140), (180.0, 960)):
+            progress.drawn(count, total=1200)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "evaluation: 240 of 1,200, 0:48 left", "evaluation: 1,200 of 1,200"
+    ]  # fmt: skip
 
 
 def test_intervals_are_those_of_the_report() -> None:
