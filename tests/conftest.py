@@ -9,6 +9,8 @@ import pytest
 import torch
 from browser import browser  # noqa: F401  (a fixture)
 
+import bandit_rft.ops  # noqa: F401  (in a source tree that is not installed, it is what finds bandit_rft.kernels)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

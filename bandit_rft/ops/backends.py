@@ -19,26 +19,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from .backend import Backend
 from .core_backend import CpuBackend, CudaBackend
+from .installed import load_core, load_kernels
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
 
-kernels = import_module("bandit_rft.kernels")  # imports no Triton
-native: ModuleType | None = None
-native_error: str | None = None
-try:
-    native = import_module("bandit_rft._C")
-except ImportError as error:  # a source tree or a platform without the compiled module
-    native_error = str(error)
-else:
+kernels = load_kernels()  # imports no Triton
+native, native_error = load_core()
+if native is not None:
     # torch's own OpenMP runtime, which lies beside its libraries or is the system's: the core works on its threads.
     for _library in [
         *map(str, (Path(torch.__file__).parent / "lib").glob("lib?omp*.so*")),
@@ -185,8 +179,8 @@ def _tell(call: Call) -> None:
     if native is None and call.device_type == "cpu":
         _told = True
         warnings.warn(
-            f"bandit_rft runs through PyTorch: the compiled module is missing ({native_error}). "
-            "Results are the same, slower; `pip install .` in the source tree builds it.",
+            "bandit_rft runs through PyTorch, with the same results, slower: the compiled module is missing "
+            f"({native_error})",
             RuntimeWarning,
             stacklevel=4,
         )
