@@ -77,7 +77,7 @@ class Arguments:
 
 def _eager(arguments: Sequence[Any]) -> bool:
     """Whether a call is an ordinary one: nothing compiles, traces, fakes or transforms it."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
