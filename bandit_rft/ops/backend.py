@@ -116,6 +116,18 @@ class Backend(ABC):
     #: Whether dL/dlogits may be written in 16 bits over the second half of each float32 row (`head.narrow_gradient`).
     writes_narrow = False
 
+    def vocabulary(self, weight: Tensor) -> int:
+        """How many tokens there are, of which targets are ids; a head may hold a slice of them (vocab_parallel.py)."""
+        return weight.shape[0]
+
+    def columns(self, weight: Tensor) -> int:
+        """How many logits of a row exist at once, at most: what a chunk's size is computed with."""
+        return weight.shape[0]
+
+    def sum_over_ranks(self, part: Tensor) -> Tensor:
+        """A gradient to which every slice of the head contributes, in place."""
+        return part
+
     @abstractmethod
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
         """Log-probability of each row's target, and the row's entropy; logits are only read.
