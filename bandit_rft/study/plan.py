@@ -141,8 +141,9 @@ def load_plan(file: str | Path) -> Plan:
         if not isinstance(settings.get(key), dict) or not settings[key]:
             raise StudyError(f"{key} must be a mapping with at least one entry; got {settings.get(key)!r}")
     seeds = settings.setdefault("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
-        raise StudyError(f"seeds must be a list of different whole numbers; got {seeds!r}")
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise StudyError(f"seeds must be a list of different whole numbers >= 0; got {seeds!r}")
     plan = Plan(settings, file.absolute().parent, [])
     plan.cells = list(_cells(plan))
     return plan
