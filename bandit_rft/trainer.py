@@ -47,6 +47,7 @@ from bandit_rft.metrics import (
     write_parquet,
 )
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
@@ -120,6 +121,7 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
         with ExitStack() as stack:
+            stack.enter_context(plain_surroundings())
             stack.enter_context(self.run_folder.lock())
             self._start(stack)
             self.listener.started(self)
