@@ -19,8 +19,9 @@ _HOOKS: Any = WeakTensorKeyDictionary()
 class PolicyOptimizer:
     """Gradients, their clipping, and one AdamW step.
 
-    Every parameter owns a gradient buffer from the start, float32 (float64 for float64), zeros included: the fused head
-    adds its weight gradient straight into it, and a round in which no rollout counts is still a step (moments and weights decay).
+    Every parameter owns a gradient buffer from the start, zeros included, float32 (float64 for float64): the fused head
+    adds its weight gradient straight into it, and a round in which no rollout counts is still a step (moments and
+    weights decay).
 
     Args:
         named_parameters: what is trained, at least one, by name.

@@ -15,7 +15,7 @@ from tiny_models import save_tiny_llama, sums
 from bandit_rft.config import Config, build_config
 from bandit_rft.metrics import read_metrics
 from bandit_rft.model import Policy
-from bandit_rft.rollout import RolloutEngine, sequence_ids
+from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
 from bandit_rft.trainer import Trainer
 
 #: The tokenizer has 45 tokens: the head's other rows are padding.
@@ -55,9 +55,8 @@ def same_run(one: Path, other: Path, rounds: int = 4) -> bool:
 
 def drawn(folder: Path) -> list[int]:
     pq = pytest.importorskip("pyarrow.parquet")
-    parts = [*(folder / "rollouts").glob("*.parquet"), *(folder / "evaluations").glob("*.parquet")]
-    names = [("token_ids" if "rollouts" in str(path) else "completion", path) for path in parts]
-    return [t for name, path in names if name == "token_ids" for row in pq.read_table(path)[name].to_pylist() for t in row]
+    files = sorted((folder / "rollouts").glob("*.parquet"))
+    return [token for file in files for row in pq.read_table(file)["token_ids"].to_pylist() for token in row]
 
 
 @contextlib.contextmanager
@@ -132,6 +131,20 @@ def test_padding_tokens_are_never_drawn_in_a_run_and_after_resuming(
         parts = run(configure("parts", max_rounds=rounds, **choices))
     assert len(drawn(whole)) > 200 and max(drawn(whole)) < TOKENS
     assert drawn(whole) == drawn(parts)
+
+
+@pytest.mark.parametrize("sampling", [Sampling.greedy(), Sampling(), Sampling(top_p=0.5), Sampling(min_p=0.9)], ids=str)
+def test_padding_tokens_that_the_model_likes_best_are_not_drawn(sampling: Sampling, model_folder: Path) -> None:
+    policy = Policy.load(str(model_folder), device="cpu")
+    with torch.no_grad():  # one of these two has the largest logit, whatever the hidden state
+        policy.weight[40:42] = torch.stack([policy.weight[:40].sum(0), -policy.weight[:40].sum(0)]) * 20
+    streams = sequence_ids(0, 1, list(range(20)), 0)
+    engine = RolloutEngine(policy, max_completion_length=8)
+    prompts = [[1, 5 + i] for i in range(20)]
+    assert set(engine.generate(prompts, streams, seed=1, sampling=sampling).tokens.tolist()) & {40, 41}
+    policy.mask_padding_tokens([40, 41])
+    rollouts = engine.generate(prompts, streams, seed=1, sampling=sampling)
+    assert not set(rollouts.tokens.tolist()) & {40, 41} and rollouts.logprobs.isfinite().all()
 
 
 def test_padding_tokens_of_a_policy_that_a_program_made(configure: Callable[..., Config], tmp_path: Path) -> None:
