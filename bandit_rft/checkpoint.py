@@ -4,9 +4,8 @@ Beside the model (peft's layout for adapters) lie optimizer.safetensors, replay.
 earlier rounds, where something is) and state.json.
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
-half a checkpoint. state.json holds the checksums of the other files and of what it says itself, so a torn or flipped one
-is noticed when resuming.
-Nothing is pickled.
+half a checkpoint. state.json holds the checksums of the other files and of what it says itself, so a torn or flipped
+one is noticed when resuming. Nothing is pickled.
 """
 
 from __future__ import annotations

@@ -314,10 +314,7 @@ def test_every_flipped_bit_of_a_state_is_noticed(configure: Callable[..., Config
         (checkpoint / "state.json").write_bytes(flipped)
         with contextlib.suppress(CheckpointError):
             found = read_state(checkpoint)
-            assert {name: found[name] for name in expected} == expected, (
-                place,
-                bytes(flipped[place - 20 : place + 20]),
-            )
+            assert {name: found[name] for name in expected} == expected, bytes(flipped[max(0, place - 20) : place + 20])
 
 
 def test_a_state_of_before_there_was_a_checksum_is_read(configure: Callable[..., Config]) -> None:
