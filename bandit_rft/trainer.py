@@ -160,7 +160,7 @@ class Trainer:
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.config.temperature, number)
+            checked = self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=update.off_policy)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {
