@@ -47,6 +47,7 @@ from bandit_rft.metrics import (
     write_parquet,
 )
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
@@ -120,6 +121,7 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
         with ExitStack() as stack:
+            stack.enter_context(plain_surroundings())
             stack.enter_context(self.run_folder.lock())
             self._start(stack)
             self.listener.started(self)
@@ -158,7 +160,7 @@ class Trainer:
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.config.temperature, number)
+            checked = self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=update.off_policy)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {

@@ -223,6 +223,20 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--jobs must be a whole number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "[1]", '[{"id": 3}]', '{"cells": []}', "null", "[", "[[", '[{"id": "../x"}]']
+)
+@pytest.mark.parametrize("action", ["status", "report"])
+def test_a_plan_that_lists_no_cells_is_one_error(
+    action: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    (tmp_path / "study.yaml").write_text("name: a")
+    assert main(["study", action, str(tmp_path)]) != 0
+    said = capsys.readouterr()
+    assert "plan.json" in said.err and len(said.err.splitlines()) == 1 and said.out == ""
+
+
 @pytest.mark.parametrize("text", ["name: " + "[" * 5000, "name: a\nname: b", "name: 2024-13-45", "seeds: &a [*a]"])
 def test_a_hostile_study_file_is_one_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "study.yaml").write_text(text)
