@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer and RLOOTrainer on bandit_rft's operations, with one line before training:
+"""TRL's GRPOTrainer and RLOOTrainer on bandit_rft's operations, with one line before training.
 
     trainer = GRPOTrainer(...)
     bandit_rft.integrations.trl.fuse(trainer)
@@ -100,9 +100,7 @@ class FusedHead:
         # masked_scatter keeps the graph where no label counts, so that a micro-batch of none has a gradient of zero.
         logprobs, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in seen)
         divisor = mask.sum().clamp(min=1) if count is None else count
-        return FusedCausalLMOutput(
-            loss=-logprobs.sum() / divisor, log_probs=logprobs, entropy=entropy, label_mask=mask
-        )
+        return FusedCausalLMOutput(loss=-logprobs.sum() / divisor, log_probs=logprobs, entropy=entropy, label_mask=mask)
 
 
 def fuse(trainer: Any) -> FusedHead:
@@ -224,7 +222,11 @@ def _check_trainer(trainer: Any) -> None:
     args = trainer.args
     for option, given, reason in (
         ("use_liger_kernel", args.use_liger_kernel, "it replaces parts of the model when training starts"),
-        ("torch_compile", args.torch_compile, "the gradients of the forward call are checked by Python in the backward"),
+        (
+            "torch_compile",
+            args.torch_compile,
+            "the gradients of the forward call are checked by Python in the backward",
+        ),
         ("deepspeed", trainer.is_deepspeed_enabled, "the head may be in pieces on several ranks"),
         ("fsdp", trainer.is_fsdp_enabled, "the head may be in pieces on several ranks"),
         ("router_aux_loss_coef", trainer.aux_loss_enabled, "the auxiliary loss of experts is not served; set it to 0"),

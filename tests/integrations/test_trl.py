@@ -1,4 +1,4 @@
-"""A trainer of TRL before and after `fuse`: the same loss, metrics and gradient of every parameter, whatever its options.
+"""A trainer of TRL before and after `fuse`: the same loss, metrics and gradient of every parameter.
 
 Both sides are TRL's own `_compute_loss` on the same batch, the second on bandit_rft's head. Tolerances are those of
 float32 rounding. What cannot be the same is refused by name.
@@ -90,7 +90,9 @@ def completed(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     with torch.no_grad():
-        logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, inputs["completion_ids"].shape[1])[0]
+        logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, inputs["completion_ids"].shape[1])[
+            0
+        ]
     if old:
         inputs["old_per_token_logps"] = logps + noise[0]
     inputs["ref_per_token_logps"] = logps + noise[1]
@@ -191,8 +193,10 @@ def test_options_whose_loss_is_not(folder: Path, loss: str, options: dict[str, A
 def test_masks(folder: Path) -> None:
     """Truncated completions left out, tools' tokens not counted, one advantage a token, and vLLM's correction."""
     inputs = batch()
+    left_out = inputs["completion_mask"].clone()
+    left_out[1] = 0
     for name, changed in {
-        "mask_truncated_completions": {"completion_mask": inputs["completion_mask"].clone().index_fill_(0, torch.tensor([1]), 0)},
+        "mask_truncated_completions": {"completion_mask": left_out},
         "tools": {"tool_mask": (torch.arange(7) != 2).long().expand(6, 7)},
         "a token's advantage": {"advantages": ADVANTAGES[:, None] * torch.linspace(0.5, 1.5, 7)},
     }.items():  # fmt: skip
@@ -242,7 +246,8 @@ def test_models_that_scale_and_cap_their_logits(folder: Path) -> None:
         "pad_token_id": 0,
     }  # fmt: skip
     for model_type, kind, more in (
-        ("gemma2", Gemma2ForCausalLM, {"final_logit_softcapping": 3.0}), ("cohere", CohereForCausalLM, {"logit_scale": 0.3}),
+        ("gemma2", Gemma2ForCausalLM, {"final_logit_softcapping": 3.0}),
+        ("cohere", CohereForCausalLM, {"logit_scale": 0.3}),
     ):  # fmt: skip
         torch.manual_seed(0)
         model = kind(AutoConfig.for_model(model_type, **shape, **more))
@@ -308,8 +313,8 @@ def test_a_loss_that_is_not_the_expected_one_is_computed_again(folder: Path) -> 
 def test_training_is_the_same(folder: Path) -> None:
     """Two optimizer steps with several iterations and accumulation, sampling included: the same weights."""
     options = {
-        "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-3, "save_strategy": "no",
-        "logging_steps": 1, "per_device_train_batch_size": 3, "seed": 3,
+        "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-3,
+        "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 3, "seed": 3,
     }  # fmt: skip
     trained = []
     for fused in (False, True):
@@ -344,9 +349,15 @@ def test_options_that_are_refused(folder: Path, option: str, values: dict[str, A
 
 
 def test_trainers_and_models_that_are_refused(folder: Path) -> None:
-    with pytest.raises(integration.UnsupportedTrainerError, match="trainer must be a GRPOTrainer or RLOOTrainer; got int"):
+    with pytest.raises(
+        integration.UnsupportedTrainerError, match="trainer must be a GRPOTrainer or RLOOTrainer; got int"
+    ):
         integration.fuse(3)
-    for name, option in (("is_fsdp_enabled", "fsdp"), ("is_deepspeed_enabled", "deepspeed"), ("aux_loss_enabled", "router_aux_loss_coef")):
+    for name, option in (
+        ("is_fsdp_enabled", "fsdp"),
+        ("is_deepspeed_enabled", "deepspeed"),
+        ("aux_loss_enabled", "router_aux_loss_coef"),
+    ):
         trainer = make_trainer(folder)
         setattr(trainer, name, True)
         with pytest.raises(integration.UnsupportedTrainerError, match=option):
