@@ -23,9 +23,9 @@ from torch import Tensor
 from . import backends, checks
 from .backend import Head, Scaling, TokenInputs
 from .head_gradients import GivenGradients, HeadGradients
-from .logprobs import rows_with_gradient, score
+from .logprobs import _linear_logprobs_backward, score
 from .objective import PolicyObjective, token_coefficients
-from .policy_loss import rows_that_count, scaled
+from .policy_loss import scaled
 from .reference import computing_dtype
 from .registry import once
 
@@ -77,7 +77,7 @@ def expected_logprobs(
     Args:
         hidden: [N, H].
         weight: [V, H], hidden's dtype.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); none that is not counted.
         expectation: the loss that is expected to be made of the log-probabilities.
         outcome: counts whether it was.
         bias: [V] or None.
@@ -120,7 +120,7 @@ class _Expected(torch.autograd.Function):
             found = (None, None, None)
         elif of_logprobs is not None and of_entropy is None and (factor := _factor(of_logprobs, c)) is not None:
             ctx.outcome.came_true += 1
-            dtypes = [tensor.dtype if want else None for tensor, want in zip(of, wanted, strict=True)]
+            dtypes = [t.dtype if want and t is not None else None for t, want in zip(of, wanted, strict=True)]
             found = tuple(
                 None if dtype is None else scaled(gradient, factor, dtype, ctx.scaling_backend)
                 for gradient, dtype in zip(ready, dtypes, strict=True)
@@ -131,10 +131,9 @@ class _Expected(torch.autograd.Function):
                 torch.zeros_like(c) if of_logprobs is None else of_logprobs.contiguous(),
                 None if of_entropy is None else of_entropy.contiguous(),
             )
-            with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
-                gradients = HeadGradients(of, wanted, backends.named(ctx.backend))
-                gradients.accumulate(rows_with_gradient(given), gradients.filling(given, targets, ctx.scaling))
-                found = tuple(g if want else None for g, want in zip(gradients.results(), wanted, strict=True))
+            with torch.no_grad():
+                again = _linear_logprobs_backward(*of, targets, *ctx.scaling, *given, wanted, ctx.backend)
+            found = tuple(g if want else None for g, want in zip(again, wanted, strict=True))
         return (*once(found), None, None, None, None)
 
 
@@ -149,7 +148,10 @@ def _compute(
     gradients = HeadGradients(of, wanted, backend)
     logp, entropy = torch.empty_like(inputs.advantages), torch.empty_like(inputs.advantages)
     one_sequence = torch.zeros_like(targets), torch.full_like(targets[:1], len(targets))
-    index = rows_that_count(objective, inputs.advantages, *one_sequence)
+    index = None
+    if not objective.every_token_counts:
+        some = (inputs.advantages != 0).nonzero()[:, 0]
+        index = None if len(some) == len(targets) else some
     into_products = inputs
     if gradients.narrow:  # what is multiplied is linear in the token weights
         slopes = (inputs.advantages.abs() + objective.kl_coef) * inputs.weights
