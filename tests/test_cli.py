@@ -325,6 +325,7 @@ SAMPLES: dict[str, str] = {
     "reward.length_penalty_from": "9 --reward.length_penalty 1", "report_to": "tensorboard,wandb",
     "rollout.keep": "2 --num_generations 4", "rollout.dynamic_sampling": "1 --num_generations 4",
     "num_generations": "4", "lora.dropout": "0", "reward.weights": "0.5,1", "objective.kind": "gspo",
+    "min_lr_ratio": "0.25 --lr_scheduler_type linear", "lr_scheduler_rounds": "3 --lr_scheduler_type cosine",
 }  # fmt: skip
 
 
