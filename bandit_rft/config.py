@@ -32,6 +32,7 @@ from bandit_rft.options import (
     read_yaml,
     shown,
 )
+from bandit_rft.peer_names import answer_to_name, answer_to_value
 from bandit_rft.presets import PRESETS
 from bandit_rft.sections import (
     EvaluationConfig,
@@ -194,7 +195,9 @@ class Config(Section):
     @classmethod
     def _registered(cls, value: str) -> str:
         if value not in ADVANTAGES:  # looked up now: more may be registered than when this class was made
-            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{nearest(value, ADVANTAGES)}")
+            theirs = answer_to_value("advantage", value)
+            hint = f": {theirs}" if theirs else nearest(value, ADVANTAGES)
+            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{hint}")
         return value
 
     @field_validator("report_to")
@@ -310,7 +313,12 @@ def unknown_key(dotted: str) -> str:
     if of_section := [name for name in keys() if name.startswith(f"{dotted}.")]:
         return f"unknown key {dotted!r}: it is a section of keys, such as {of_section[0]}"
     meant = [key.name for key in keys().values() if dotted in key.also]
-    meant += [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    own = [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    in_section = any(name.startswith(dotted.partition(".")[0] + ".") for name in keys())
+    if (row := answer_to_name(dotted, alike=not in_section)) is not None and ("." in dotted or meant or not own):
+        meant += [row[0]] if row[0] else []
+        return f"unknown key {dotted!r}" + (f" (did you mean {meant[0]}?)" if meant else "") + f": {row[1]}"
+    meant += own
     return f"unknown key {dotted!r}" + (f" (did you mean {meant[0]}?)" if meant else nearest(dotted, keys()))
 
 

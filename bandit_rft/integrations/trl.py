@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -65,8 +66,8 @@ class FusedHead:
     def __init__(self, causal_lm: Any, split: Split, temperature: float, in_float32: bool) -> None:
         self.temperature, self.in_float32 = temperature, in_float32
         self.softcap, self.logit_scale = split.softcap, split.logit_scale
-        self.outcome, self.expected = Outcome(), None
-        self.expected: _Padded | None
+        self.outcome = Outcome()
+        self.expected: _Padded | None = None  # while the trainer computes its loss
         self._base_name = next(name for name, module in causal_lm.named_modules() if module is split.base)
 
     def answer(self, causal_lm: Any, args: Any, kwargs: dict[str, Any], labels: Tensor, shifted: bool) -> Any:
@@ -152,9 +153,7 @@ def _replace_forward(causal_lm: Any, head: FusedHead) -> None:
 
 def _watch_loss(trainer: Any, head: FusedHead) -> None:
     """Tell the head, while the trainer computes a loss, which one to expect."""
-    from trl import GRPOTrainer
-
-    if type(trainer)._compute_loss is not GRPOTrainer._compute_loss:
+    if type(trainer)._compute_loss is not _trl().GRPOTrainer._compute_loss:
         return  # a loss of its own (RLOO's is of whole sequences): nothing is foretold
     compute_loss = trainer._compute_loss
 
@@ -210,11 +209,15 @@ def _expected(trainer: Any, inputs: dict[str, Any]) -> _Padded | None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_trainer(trainer: Any) -> None:
+def _trl() -> Any:
     try:
-        import trl
+        return import_module("trl")
     except ImportError as error:
         raise ImportError("bandit_rft.integrations.trl needs TRL: pip install trl==1.16.0") from error
+
+
+def _check_trainer(trainer: Any) -> None:
+    trl = _trl()
     if tuple(int(part) for part in trl.__version__.split(".")[:2]) < OLDEST:
         raise ImportError(f"bandit_rft.integrations.trl needs TRL >= 1.16; this is {trl.__version__}")
     if not isinstance(trainer, (trl.GRPOTrainer, trl.RLOOTrainer)):
