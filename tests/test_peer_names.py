@@ -1,4 +1,4 @@
-"""What TRL and verl call things: every name of theirs has a row, rows lead to our keys, and the command line says them."""
+"""What TRL and verl call things: every name has a row, rows lead to our keys, and the command line says them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_a_name_without_a_counterpart_is_said_to_have_none() -> None:
 def test_our_own_names_come_first() -> None:
     for typed, key in (
         ("kl_coef", "objective.kl_coef"), ("horizon", "kl.horizon"), ("reward.timeout", "reward.timeout_s"),
-        ("rollout.top_kk", "rollout.top_k"), ("learning_rat", "learning_rate"), ("objective.cliplow", "objective.clip_low"),
+        ("rollout.top_kk", "rollout.top_k"), ("learning_rat", "learning_rate"),
+        ("objective.cliplow", "objective.clip_low"),
     ):  # fmt: skip
         assert refusal(**{typed: 1}) == f"unknown key {typed!r} (did you mean {key}?)"
 

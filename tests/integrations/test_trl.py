@@ -13,22 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import character_tokenizer, save_tiny_llama, tiny_llama
+from tiny_models import save_tiny_llama, tiny_llama
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 pytest.importorskip("trl", "1.16", reason="pip install trl==1.16.0 to compare with it")
 
+from trl_parity import ADVANTAGES, FORETOLD, LOSSES, NEAR, OTHERS, batch, completed, make_trainer, step
+
 from bandit_rft.integrations import trl as integration
 from bandit_rft.model import UnsupportedModelError
-
-PROMPTS = [[5, 9, 14], [6], [21, 7, 30, 8, 12], [11, 4], [3, 3, 3], [40]]
-LENGTHS = [4, 7, 1, 5, 3, 6]
-LONGEST = 9
-ADVANTAGES = torch.tensor([1.3, -0.8, 0.6, -1.7, 0.0, 0.9])
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
-NEAR = {"epsilon": 0.2, "epsilon_high": 0.28}
 
 
 @pytest.fixture(scope="module")
@@ -40,77 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _fresh_random_numbers() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-
-
-def make_trainer(folder: Path, kind: str = "GRPO", model: Any = None, peft_config: Any = None, **options: Any) -> Any:
-    import trl
-    from datasets import Dataset
-
-    tokenizer = character_tokenizer()
-    tokenizer.padding_side = "left"
-    arguments = getattr(trl, f"{kind}Config")(
-        **{
-            "output_dir": str(folder / "trl"), "per_device_train_batch_size": 6, "num_generations": 3,
-            "max_completion_length": LONGEST, "beta": 0.0, "temperature": 0.7, "report_to": [], "use_cpu": True,
-            "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, **options,
-        }
-    )  # fmt: skip
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(folder) if model is None else model,
-        reward_funcs=lambda completions, **_: [float(len(c)) for c in completions], args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "1+1="}] * 12), processing_class=tokenizer, peft_config=peft_config,
-    )  # fmt: skip
-    trainer.current_gradient_accumulation_steps = options.get("gradient_accumulation_steps", 1)
-    return trainer
-
-
-def batch(old: bool = True, **extra: Tensor) -> dict[str, Any]:
-    """Six completions in TRL's layout; the old and reference log-probabilities are off by 0.3 or so."""
-    generator = torch.Generator().manual_seed(1)
-    completions = [torch.randint(3, 45, (n,), generator=generator) for n in LENGTHS]
-    prompts = [torch.tensor(p) for p in PROMPTS]
-    shape = (6, max(LENGTHS))
-    # The tiny model's own log-probabilities are near -4.5 +- 2; `near` is what makes ratios pass every bound.
-    noise = [0.4 * torch.randn(shape, generator=generator) for _ in range(3)]
-    found: dict[str, Any] = {
-        "prompt_ids": pad_sequence(prompts, batch_first=True, padding_side="left"),
-        "prompt_mask": pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left"),
-        "completion_ids": pad_sequence(completions, batch_first=True),
-        "completion_mask": pad_sequence([torch.ones_like(c) for c in completions], batch_first=True),
-        "advantages": ADVANTAGES, "num_items_in_batch": torch.tensor(sum(LENGTHS)),
-        "noise": noise, "old": old,
-    }  # fmt: skip
-    return {**found, **extra}
-
-
-def completed(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """With old, reference and vLLM quantities near what the trainer's model says."""
-    inputs = dict(inputs)
-    noise, old = inputs.pop("noise"), inputs.pop("old")
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    with torch.no_grad():
-        logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, inputs["completion_ids"].shape[1])[
-            0
-        ]
-    if old:
-        inputs["old_per_token_logps"] = logps + noise[0]
-    inputs["ref_per_token_logps"] = logps + noise[1]
-    inputs["importance_sampling_ratio"] = noise[2].exp().clamp(max=1.3)
-    inputs["sampling_per_token_logps"] = logps + noise[2]
-    if hasattr(trainer, "epsilon_low") and "old_logps" not in inputs:  # RLOO's are of whole sequences
-        inputs["old_logps"] = (logps * inputs["completion_mask"]).sum(1) + 0.3 * noise[0][:, 0]
-    return inputs
-
-
-def step(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
-    """(loss, gradient of each parameter, metrics) of one call of the trainer's own loss."""
-    trainer._metrics["train"].clear()
-    trainer.model.zero_grad(set_to_none=True)
-    loss = trainer._compute_loss(trainer.model, dict(inputs))
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, {name: list(values) for name, values in trainer._metrics["train"].items()}
 
 
 def compare(trainer: Any, inputs: dict[str, Any], *, within: float = 1e-5) -> integration.FusedHead:
@@ -131,25 +54,6 @@ def compare(trainer: Any, inputs: dict[str, Any], *, within: float = 1e-5) -> in
     for name, values in before[2].items():
         assert after[2][name] == pytest.approx(values, rel=1e-5, abs=1e-6, nan_ok=True), name
     return head
-
-
-#: Options whose loss is foretold, so that gradients are ready with the log-probabilities ("came true").
-FORETOLD: dict[str, dict[str, Any]] = {
-    "plain": NEAR,
-    "delta": {**NEAR, "delta": 1.4},
-    "beta, plain KL": {**NEAR, "beta": 0.3, "use_bias_correction_kl": False},
-    "accumulation": {**NEAR, "gradient_accumulation_steps": 4},
-}
-OTHERS: dict[str, dict[str, Any]] = {
-    "sequence": {"epsilon": 0.03, "epsilon_high": 0.04, "importance_sampling_level": "sequence"},
-    "beta": {**NEAR, "beta": 0.3},
-    "sequence, beta": {"epsilon": 0.03, "importance_sampling_level": "sequence", "beta": 0.3},
-    "delta below the upper bound": {**NEAR, "delta": 1.1},
-    "entropy quantile": {**NEAR, "top_entropy_quantile": 0.4},
-    "entropy bonus": {**NEAR, "entropy_coef": 0.05},
-    "entropy bonus on the quantile": {**NEAR, "entropy_coef": 0.05, "top_entropy_quantile": 0.4},
-    "off-policy mask": {**NEAR, "off_policy_mask_threshold": 0.02},
-}
 
 
 @pytest.mark.parametrize("loss", LOSSES)

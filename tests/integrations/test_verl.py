@@ -15,31 +15,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from verl_parity import MODES, actor_config, both, config, importance, responses
 
 from bandit_rft.integrations import verl as integration
 
-MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
-WHOLE: dict[str, Any] = {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 12, "loss_scale_factor": 9}
-LENGTHS = [4, 7, 1, 5, 0, 6]
 HAS_VERL = find_spec("verl") is not None
 
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
-    """Six responses, one of them empty; ratios beyond every bound; one advantage a response, one of them 0."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(LENGTHS), max(LENGTHS) + 1)
-    mask = (torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]).long()
-    log_prob = -2 + torch.randn(shape, generator=generator, dtype=torch.float64)
-    old = log_prob + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    old[1, 1], old[3, 2], old[0, 1] = log_prob[1, 1] - 3, log_prob[3, 2] + 30, log_prob[0, 1] - 30
-    advantages = torch.tensor([1.3, -0.8, 0.0, -1.7, 0.4, 0.9], dtype=torch.float64)[:, None].expand(shape)
-    return {"old_log_prob": old, "log_prob": log_prob, "advantages": advantages, "response_mask": mask}
-
-
-def config(whole: bool = False, **options: Any) -> SimpleNamespace:
-    fields = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0, **options}
-    return SimpleNamespace(**fields, global_batch_info=dict(WHOLE) if whole else {})
+    return responses()
 
 
 def aggregated(losses: Tensor, mask: Tensor, mode: str, info: dict[str, Any]) -> Tensor:
@@ -75,20 +60,6 @@ def defined(kind: str, given: dict[str, Any], options: SimpleNamespace, weights:
         if kind == "vanilla":
             losses = torch.where(adv < 0, torch.minimum(losses, -c * adv), losses)
     return losses if weights is None else losses * weights
-
-
-def both(given: dict[str, Any], of: Any) -> tuple[Tensor, Tensor]:
-    """(loss, its gradient with respect to log_prob)."""
-    leaf = given["log_prob"].clone().requires_grad_()
-    loss = of({**given, "log_prob": leaf})
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient
-
-
-def importance(given: dict[str, Any], kind: str) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    shape = given["log_prob"].shape if kind != "gspo" else (len(LENGTHS), 1)
-    return (0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)).exp().expand(given["log_prob"].shape)
 
 
 @pytest.mark.parametrize("kind", integration.LOSSES)
@@ -198,18 +169,6 @@ def test_without_verl_installing_says_so() -> None:
 # --- against verl itself ----------------------------------------------------------------------------------------------
 
 with_verl = pytest.mark.skipif(not HAS_VERL, reason="pip install verl==0.9.1 to compare with it")
-
-
-def actor_config(options: SimpleNamespace) -> Any:
-    from verl.workers.config import FSDPActorConfig
-
-    made = FSDPActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=options.clip_ratio,
-        clip_ratio_low=options.clip_ratio_low, clip_ratio_high=options.clip_ratio_high,
-        clip_ratio_c=options.clip_ratio_c,
-    )  # fmt: skip
-    made.global_batch_info.update(options.global_batch_info)
-    return made
 
 
 @with_verl
