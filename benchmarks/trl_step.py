@@ -2,9 +2,9 @@
 
     python benchmarks/trl_step.py --shape 16,256,1024,151936 --zero 0,0.5
 
-A step is the trainer's own loss of a batch and its backward pass: no generation, no optimizer. Each side runs in a fresh
-process, in turn, so that its peak is its own. Writes trl_step.json and trl_step.md to --output. On a CPU the peak is the
-process's resident memory above that before the first step; on a GPU the allocator's peak likewise.
+A step is the trainer's own loss of a batch and its backward pass: no generation, no optimizer. Each side runs in a
+fresh process, in turn, so that its peak is its own. Writes trl_step.json and trl_step.md to --output. On a CPU the peak
+is the process's resident memory above that before the first step; on a GPU the allocator's peak likewise.
 """
 
 from __future__ import annotations
@@ -137,11 +137,9 @@ def markdown(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     for zero in dict.fromkeys(run["zero"] for run in results["runs"]):
         sides = {run["fused"]: run for run in results["runs"] if run["zero"] == zero}
-        times = [
-            f"{statistics.median(sides[fused]['seconds'][1:] or sides[fused]['seconds']):.3g}"
-            for fused in (False, True)
-        ]
-        peaks = [f"{sides[fused]['peak_mib']:,.0f}" for fused in (False, True)]
+        both = [sides[False], sides[True]]
+        times = [f"{statistics.median(run['seconds'][1:] or run['seconds']):.3g}" for run in both]
+        peaks = [f"{run['peak_mib']:,.0f}" for run in both]
         lines.append(f"| {zero:.0%} | " + " | ".join([*times, *peaks]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -165,16 +163,8 @@ def main() -> None:
     runs = []
     for zero in options.zero:
         for side in ("trl", "fused"):
-            command = [
-                sys.executable,
-                __file__,
-                "--side",
-                side,
-                "--zero",
-                str(zero),
-                "--shape",
-                ",".join(map(str, options.shape)),
-            ]
+            command = [sys.executable, __file__, "--side", side, "--zero", str(zero)]
+            command += ["--shape", ",".join(map(str, options.shape))]
             for name in ("layers", "loss_type", "device", "repetitions"):
                 command += [f"--{name}", str(getattr(options, name))]
             done = subprocess.run(command, capture_output=True, text=True)
