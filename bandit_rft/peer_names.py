@@ -58,7 +58,7 @@ TRL: tuple[Row, ...] = tuple(Row("TRL", *row) for row in (
     ("per_device_eval_batch_size", "completions of a forward pass, a device", "rollout.batch_size", "sequences decoded together"),
     ("shuffle_dataset train_sampling_strategy", "", "seed", "prompts are shuffled anew each epoch, by the seed"),
     # the objective
-    ("loss_type", "dapo (default), grpo, bnpo, dr_grpo, cispo, luspo, sapo, vespo", "objective.kind objective.aggregation", "dapo and bnpo: ppo, token-mean; grpo: ppo, seq-mean-token-mean; dr_grpo: ppo, seq-mean-token-sum-norm; cispo: importance with its cap"),
+    ("loss_type", "dapo (default), grpo, bnpo, dr_grpo, cispo, luspo, sapo, vespo", "objective.kind objective.aggregation", "dapo and bnpo: ppo, token-mean; grpo: ppo, seq-mean-token-mean; dr_grpo: ppo, seq-mean-token-sum-norm; luspo: gspo, seq-mean-token-sum; cispo: importance with its cap; sapo and vespo are not here"),
     ("importance_sampling_level", "token or sequence", "objective.kind=gspo", "for sequence; token is every other kind"),
     ("epsilon", "", "objective.clip_low", ""),
     ("epsilon_high", "null: epsilon; for cispo the cap itself", "objective.clip_high", "0.2 by default, whatever clip_low is; for cispo objective.kind=importance objective.importance_cap"),
@@ -268,7 +268,7 @@ VALUES: dict[tuple[str, str], str] = {
     ("objective.kind", "dr_grpo"): "TRL's dr_grpo is ppo with objective.aggregation=seq-mean-token-sum-norm and objective.norm_length=<max_completion_length>; its advantage is group_norm unless scale_rewards is off (then group_mean)",
     ("objective.kind", "vanilla"): "verl's vanilla is ppo with objective.dual_clip=3",
     ("objective.kind", "gpg"): "verl's gpg is reinforce",
-    ("objective.kind", "luspo"): "TRL's luspo is not here; near it is gspo with objective.aggregation=seq-mean-token-sum",
+    ("objective.kind", "luspo"): "TRL's luspo is gspo with objective.aggregation=seq-mean-token-sum (ppo with token-level ratios)",
     ("objective.kind", "sapo"): "sapo is not here",
     ("objective.kind", "vespo"): "TRL's vespo is not here",
     ("objective.kl", "low_var_kl"): "verl's low_var_kl is k3",
