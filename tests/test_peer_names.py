@@ -10,6 +10,7 @@ import pytest
 import yaml
 from paths import ROOT
 
+from bandit_rft.arguments import UsageError, parse
 from bandit_rft.config import FREE, ConfigError, build_config, keys
 from bandit_rft.peer_names import GUIDES, TRL, VALUES, VERL, answer_to_name, markdown, row_of
 
@@ -133,3 +134,10 @@ def test_verl_has_no_name_without_a_row() -> None:
 def test_the_guides_have_the_table(peer: str) -> None:
     text = (ROOT / GUIDES[peer]).read_text(encoding="utf-8")
     assert markdown(peer) in text, "run tools/peer_tables.py"
+
+
+def test_an_override_as_hydra_takes_it() -> None:
+    with pytest.raises(
+        UsageError, match=r"keys are written --key value: verl's, gae .* here advantage; grpo"
+    ):
+        parse(["train", "--preset", "minimal", "+algorithm.adv_estimator=grpo"])

@@ -61,12 +61,13 @@ class FusedHead:
     Attributes:
         outcome: how often the gradients of the forward call were the right ones (`came_true`), and how often they were
             computed again for the loss that came (`computed_again`).
+        answers: how often the model was asked for log-probabilities.
     """
 
     def __init__(self, causal_lm: Any, split: Split, temperature: float, in_float32: bool) -> None:
         self.temperature, self.in_float32 = temperature, in_float32
         self.softcap, self.logit_scale = split.softcap, split.logit_scale
-        self.outcome = Outcome()
+        self.outcome, self.answers = Outcome(), 0
         self.expected: _Padded | None = None  # while the trainer computes its loss
         self._base_name = next(name for name, module in causal_lm.named_modules() if module is split.base)
 
@@ -74,6 +75,7 @@ class FusedHead:
         """TRL's FusedCausalLMOutput: log-probability and entropy of each label, zero where it is -100."""
         from trl.trainer.utils import FusedCausalLMOutput
 
+        self.answers += 1
         count = kwargs.pop("num_items_in_batch", None)
         hidden = causal_lm.get_submodule(self._base_name)(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         if not shifted:
@@ -152,17 +154,23 @@ def _replace_forward(causal_lm: Any, head: FusedHead) -> None:
 
 
 def _watch_loss(trainer: Any, head: FusedHead) -> None:
-    """Tell the head, while the trainer computes a loss, which one to expect."""
-    if type(trainer)._compute_loss is not _trl().GRPOTrainer._compute_loss:
-        return  # a loss of its own (RLOO's is of whole sequences): nothing is foretold
+    """Tell the head, while the trainer computes a loss, which one to expect; and see that it is asked at all."""
+    # A trainer with a loss of its own (RLOO's is of whole sequences): nothing is foretold.
+    foretells = type(trainer)._compute_loss is _trl().GRPOTrainer._compute_loss
     compute_loss = trainer._compute_loss
 
     def watched(model: Any, inputs: dict[str, Any]) -> Any:
-        head.expected = _expected(trainer, inputs)
+        head.expected, before = (_expected(trainer, inputs) if foretells else None), head.answers
         try:
-            return compute_loss(model, inputs)
+            loss = compute_loss(model, inputs)
         finally:
             head.expected = None
+        if head.answers == before:
+            raise UnsupportedTrainerError(
+                f"trainer: the loss of this {type(trainer).__name__} does not ask its model for log-probabilities "
+                f"(model(..., fused_lm_head=True)); tested with TRL 1.16.0, this is {_trl().__version__}"
+            )
+        return loss
 
     trainer._compute_loss = watched
 

@@ -38,20 +38,24 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(folder: Path, kind: str = "GRPO", model: Any = None, peft_config: Any = None, **options: Any) -> Any:
+def make_trainer(
+    folder: Path, kind: str = "GRPO", model: Any = None, peft_config: Any = None, classes: Any = None, **options: Any
+) -> Any:
+    """A trainer of the tiny model; classes: (configuration, trainer) in place of TRL's of that kind."""
     import trl
     from datasets import Dataset
 
     tokenizer = character_tokenizer()
     tokenizer.padding_side = "left"
-    arguments = getattr(trl, f"{kind}Config")(
+    config, trainer_class = classes or (getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer"))
+    arguments = config(
         **{
             "output_dir": str(folder / "trl"), "per_device_train_batch_size": 6, "num_generations": 3,
             "max_completion_length": LONGEST, "beta": 0.0, "temperature": 0.7, "report_to": [], "use_cpu": True,
             "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, **options,
         }
     )  # fmt: skip
-    trainer = getattr(trl, f"{kind}Trainer")(
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(folder) if model is None else model,
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions], args=arguments,
         train_dataset=Dataset.from_list([{"prompt": "1+1="}] * 12), processing_class=tokenizer, peft_config=peft_config,
