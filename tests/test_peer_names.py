@@ -137,7 +137,5 @@ def test_the_guides_have_the_table(peer: str) -> None:
 
 
 def test_an_override_as_hydra_takes_it() -> None:
-    with pytest.raises(
-        UsageError, match=r"keys are written --key value: verl's, gae .* here advantage; grpo"
-    ):
+    with pytest.raises(UsageError, match=r"keys are written --key value: verl's, gae .* here advantage; grpo"):
         parse(["train", "--preset", "minimal", "+algorithm.adv_estimator=grpo"])
