@@ -12,15 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bandit_rft.kernels.enumerations import KLKind, ObjectiveKind  # type: ignore[import-untyped]
-
 from . import head
+from .installed import load_kernels
 from .objective import PolicyObjective
 from .reference import Sample, scaled_logits
 
 #: The numbers by which the kernels know a PolicyObjective's kind and kl.
-KINDS: dict[str, int] = {kind.name: int(kind) for kind in ObjectiveKind}
-KLS: dict[str, int] = {kl.name: int(kl) for kl in KLKind}
+KINDS: dict[str, int] = {kind.name: int(kind) for kind in load_kernels("enumerations").ObjectiveKind}
+KLS: dict[str, int] = {kl.name: int(kl) for kl in load_kernels("enumerations").KLKind}
 
 
 class Head(NamedTuple):
