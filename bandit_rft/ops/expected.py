@@ -142,6 +142,8 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor, HeadGradients]:
     """(logprobs [N], entropy [N], coefficients [N], the gradients for these coefficients)."""
     checks.target_values(targets, len(of.weight))
+    if checks.readable(targets) and bool((targets < 0).any()):  # such as -100, which other operations leave out
+        raise ValueError(f"targets must lie in [0, V = {len(of.weight)}); got {int(targets.min())}")
     objective, dtype = expectation.objective, computing_dtype(of.hidden)
     inputs = expectation.inputs(dtype)
     backend = backends.serving(of.hidden.device, dtype)

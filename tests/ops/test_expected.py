@@ -133,8 +133,9 @@ def test_what_cannot_be_expected_is_refused() -> None:
             Expectation(objective, torch.zeros(1), torch.zeros(1))
     given = case()
     expectation = Expectation(OBJECTIVES["reinforce"], given["advantages"], given["weights"])
-    with pytest.raises(ValueError, match="targets"):
-        expected_logprobs(*given["leaves"][:2], given["targets"] + V, expectation, Outcome())
+    for wrong in (given["targets"] + V, given["targets"].index_fill(0, torch.tensor([4]), -100)):
+        with pytest.raises(ValueError, match="targets"):
+            expected_logprobs(*given["leaves"][:2], wrong, expectation, Outcome())
     hidden, weight = (x.requires_grad_() for x in given["leaves"][:2])
     logp, _ = expected_logprobs(hidden, weight, given["targets"], expectation, Outcome())
     (gradient,) = torch.autograd.grad(-(logp * given["advantages"] * given["weights"]).sum(), hidden, create_graph=True)
