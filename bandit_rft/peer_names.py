@@ -289,8 +289,6 @@ def row_of(typed: str, alike: bool = True) -> Row | None:
 def answer_to_name(typed: str, alike: bool = True) -> tuple[str, str] | None:
     """(our key or "", the row in words) for a name of a peer; None for any other."""
     row = row_of(typed, alike)
-    if row is None and any(name.startswith(f"{typed}.") for of_verl in VERL for name in of_verl.names.split()):
-        return "", f"a section of verl's configuration; what its names are here: {GUIDES['verl']}"
     return None if row is None else (row.key, f"{row.answer()} ({GUIDES[row.peer]})")
 
 
