@@ -72,8 +72,12 @@ class PolicyOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Today's learning rate."""
+        """Of the next step."""
         return float(self._adamw.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._adamw.param_groups[0]["lr"] = rate
 
     def grad_buffer(self, parameter: Tensor) -> Tensor:
         """The gradient buffer [as parameter], into which a gradient of this parameter may be added."""

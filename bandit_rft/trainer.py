@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
+    check_course,
     load_policy,
     load_reference,
     make_engine,
+    make_learning_rate,
     make_optimizer,
     make_scorer,
     make_updater,
@@ -136,10 +138,11 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is used up: rounds, or generated tokens, or seconds, whichever comes first."""
-        tokens, seconds = self.config.max_generated_tokens, self.config.max_seconds
+        """Whether the budget is used up: rounds, passes, generated tokens or seconds, whichever comes first."""
+        tokens, seconds, last = self.config.max_generated_tokens, self.config.max_seconds, self.data.last_position
         return (
             self.round >= self.config.max_rounds
+            or (last is not None and self.position >= last)
             or (tokens is not None and self.generated_tokens >= tokens)
             or (seconds is not None and self.seconds >= seconds)
         )
@@ -154,6 +157,7 @@ class Trainer:
             shaped, shaping = self.shape_rewards(batch)
             batch = self.compare(batch, shaped)
             training, replayed = self.with_replay(batch, number)
+            self.optimizer.learning_rate = self.learning_rate(number)
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
             update = self.updater(training, number, off_policy=uncorrected)
             self.kl.update(shaping.get("kl", update.kl), len(batch))
@@ -330,8 +334,11 @@ class Trainer:
         self.data = RunData(self.task, self.policy.tokenizer, config)
         if self.memory is not None:
             self.data.explain_history()
+        self.data.explain_budget()
+        self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
+            check_course(found[0], found[1].get("course"), self.learning_rate)
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
@@ -399,7 +406,7 @@ class Trainer:
         state = {
             "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
             "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
-            "seconds": self.seconds,
+            "seconds": self.seconds, "course": self.learning_rate.course,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()
