@@ -109,6 +109,8 @@ def _first_line(error: Exception) -> str:
 def new_policy(config: Config, given: Policy | None = None) -> Policy:
     """The policy that a new run trains: `given` or the configured one, with an adapter where the config has one."""
     policy = given or load_policy(config.model_name_or_path, config)
+    if given is not None and given.tokenizer is not None and not given.padding_token_ids:
+        _mask_padding(given, given.tokenizer)  # as load_policy does, which a continued run goes through
     if not config.lora.rank:
         return policy
     from bandit_rft.model.lora import add_adapter

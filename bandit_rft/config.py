@@ -33,6 +33,7 @@ from bandit_rft.options import (
     shown,
 )
 from bandit_rft.paths import from_folder, relative_to, saved_tree
+from bandit_rft.peer_names import answer_to_name, answer_to_value
 from bandit_rft.presets import PRESETS
 from bandit_rft.sections import (
     EvaluationConfig,
@@ -82,13 +83,9 @@ class Config(Section):
     seed: int = Key(0, "seed of data order, sampling and evaluation", ge=0, le=2**63 - 1)
     max_rounds: int = Key(1000, "rounds of training", also=("max_steps",), may_change=True, design=False, ge=0)
     num_train_epochs: float | None = Key(
-        None,
-        "passes over the training prompts, if they come before max_rounds; 0.5: half a pass; null: any",
-        also=("total_epochs",),
-        may_change=True,
-        design=False,
-        gt=0,
-    )
+        None, "passes over the training prompts, if they come before max_rounds; 0.5: half a pass; null: any",
+        also=("total_epochs",), may_change=True, design=False, gt=0,
+    )  # fmt: skip
     batch_size: int = Key(32, "queries a round", also=("per_device_train_batch_size",), design=False, ge=1)
     num_generations: int = Key(1, "rollouts a query", also=("n",), design=False, ge=1)
     learning_rate: float = Key(1e-6, "learning rate of AdamW after the warm-up", also=("lr",), ge=0)
@@ -115,28 +112,20 @@ class Config(Section):
     )
     max_prompt_length: int = Key(512, "longer prompts (in tokens) are left out and counted", ge=1)
     max_completion_length: int = Key(
-        1024,
-        "completions are cut off after so many tokens",
-        also=("max_new_tokens", "max_response_length", "max_tokens"),
-        ge=1,
-    )
+        1024, "completions are cut off after so many tokens",
+        also=("max_new_tokens", "max_response_length", "max_tokens"), ge=1,
+    )  # fmt: skip
     chat_template: Literal["auto", "never"] = Key(
         "auto", "plain prompts to a chat model become user messages, or are sent as they are"
     )
     max_generated_tokens: int | None = Key(
-        None,
-        "stop after the round in which so many tokens were drawn; null: never",
-        may_change=True,
-        design=False,
-        ge=1,
-    )
+        None, "stop after the round in which so many tokens were drawn; null: never",
+        may_change=True, design=False, ge=1,
+    )  # fmt: skip
     max_seconds: float | None = Key(
-        None,
-        "stop after the round in which rounds took so long, evaluation not counted",
-        may_change=True,
-        design=False,
-        gt=0,
-    )
+        None, "stop after the round in which rounds took so long, evaluation not counted",
+        may_change=True, design=False, gt=0,
+    )  # fmt: skip
     advantage: str = Key("reward", " | ".join(ADVANTAGES))
     advantage_options: dict[str, Any] = Key({}, "options of the advantage, e.g. --advantage_options.half_life 0.1")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
@@ -174,6 +163,13 @@ class Config(Section):
     device: str | None = Key(
         None, "cpu, cuda, cuda:1, ...; null: cuda where there is one", may_change=True, design=False
     )
+    thread_wait: Literal["bounded", "active", "passive"] = Key(
+        "bounded",
+        "how idle CPU threads wait: bounded (spin briefly, then sleep) | active (spin: for a machine of one's own) | "
+        "passive (sleep). OMP_WAIT_POLICY and GOMP_SPINCOUNT of the environment go first",
+        may_change=True,
+        design=False,
+    )
     save_steps: int = Key(100, "rounds between checkpoints; 0: only at the end", may_change=True, design=False, ge=0)
     save_total_limit: int = Key(2, "checkpoints kept, the newest; 0: all", may_change=True, design=False, ge=0)
     eval_steps: int = Key(
@@ -181,12 +177,9 @@ class Config(Section):
     )
     log_rollouts_steps: int = Key(1, "rounds between saved rollouts; 0: none", may_change=True, design=False, ge=0)
     resume: str = Key(
-        "auto",
-        "auto: continue the run in output_dir | never: refuse a used folder | a checkpoint folder",
-        also=("resume_from_checkpoint",),
-        may_change=True,
-        design=False,
-    )
+        "auto", "auto: continue the run in output_dir | never: refuse a used folder | a checkpoint folder",
+        also=("resume_from_checkpoint",), may_change=True, design=False,
+    )  # fmt: skip
     report_to: list[str] = Key(
         [], "trackers besides metrics.jsonl: tensorboard, wandb, trackio", may_change=True, design=False
     )
@@ -195,7 +188,9 @@ class Config(Section):
     @classmethod
     def _registered(cls, value: str) -> str:
         if value not in ADVANTAGES:  # looked up now: more may be registered than when this class was made
-            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{nearest(value, ADVANTAGES)}")
+            theirs = answer_to_value("advantage", value)
+            hint = f": {theirs}" if theirs else nearest(value, ADVANTAGES)
+            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{hint}")
         return value
 
     @field_validator("report_to")
@@ -311,7 +306,12 @@ def unknown_key(dotted: str) -> str:
     if of_section := [name for name in keys() if name.startswith(f"{dotted}.")]:
         return f"unknown key {dotted!r}: it is a section of keys, such as {of_section[0]}"
     meant = [key.name for key in keys().values() if dotted in key.also]
-    meant += [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    own = [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    in_section = any(name.startswith(dotted.partition(".")[0] + ".") for name in keys())
+    if (row := answer_to_name(dotted, alike=not in_section)) is not None and ("." in dotted or meant or not own):
+        meant += [row[0]] if row[0] else []
+        return f"unknown key {dotted!r}" + (f" (did you mean {meant[0]}?)" if meant else "") + f": {row[1]}"
+    meant += own
     return f"unknown key {dotted!r}" + (f" (did you mean {meant[0]}?)" if meant else nearest(dotted, keys()))
 
 

@@ -53,6 +53,7 @@ from bandit_rft.metrics import (
     write_parquet,
 )
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.model_card import model_card
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.paths import absolute, saved_tree
@@ -127,6 +128,7 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
         with ExitStack() as stack:
+            stack.enter_context(plain_surroundings())
             stack.enter_context(self.run_folder.lock())
             self._start(stack)
             self.listener.started(self)
@@ -167,7 +169,7 @@ class Trainer:
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.config.temperature, number)
+            checked = self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=update.off_policy)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {

@@ -265,9 +265,11 @@ def eval_chooses_the_best(stage: Stage) -> None:
         (checkpoints / f"checkpoint-{number}" / "state.json").write_text(json.dumps(state))
         lines.append(json.dumps({"round": number, "eval/train/pass@1": 1 / number, "eval/test/pass@1": value}))
     (stage.folder / "run" / "metrics.jsonl").write_text("\n".join(lines))
-    # none of them is a model: the error names the one that was chosen
-    stage.monkeypatch.setattr("bandit_rft.config.build_config", lambda given, file: print(given) or sys.exit(7))
-    assert "checkpoint-4'" in stage.says("eval run", 7) and "checkpoint-2'" in stage.says("eval run --best", 7)
+    stage.monkeypatch.setattr(
+        "bandit_rft.evaluate.evaluate_splits", lambda config, *_, base: print(config.model_name_or_path) or sys.exit(7)
+    )
+    line = "eval run --preset demo"
+    assert "checkpoint-4\n" in stage.says(line, 7) and "checkpoint-2\n" in stage.says(f"{line} --best", 7)
     assert "give its folder" in stage.says("eval --best", 2)
 
 
@@ -388,7 +390,9 @@ SAMPLES: dict[str, str] = {
     "preset": "demo", "task": "countdown", "advantage": "weighted --advantage_options.positive_weight 0.2",
     "advantage_options": "'{positive_weight: 1}' --advantage weighted", "task_options": "'{digits: 1}'",
     "objective.kl": "k3 --objective.kl_coef 0.1",
-    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4", "kl.target": "0.1 --preset paper",
+    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4",
+    "objective.importance_cap": "0.25 --objective.kind importance --objective.dual_clip null",
+    "kl.target": "0.1 --preset paper",
     "objective.aggregation": "seq-mean-token-sum", "kl.where": "reward --preset paper",
     "objective.norm_length": "9 --objective.aggregation seq-mean-token-sum-norm", "reward.memory_mb": "512",
     "reward.length_penalty_from": "9 --reward.length_penalty 1", "report_to": "tensorboard,wandb",
