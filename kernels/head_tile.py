@@ -52,23 +52,21 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     sums in an order of its own for every shape; these two give a drawn token the same bits when it is scored.
 
     Few rows: reading an entry of the weight, 2 H bytes, takes H / 2150 ns at 4.3 TB/s: 417 ps where H = 896. Softmax
-    and noise of 64 rows, padding included, take 64 x 55 instructions, 164 ps at 21 T instructions a second: 40% of that. So
-    several programs share a multiprocessor (4 warps and 100 KiB each on sm_90), and load while another one computes.
-    Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 128 x 128
-    has 64. Scoring takes the former where registers allow; noise needs registers, so the draw keeps to less.
+    and noise of 64 rows, padding included, take 64 x 55 instructions, 164 ps at 21 T instructions a second: 40% of
+    that. So two programs share a multiprocessor (4 warps and 100 KiB each on sm_90): one loads, the other computes.
+    Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 64 x 128
+    has 43. Scoring takes the former. A draw has as much to compute as to multiply, and keeps to two programs side by
+    side. On sm_80 and sm_100 larger tiles than 64 x 128 spill.
     Stages fill the shared memory (164 KiB a multiprocessor on sm_80, 228 KiB from sm_90 on) with loads in flight. What
-    the compiler makes of each tile, docs/building.md says: none spills.
+    the compiler makes of each tile stands in docs/building.md.
     """
     if dtype == torch.float32:  # exact products on the ordinary arithmetic units
         return Tile(32, 64, 32, 4, 3)
     if capability < 90:
         return Tile(64, 128, 64, 8, 3)
-    many = rows > 64
     if capability >= 100:
-        return Tile(128, 128, 64, 4, 4) if many and not draws else Tile(64, 128, 64, 8, 4)
-    if many:
-        return Tile(128, 128, 64, 8, 4) if draws else Tile(128, 256, 64, 8, 4)
-    return Tile(64, 128, 64, 4, 4)
+        return Tile(64, 128, 64, 8, 4)
+    return Tile(64, 128, 64, 4, 4) if draws or rows <= 64 else Tile(128, 256, 64, 8, 4)
 
 
 def capability_of(tensor: Tensor) -> int:

@@ -35,8 +35,8 @@ MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 #: The same, as the machine code has them.
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
 VOCABULARY = 151_936
-#: Rows of a batch (or a chunk of tokens): as many as the small tile has, more.
-DRAWS, SCORES = (64, 256), (64, 8192)
+#: Rows of a batch, or a chunk of tokens.
+DRAWS, SCORES = (64,), (64, 8192)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 TYPES = {
     "hidden": "*bf16", "weight": "*bf16", "logits": "*fp32", "gradient": "*fp32", "winning_token": "*i32",

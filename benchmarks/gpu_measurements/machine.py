@@ -30,8 +30,8 @@ H100 = H200._replace(copy=H200.copy * 3.35 / 4.8)
 INSTRUCTIONS = {"logprob": 8.8, "policy": 17.9, "sample": 27.8}
 EXACT_NOISE = 3
 #: Instructions a logit of the fused heads beside their product, on sm_90: docs/building.md's counts of the kernels for
-#: 8192 rows (scoring) and for 64 and 256 (drawing).
-FUSED = {"score": 14.0, "draw": 54.8, "draw many": 55.0}
+#: 8192 rows (scoring) and for 64 (drawing).
+FUSED = {"score": 14.0, "draw": 54.8}
 #: Bytes a logit: policy rows read float32 and write it (the copy's traffic); in the loss they write bfloat16.
 BYTES = {"logprob": 4, "policy": 8, "sample": 4}
 CHUNK = 2048  # rows of logits at a time in the loss and, unfused, in scoring
@@ -84,15 +84,13 @@ def logprobs_ratio(machine: Machine, n: int, h: int, v: int) -> float:
 
 
 def sample_ratio(machine: Machine, b: int, h: int, v: int) -> float:
-    """linear_sample / the bare product: softmax and noise of a batch padded to 64 rows, or to multiples of 128.
+    """linear_sample / the bare product: softmax and noise of a batch padded to multiples of 64 rows.
 
-    Up to 64 rows two programs share a multiprocessor, and one loads while the other computes; above there is one.
+    Two programs share a multiprocessor: one loads or multiplies while the other computes.
     """
     bare = max(products(machine, b, h, v, 1), 2 * h * v / machine.copy)
-    if b <= 64:
-        computing = 64 * v * FUSED["draw"] / machine.instructions
-        return (max(bare, computing) + (1 - HIDDEN) * min(bare, computing)) / bare
-    return (bare + math.ceil(b / 128) * 128 * v * FUSED["draw many"] / machine.instructions) / bare
+    computing = math.ceil(b / 64) * 64 * v * FUSED["draw"] / machine.instructions
+    return (max(bare, computing) + (1 - HIDDEN) * min(bare, computing)) / bare
 
 
 #: (N, H, V) of the loss and of scoring; (B, H, V) of sampling: the shapes that have bars.

@@ -224,7 +224,6 @@ def test_predictions_follow_from_the_machine_and_never_count_as_measured(tmp_pat
     for kind, kernel in {
         "score": "linear_logprobs, 8192 rows",
         "draw": "linear_sample, 64 rows",
-        "draw many": "linear_sample, 256 rows",
     }.items():
         counted = next(line for line in building.splitlines() if line.startswith(f"| {kernel} |"))
         assert float(counted.split("|")[3].split(";")[0]) == machine.FUSED[kind]

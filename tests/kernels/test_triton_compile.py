@@ -53,7 +53,7 @@ def kernels(architecture: int) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_without_spills(architecture: int) -> None:
     found = kernels(architecture)
-    heads = {80: 2, 90: 5, 100: 4}[architecture]
+    heads = {80: 2, 90: 4, 100: 3}[architecture]
     assert len(found) == heads + 6
     older = Version(version("triton")) < Version("3.6")  # what torch 2.8 and 2.9 bring spills a few registers
     for name, used in found.items():
@@ -73,8 +73,7 @@ def test_every_kernel_compiles_without_spills(architecture: int) -> None:
 
 
 #: Instructions a logit on sm_90: at most this.
-BARS = {"linear_logprobs, 64 rows": 17, "linear_logprobs, 8192 rows": 16, "linear_sample, 64 rows": 60,
-        "linear_sample, 256 rows": 60}  # fmt: skip
+BARS = {"linear_logprobs, 64 rows": 17, "linear_logprobs, 8192 rows": 16, "linear_sample, 64 rows": 60}
 
 
 @pytest.mark.parametrize("name", BARS)
