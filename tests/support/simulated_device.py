@@ -124,9 +124,9 @@ class Simulation(TorchDispatchMode):
             self.wait(name)
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait(name)
-        if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
-            if any(x is not None and x.dtype == torch.bool for x in args[1]):
-                self.wait("a mask as index")
+        indexed = name in ("index", "index_put_", "index_put", "_index_put_impl_")
+        if indexed and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            self.wait("a mask as index")
 
 
 @contextmanager

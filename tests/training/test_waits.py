@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_device import OnDevice, move, simulated
+from simulated_device import DEVICE, OnDevice, move, simulated
 from tiny_models import character_tokenizer, tiny_llama
 
-from bandit_rft import PolicyObjective
+from bandit_rft import PolicyObjective, linear_policy_loss
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout import RolloutEngine, sequence_ids
@@ -52,6 +52,26 @@ def test_a_round_waits_for_its_rollouts_and_for_its_figures(kl: bool, monkeypatc
     assert batch.tokens.device.type == "cpu" and len(batch.tokens) > 50
     assert update.steps == 2 and update.logprob_gap is not None and update.logprob_gap < 1e-3
     assert optimizer.asynchronous and update.tokens_trained > 0 and (update.kl is not None) == kl
+
+
+def test_a_scaled_loss_with_weight_grad_is_seen_to_be_wrong_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host cannot look at the factor, gradients become NaN; a factor of 1 changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((6, 8), (40, 8), (2,))]
+    for factor in (1.0, 0.5):
+        with simulated(monkeypatch) as simulation:
+            hidden, weight, advantages = (OnDevice(value.clone()) for value in values)
+            hidden.requires_grad_()
+            buffer = torch.zeros((40, 8), device="meta")
+            targets, cu_seqlens = to_device([1, 2, 3, 4, 5, 6], DEVICE), to_device([0, 2, 6], DEVICE, torch.int32)
+            loss = linear_policy_loss(
+                hidden, weight, targets, advantages, cu_seqlens, objective=PolicyObjective(), weight_grad=buffer,
+                normalizer=6.0, skip_zero_rows=False,
+            ).loss  # fmt: skip
+            (loss * factor).backward()
+            assert not simulation.waits and isinstance(hidden.grad, OnDevice) and isinstance(buffer, OnDevice)
+        right = factor == 1
+        assert bool(hidden.grad.held.isfinite().all()) == bool(buffer.held.isfinite().all()) == right
 
 
 WAITING: dict[str, Any] = {
