@@ -79,10 +79,10 @@ def capability_of(tensor: Tensor) -> int:
 
 def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor) -> int:
     """Persistent programs: as many as reside on the GPU at once, of 4 warps two a multiprocessor (255 registers)."""
-    tiles = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
+    tiles: int = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
     if not tensor.is_cuda:
         return min(tiles, INTERPRETED_PROGRAMS)
-    multiprocessors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    multiprocessors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return min(tiles, multiprocessors * (2 if tile.num_warps == 4 else 1))
 
 
