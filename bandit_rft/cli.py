@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +71,9 @@ def train(given: argparse.Namespace) -> int:
     from bandit_rft.config import build_config
 
     config = build_config(given.overrides, getattr(given, "config", None))
+    choose_wait(config.thread_wait)
     if "dry_run" in given:
         return _dry_run(config, probe=given.dry_run == "probe")
-    choose_wait(config.thread_wait)
     from rich.console import Console
 
     from bandit_rft.listener import Listeners
@@ -153,13 +154,11 @@ def evaluate(given: argparse.Namespace) -> int:
                 f"{target} is no run folder (it has no checkpoints) and no model folder (neither config.json nor "
                 "adapter_config.json)"
             )
-        from bandit_rft.run_folder import checkpoint_of
-
-        checkpoint, title = checkpoint_of(target, best="best" in given)
-        overrides["model_name_or_path"] = str(checkpoint)
-        run = Path(os.path.relpath(checkpoint.absolute().parent.parent)) / "config.yaml"
-        if file is None and run.is_file():
-            file = found = str(run)
+        of_model = (target / "config.json").is_file() or (target / "adapter_config.json").is_file()
+        run = Path(os.path.relpath(target.absolute().parent.parent)) if of_model else target
+        overrides["model_name_or_path"] = str(target)
+        if file is None and (run / "config.yaml").is_file():
+            file = found = str(run / "config.yaml")
             base = build_config({}, file, check=False).model_name_or_path or None
     elif "best" in given:
         raise UsageError("--best chooses among the checkpoints of a run: give its folder")
@@ -170,6 +169,11 @@ def evaluate(given: argparse.Namespace) -> int:
 
         refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in given)
     _set_loudness(given)
+    if "target" in given:
+        from bandit_rft.run_folder import checkpoint_of
+
+        checkpoint, title = checkpoint_of(target, best="best" in given)
+        config = replace(config, model_name_or_path=str(checkpoint))
     from rich.console import Console
 
     from bandit_rft.progress import EvaluationProgress, evaluation_line, show_evaluations

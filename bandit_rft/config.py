@@ -83,13 +83,9 @@ class Config(Section):
     seed: int = Key(0, "seed of data order, sampling and evaluation", ge=0, le=2**63 - 1)
     max_rounds: int = Key(1000, "rounds of training", also=("max_steps",), may_change=True, design=False, ge=0)
     num_train_epochs: float | None = Key(
-        None,
-        "passes over the training prompts, if they come before max_rounds; 0.5: half a pass; null: any",
-        also=("total_epochs",),
-        may_change=True,
-        design=False,
-        gt=0,
-    )
+        None, "passes over the training prompts, if they come before max_rounds; 0.5: half a pass; null: any",
+        also=("total_epochs",), may_change=True, design=False, gt=0,
+    )  # fmt: skip
     batch_size: int = Key(32, "queries a round", also=("per_device_train_batch_size",), design=False, ge=1)
     num_generations: int = Key(1, "rollouts a query", also=("n",), design=False, ge=1)
     learning_rate: float = Key(1e-6, "learning rate of AdamW after the warm-up", also=("lr",), ge=0)
@@ -116,28 +112,20 @@ class Config(Section):
     )
     max_prompt_length: int = Key(512, "longer prompts (in tokens) are left out and counted", ge=1)
     max_completion_length: int = Key(
-        1024,
-        "completions are cut off after so many tokens",
-        also=("max_new_tokens", "max_response_length", "max_tokens"),
-        ge=1,
-    )
+        1024, "completions are cut off after so many tokens",
+        also=("max_new_tokens", "max_response_length", "max_tokens"), ge=1,
+    )  # fmt: skip
     chat_template: Literal["auto", "never"] = Key(
         "auto", "plain prompts to a chat model become user messages, or are sent as they are"
     )
     max_generated_tokens: int | None = Key(
-        None,
-        "stop after the round in which so many tokens were drawn; null: never",
-        may_change=True,
-        design=False,
-        ge=1,
-    )
+        None, "stop after the round in which so many tokens were drawn; null: never",
+        may_change=True, design=False, ge=1,
+    )  # fmt: skip
     max_seconds: float | None = Key(
-        None,
-        "stop after the round in which rounds took so long, evaluation not counted",
-        may_change=True,
-        design=False,
-        gt=0,
-    )
+        None, "stop after the round in which rounds took so long, evaluation not counted",
+        may_change=True, design=False, gt=0,
+    )  # fmt: skip
     advantage: str = Key("reward", " | ".join(ADVANTAGES))
     advantage_options: dict[str, Any] = Key({}, "options of the advantage, e.g. --advantage_options.half_life 0.1")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
@@ -189,12 +177,9 @@ class Config(Section):
     )
     log_rollouts_steps: int = Key(1, "rounds between saved rollouts; 0: none", may_change=True, design=False, ge=0)
     resume: str = Key(
-        "auto",
-        "auto: continue the run in output_dir | never: refuse a used folder | a checkpoint folder",
-        also=("resume_from_checkpoint",),
-        may_change=True,
-        design=False,
-    )
+        "auto", "auto: continue the run in output_dir | never: refuse a used folder | a checkpoint folder",
+        also=("resume_from_checkpoint",), may_change=True, design=False,
+    )  # fmt: skip
     report_to: list[str] = Key(
         [], "trackers besides metrics.jsonl: tensorboard, wandb, trackio", may_change=True, design=False
     )

@@ -265,9 +265,11 @@ def eval_chooses_the_best(stage: Stage) -> None:
         (checkpoints / f"checkpoint-{number}" / "state.json").write_text(json.dumps(state))
         lines.append(json.dumps({"round": number, "eval/train/pass@1": 1 / number, "eval/test/pass@1": value}))
     (stage.folder / "run" / "metrics.jsonl").write_text("\n".join(lines))
-    # none of them is a model: the error names the one that was chosen
-    stage.monkeypatch.setattr("bandit_rft.config.build_config", lambda given, file: print(given) or sys.exit(7))
-    assert "checkpoint-4'" in stage.says("eval run", 7) and "checkpoint-2'" in stage.says("eval run --best", 7)
+    stage.monkeypatch.setattr(
+        "bandit_rft.evaluate.evaluate_splits", lambda config, *_, base: print(config.model_name_or_path) or sys.exit(7)
+    )
+    line = "eval run --preset demo"
+    assert "checkpoint-4\n" in stage.says(line, 7) and "checkpoint-2\n" in stage.says(f"{line} --best", 7)
     assert "give its folder" in stage.says("eval --best", 2)
 
 

@@ -87,7 +87,7 @@ def last_line(path: Path) -> dict[str, Any]:
 
 def show_status(folder: Path, console: Console) -> None:
     """Print the counts and the time left, every cell at work, and every failure with its reason."""
-    entries = {cell["id"]: cell for cell in json.loads((folder / "plan.json").read_text(encoding="utf-8"))}
+    entries = {cell["id"]: cell for cell in planned_cells(folder)}
     status = read_status(folder, list(entries))
     rounds = {cell: planned(folder, cell, entries[cell]) for cell, *_ in status.progress}
     counts = ", ".join(f"{status.counts[state]} {state}" for state in STATES if status.counts[state])
@@ -106,7 +106,8 @@ def show_status(folder: Path, console: Console) -> None:
 
 def planned(folder: Path, cell: str, entry: Mapping[str, Any]) -> int | None:
     """How many rounds a cell takes, where its budget is one of rounds; None where that is not known."""
-    config = entry.get("config") or {}
+    config = entry.get("config")
+    config = config if isinstance(config, dict) else {}
     if any(config.get(key) for key in ("max_generated_tokens", "max_seconds", "num_train_epochs")):
         return None
     try:
@@ -114,7 +115,8 @@ def planned(folder: Path, cell: str, entry: Mapping[str, Any]) -> int | None:
     except OSError:
         text = ""
     found = re.search(r"^max_rounds: (\d+)$", text, re.MULTILINE)
-    return int(found[1]) if found else config.get("max_rounds")
+    rounds = int(found[1]) if found else config.get("max_rounds")
+    return rounds if isinstance(rounds, int) else None
 
 
 def seconds_left(
