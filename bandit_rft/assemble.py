@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from bandit_rft.data import padding_token_ids
 from bandit_rft.gates import LOGPROB_GAP
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rewards import RewardRunner
+from bandit_rft.rewards import RewardFunction, RewardRunner
 from bandit_rft.rollout import RolloutEngine
 from bandit_rft.tasks import Task
 from bandit_rft.text import LIMIT, printable
@@ -45,9 +47,14 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
         raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
         raise ValueError(f"the model in {name_or_path} could not be loaded: {_first_line(error)}") from error
-    if policy.tokenizer is not None:
+    return prepare(policy, config)
+
+
+def prepare(policy: Policy, config: Config) -> Policy:
+    """A policy as it is sampled from and trained: no token without a text, activations kept or not."""
+    if policy.tokenizer is not None and not policy.padding_token_ids:
         _mask_padding(policy, policy.tokenizer)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and not policy.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
 
@@ -80,7 +87,7 @@ def _first_line(error: Exception) -> str:
 
 def new_policy(config: Config, given: Policy | None = None) -> Policy:
     """The policy that a new run trains: `given` or the configured one, with an adapter where the config has one."""
-    policy = given or load_policy(config.model_name_or_path, config)
+    policy = prepare(given, config) if given else load_policy(config.model_name_or_path, config)
     if not config.lora.rank:
         return policy
     from bandit_rft.model.lora import add_adapter
@@ -98,17 +105,41 @@ def make_optimizer(policy: Policy, config: Config) -> PolicyOptimizer:
     )  # fmt: skip
 
 
-def load_reference(policy: Policy, config: Config) -> Policy | None:
-    """The initial model that a KL is taken to, without gradients; None where there is no KL."""
+def load_reference(policy: Policy, config: Config, given: Policy | None = None) -> Policy | None:
+    """The initial model that a KL is taken to, without gradients; None where there is no KL.
+
+    Args:
+        policy: what is trained; with adapters, the model beneath them is the initial one.
+        config: of the run.
+        given: the initial model itself, where a program gave one: a copy of it is taken.
+    """
     if not config.objective.kl_coef:
         return None
     if config.lora.rank:
         from bandit_rft.model.lora import base_policy
 
         return base_policy(policy)
-    reference = load_policy(config.model_name_or_path, config)
+    if given is not None:
+        reference = prepare(Policy(copy.deepcopy(given.model), given.tokenizer), config)
+    else:
+        reference = load_policy(config.model_name_or_path, config)
     reference.model.requires_grad_(False)
     return reference
+
+
+def head_digest(policy: Policy) -> str:
+    """What a head's weights are known by: a model that was trained since has others."""
+    weight = policy.weight.detach().cpu().contiguous()
+    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
+
+
+def check_initial(checkpoint: Path, saved: str | None, now: str | None) -> None:
+    """Refuse to go on with a KL to another model than the one that a program gave at first (ConfigError)."""
+    if saved is not None and now is not None and saved != now:
+        raise ConfigError(
+            f"{checkpoint} was made with a KL to the model as it was given then, and the one given now has other "
+            "weights: has it been trained since? Load it anew, or choose another output_dir"
+        )
 
 
 def make_updater(
@@ -127,11 +158,12 @@ def make_updater(
 
 
 def make_scorer(task: Task, config: Config) -> RewardRunner:
-    """The worker processes that score a task's completions."""
+    """The worker processes that score a task's completions; forks of this one where a reward cannot be imported."""
     r = config.reward
+    inherited = any(isinstance(reward, RewardFunction) and reward.function is not None for reward in task.rewards)
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error,
+        on_error=r.on_error, isolation="fork" if inherited else "process",
     )  # fmt: skip
 
 

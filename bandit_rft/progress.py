@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,8 @@ class ConsoleListener(Listener):
             f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.data.train):,} training prompts, "
             f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
         )
+        if trainer.scorer.isolation == "fork":
+            self.say("Rewards run in forks of this process: one of them cannot be imported.")
         if trainer.round:
             self.say(f"continuing after round {trainer.round}")
         self.say(
@@ -127,7 +129,9 @@ class ConsoleListener(Listener):
         return "  ".join(parts)
 
 
-def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, console: Console | None = None) -> None:
+def show_result(
+    folder: Path, lines: Sequence[dict[str, Any]], report: Path | None, console: Console | None = None
+) -> None:
     """Print the before/after table, one question answered before and after, and where the report is."""
     console = console or Console(highlight=False)
     evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]

@@ -23,8 +23,12 @@ STALENESS_CLASSES = (1, 3, 7, 15)
 Metrics = dict[str, float | int | None]
 
 
-class TrajectoryReplay:
-    """The newest `capacity` rollouts, first in, first out, in host memory."""
+class Replay:
+    """The newest `capacity` rollouts, first in, first out, in host memory.
+
+    Args:
+        capacity: rollouts.
+    """
 
     def __init__(self, capacity: int):
         if capacity < 1:
@@ -41,15 +45,25 @@ class TrajectoryReplay:
         self.kept = every.select(range(max(len(every) - self.capacity, 0), len(every)))
 
     def draw(
-        self, count: int, *, sampling: str, now: int, max_staleness: int | None, seed: int
+        self, count: int, *, now: int, sampling: str = "uniform", max_staleness: int | None = None, seed: int = 0
     ) -> tuple[RolloutBatch | None, float]:
         """Up to `count` rollouts, without repeats, and the share of those kept that was young enough to be drawn.
 
-        Depends on the seed and the round `now` alone. Rollouts drawn more than max_staleness rounds ago stay out.
+        Args:
+            count: at most so many.
+            now: the current round; with the seed it is all that the choice depends on.
+            sampling: uniform, or by the advantage: see SELECTIONS.
+            max_staleness: rollouts drawn more rounds ago stay out; None: none does.
+            seed: of the choice.
 
         Returns:
-            (None, share) when there is nothing to draw.
+            (rollouts, share); (None, share) when there is nothing to draw.
+
+        Raises:
+            ValueError: for an unknown sampling.
         """
+        if sampling not in SELECTIONS:
+            raise ValueError(f"sampling must be one of {', '.join(SELECTIONS)}; got {sampling!r}")
         if self.kept is None or not len(self.kept):
             return None, 1.0
         young = np.arange(len(self.kept))

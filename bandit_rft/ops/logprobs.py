@@ -15,8 +15,9 @@ from torch import Tensor
 
 from . import backends, checks, head, rows
 from .backend import Head, RowStatistics, Scaling
+from .counted import clear_, ignored, replaced, zeroed, zeroed_statistics
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
-from .reference import computing_dtype
+from .reference import IGNORED, computing_dtype
 from .registry import autograd, operation
 
 
@@ -36,7 +37,7 @@ def linear_logprobs(
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64: the last hidden states at which targets are predicted.
         weight: [V, H], hidden's dtype. It may be frozen, or hidden may be: the other's gradient is then not computed.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); -100 is not counted: log-probability and entropy 0, no gradient.
         bias: [V] or None, added to the logits before anything else.
         temperature: a float, or [N] (one for each row): what the logits are divided by, last.
         softcap: c in c * tanh(z / c), or None.
@@ -68,7 +69,7 @@ def logprobs_from_logits(
 
     Args:
         logits: [N, V] float32, bfloat16, float16 or float64; -inf is a token that cannot occur.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); -100 is not counted: log-probability and entropy 0, no gradient.
         temperature: a float, or [N] (one for each row): what the logits are divided by.
         return_entropy: also return the entropy of the whole softmax, in nats.
 
@@ -98,7 +99,13 @@ def _fake_linear_logprobs(of: Head, *rest: Any) -> tuple[Tensor, Tensor]:
 def _linear_logprobs(of: Head, targets: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     checks.target_values(targets, len(of.weight))
     checks.temperature_values(scaling.temperatures)
-    return score(of, targets, scaling)
+    mask = ignored(targets)
+    if mask is None or not checks.readable(targets):
+        return zeroed_statistics(score(of, replaced(targets, mask), scaling), mask)
+    counted = (~mask).nonzero()[:, 0]
+    some = score(Head(of.hidden[counted], of.weight, of.bias), targets[counted], scaling.rows(counted))
+    logp, entropy = (values.new_zeros(len(targets)).index_copy_(0, counted, values) for values in some)
+    return logp, entropy
 
 
 def score(of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
@@ -131,15 +138,16 @@ def _linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.target_values(targets, len(of.weight))  # as they are now, not as they were in the forward call
     gradients = HeadGradients(of, wanted, backends.named(backend))
-    gradients.accumulate(rows_with_gradient(given), gradients.filling(given, targets, scaling))
+    gradients.accumulate(rows_with_gradient(given, targets), gradients.filling(given, targets, scaling))
     return gradients.results()
 
 
-def rows_with_gradient(given: GivenGradients) -> Tensor | None:
+def rows_with_gradient(given: GivenGradients, targets: Tensor) -> Tensor | None:
     """The rows that anything flows back into (None: all of them), int64; on a GPU the host waits for their number."""
     counts = given.logprobs != 0
     if given.entropy is not None:
         counts |= given.entropy != 0
+    counts &= targets != IGNORED
     index = counts.nonzero()[:, 0]
     return None if len(index) == len(counts) else index
 
@@ -191,7 +199,9 @@ def _logits_logprobs(
 ) -> tuple[Tensor, Tensor]:
     checks.target_values(targets, logits.shape[1])
     checks.temperature_values(temperatures)
-    seen = rows.logprobs(with_unit_columns(logits), targets, Scaling(temperature, temperatures))
+    mask = ignored(targets)
+    seen = rows.logprobs(with_unit_columns(logits), replaced(targets, mask), Scaling(temperature, temperatures))
+    seen = zeroed_statistics(seen, mask)
     checks.finite_values("the logits", seen.logprobs)
     return seen
 
@@ -207,7 +217,13 @@ def _logits_logprobs_backward(
 ) -> Tensor:  # fmt: skip
     checks.target_values(targets, logits.shape[1])
     gradient = logits.clone(memory_format=torch.contiguous_format)
-    rows.gradient_(gradient, targets, Scaling(temperature, temperatures), *given, backend=backend)
+    mask = ignored(targets)
+    of_logprobs, of_entropy = (None if g is None else zeroed(g, mask) for g in given)
+    assert of_logprobs is not None
+    rows.gradient_(
+        gradient, replaced(targets, mask), Scaling(temperature, temperatures), of_logprobs, of_entropy, backend=backend
+    )
+    clear_(gradient, mask)
     return gradient
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bandit_rft import ops
 from bandit_rft.model import Policy
@@ -95,7 +96,7 @@ class RolloutEngine:
     """Draws completions from a policy.
 
     Args:
-        policy: the wrapped model; its current weights are used at every call.
+        policy: a Policy, or a Hugging Face causal LM, which is wrapped; its current weights are used at every call.
         max_completion_length: tokens after which a completion is cut off.
         batch_size: sequences decoded together (the KV cache holds this many).
         static_cache: whether decoding goes over a KV cache of fixed size in steps that a GPU replays (graphs.py), where
@@ -104,7 +105,7 @@ class RolloutEngine:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | PreTrainedModel,
         *,
         max_completion_length: int,
         batch_size: int = 256,
@@ -114,6 +115,7 @@ class RolloutEngine:
             raise ValueError(
                 f"max_completion_length and batch_size must be >= 1; got {max_completion_length} and {batch_size}"
             )
+        policy = Policy.of(policy)
         self.policy, self.max_completion_length, self.batch_size = policy, max_completion_length, batch_size
         self._stop = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]
