@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .run_result import RunResult
     from .tasks import Example, Task, load_task
     from .trainer import Trainer
+    from .update import TrainingInputs, score_rollouts, training_inputs
 
 __all__ = [
     "Config",
@@ -70,6 +71,7 @@ __all__ = [
     "Sampling",
     "Task",
     "Trainer",
+    "TrainingInputs",
     "advantages",
     "linear_logprobs",
     "linear_policy_loss",
@@ -81,7 +83,9 @@ __all__ = [
     "policy_loss_from_logits",
     "reweigh",
     "sample_from_logits",
+    "score_rollouts",
     "sequence_ids",
+    "training_inputs",
     "unpack",
 ]
 
@@ -100,9 +104,12 @@ _MODULES = {
     "Sampling": "rollout",
     "Task": "tasks",
     "Trainer": "trainer",
+    "TrainingInputs": "update",
     "load_task": "tasks",
     "reweigh": "replay",
+    "score_rollouts": "update",
     "sequence_ids": "rollout",
+    "training_inputs": "update",
 }
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_policy(name_or_path: str, config: Config) -> Policy:
-    """The policy a config names; arithmetic-base is the model that comes with the package.
+    """The policy a config names.
 
     Raises:
         ConfigError: for a device that torch does not know or have.
@@ -39,8 +39,6 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
             torch.empty(0, device=config.device)
         except Exception as error:
             raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
-    if name_or_path == "arithmetic-base":
-        name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
     try:
         policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
     except (ValueError, OSError, ImportError):

@@ -84,7 +84,8 @@ class Replay:
 
 
 def reweigh(
-    old: RolloutBatch, score: Callable[[RolloutBatch], Tensor], *, correction: str, cap: float, every: bool
+    old: RolloutBatch, score: Callable[[RolloutBatch], Tensor], *, correction: str = "token", cap: float = 2.0,
+    every: bool = False,
 ) -> tuple[RolloutBatch, Metrics]:
     """Replayed rollouts with today's log-probabilities and their truncated importance weights, and how these look.
 
@@ -97,7 +98,12 @@ def reweigh(
         correction: token | sequence, see `importance_weights`.
         cap: largest weight.
         every: also weigh rollouts whose advantage is 0; otherwise they are not scored and weigh 1.
+
+    Raises:
+        ValueError: for an unknown correction.
     """
+    if correction not in ("token", "sequence"):
+        raise ValueError(f"correction must be token or sequence; got {correction!r}")
     rows = np.arange(len(old)) if every else np.flatnonzero(old.advantage.numpy())
     logprobs, importance = old.logprobs.clone(), torch.ones_like(old.logprobs)
     part = old.select(rows)

@@ -98,7 +98,7 @@ class Policy:
         A LoRA adapter in peft's format is loaded, trainable, with the model it names.
 
         Args:
-            name_or_path: a folder or a hub name.
+            name_or_path: a folder, a hub name, or arithmetic-base, the small model that comes with the package.
             dtype: of the weights: float32, bfloat16, float16 or float64.
             device: cpu, cuda, cuda:1, ...; None: cuda where there is one.
             revision: of a hub model.
@@ -111,6 +111,8 @@ class Policy:
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if name_or_path == "arithmetic-base":
+            name_or_path = str(Path(__file__).parents[1] / "assets" / "arithmetic-base")
         if os.path.sep in name_or_path and not Path(name_or_path).exists() and name_or_path.count("/") != 1:
             raise FileNotFoundError(f"model_name_or_path: there is no folder {name_or_path!r}")
         device = torch.device(device)
