@@ -7,6 +7,7 @@ a task, functions). Everything is checked here, before anything is loaded that t
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -211,8 +212,10 @@ def _watched(run: Run, progress: bool) -> Run:
 
     if not progress:
         return run._replace(listener=Listeners(run.listener, ReportWriter()), shows=_without_bars())
-    # Plain lines in a notebook: a display of rich's own for each would be many.
-    shows = ConsoleListener(run.config, Console(highlight=False, force_jupyter=False))
+    # Plain lines in a notebook, whose output says of itself that it is a terminal: a live line would be a hundred lines.
+    in_notebook = type(sys.stdout).__module__.startswith("ipykernel")
+    console = Console(highlight=False, force_jupyter=False, force_terminal=False if in_notebook else None)
+    shows = ConsoleListener(run.config, console)
     return run._replace(listener=Listeners(run.listener, shows, ReportWriter()), shows=_without_bars(shows))
 
 

@@ -84,7 +84,11 @@ class Replay:
 
 
 def reweigh(
-    old: RolloutBatch, score: Callable[[RolloutBatch], Tensor], *, correction: str = "token", cap: float = 2.0,
+    old: RolloutBatch,
+    score: Callable[[RolloutBatch], Tensor],
+    *,
+    correction: str = "token",
+    cap: float = 2.0,
     every: bool = False,
 ) -> tuple[RolloutBatch, Metrics]:
     """Replayed rollouts with today's log-probabilities and their truncated importance weights, and how these look.

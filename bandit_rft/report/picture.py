@@ -40,7 +40,7 @@ def learning_picture(folder: Path) -> str:
     whole = height + LEGEND * len(figure.lines) + 6
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
-        f'role="img" aria-label="{escape(figure.title)}"><style>{STYLE}{_slots()}</style>'
+        f'role="img" aria-label="{escape(figure.title)}"><style>{_slots()}{STYLE}</style>'
         f'<rect width="{width}" height="{whole}" fill="#ffffff"/>{drawing}{names}</svg>'
     )
 

@@ -351,6 +351,9 @@ def test_the_engine_wraps_a_transformers_model() -> None:
     batches = [RolloutEngine(m, max_completion_length=5).generate([[4, 5], [6]], ids, seed=3) for m in (model, policy)]
     assert batches[0].token_lists() == batches[1].token_lists()
     assert RolloutEngine(policy, max_completion_length=5).policy is policy
-    for wrong, hint in ((torch.nn.Linear(2, 2), "got Linear"), ("a/b", "got str; Policy.load takes a name or a folder")):
+    for wrong, hint in (
+        (torch.nn.Linear(2, 2), "got Linear"),
+        ("a/b", "got str; Policy.load takes a name or a folder"),
+    ):
         with pytest.raises(TypeError, match=f"model must be a Policy or a transformers model; {hint}"):
             RolloutEngine(wrong, max_completion_length=5)  # type: ignore[arg-type]
