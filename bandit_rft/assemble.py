@@ -103,13 +103,25 @@ def make_optimizer(policy: Policy, config: Config) -> PolicyOptimizer:
     )  # fmt: skip
 
 
-def load_reference(policy: Policy, config: Config, given: Policy | None = None) -> Policy | None:
+def keep_initial(given: Policy | None, config: Config) -> Policy | None:
+    """A copy of the model that a program gave, for the KL to it; None where there is no use for one.
+
+    The one that is given is trained in place. Adapters leave it as it is, so that no copy is needed.
+    """
+    if given is None or not config.objective.kl_coef or config.lora.rank:
+        return None
+    initial = prepare(Policy(copy.deepcopy(given.model), given.tokenizer), config)
+    initial.model.requires_grad_(False)
+    return initial
+
+
+def load_reference(policy: Policy, config: Config, initial: Policy | None = None) -> Policy | None:
     """The initial model that a KL is taken to, without gradients; None where there is no KL.
 
     Args:
         policy: what is trained; with adapters, the model beneath them is the initial one.
-        config: of the run.
-        given: the initial model itself, where a program gave one: a copy of it is taken.
+        config: of the run; names the initial model.
+        initial: that model, where a program gave it.
     """
     if not config.objective.kl_coef:
         return None
@@ -117,27 +129,28 @@ def load_reference(policy: Policy, config: Config, given: Policy | None = None) 
         from bandit_rft.model.lora import base_policy
 
         return base_policy(policy)
-    if given is not None:
-        reference = prepare(Policy(copy.deepcopy(given.model), given.tokenizer), config)
-    else:
-        reference = load_policy(config.model_name_or_path, config)
+    if initial is not None:
+        return initial
+    reference = load_policy(config.model_name_or_path, config)
     reference.model.requires_grad_(False)
     return reference
 
 
-def head_digest(policy: Policy) -> str:
-    """What a head's weights are known by: a model that was trained since has others."""
-    weight = policy.weight.detach().cpu().contiguous()
-    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
-
-
-def check_initial(checkpoint: Path, saved: str | None, now: str | None) -> None:
+def check_initial(checkpoint: Path, saved: str | None, initial: Policy | None) -> None:
     """Refuse to go on with a KL to another model than the one that a program gave at first (ConfigError)."""
-    if saved is not None and now is not None and saved != now:
+    if saved is not None and initial is not None and saved != head_digest(initial):
         raise ConfigError(
             f"{checkpoint} was made with a KL to the model as it was given then, and the one given now has other "
             "weights: has it been trained since? Load it anew, or choose another output_dir"
         )
+
+
+def head_digest(policy: Policy | None) -> str | None:
+    """What the weights of a head are known by; None for no policy."""
+    if policy is None:
+        return None
+    weight = policy.weight.detach().cpu().contiguous()
+    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
 def make_updater(

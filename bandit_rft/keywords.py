@@ -7,6 +7,7 @@ a task, functions). Everything is checked here, before anything is loaded that t
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +38,9 @@ class Run(NamedTuple):
     listener: Listener
     task: Task
     policy: Policy | None = None
-    shows: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # open while the run goes on
+    shows: Callable[[], contextlib.AbstractContextManager[object]] = (
+        contextlib.nullcontext
+    )  # open while the run goes on
 
 
 def make_run(
@@ -63,7 +66,7 @@ def make_run(
         raise ConfigError("task or train_dataset must be given (or preset='demo', which names both model and task)")
     if policy is None and not config.model_name_or_path:
         raise ConfigError("model must be given: a folder, a hub name, a transformers model or a Policy")
-    made = _task(task, train_dataset, eval_dataset, rewards, config)
+    made = _task(task, train_dataset, eval_dataset, rewards or config.reward.functions, config)
     if reward_weights is not None:
         weights = [float(weight) for weight in reward_weights]
         if len(weights) != len(made.rewards):
@@ -195,11 +198,15 @@ def _task(
 def _rows(name: str, rows: Any) -> Rows:
     if isinstance(rows, str | PathLike):
         raise TypeError(
-            f"{name} must be a datasets.Dataset or a list of dicts; a file or a hub name is task={str(rows)!r}"
+            f"{name} must be a datasets.Dataset, a DataFrame or a list of dicts; a file or a name is task={str(rows)!r}"
         )
+    if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # a pandas DataFrame
+        return rows.to_dict("records")  # type: ignore[no-any-return]
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         hint = ": give one of its splits" if isinstance(rows, Mapping) else ""
-        raise TypeError(f"{name} must be a datasets.Dataset or a list of dicts; got a {type(rows).__name__}{hint}")
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, a DataFrame or a list of dicts; got a {type(rows).__name__}{hint}"
+        )
     return rows
 
 
@@ -211,12 +218,14 @@ def _watched(run: Run, progress: bool) -> Run:
     from bandit_rft.report import ReportWriter
 
     if not progress:
-        return run._replace(listener=Listeners(run.listener, ReportWriter()), shows=_without_bars())
-    # Plain lines in a notebook, whose output says of itself that it is a terminal: a live line would be a hundred lines.
+        return run._replace(listener=Listeners(run.listener, ReportWriter()), shows=_without_bars)
+    # Plain lines in a notebook, whose output calls itself a terminal: a live line would be a hundred lines there.
     in_notebook = type(sys.stdout).__module__.startswith("ipykernel")
     console = Console(highlight=False, force_jupyter=False, force_terminal=False if in_notebook else None)
     shows = ConsoleListener(run.config, console)
-    return run._replace(listener=Listeners(run.listener, shows, ReportWriter()), shows=_without_bars(shows))
+    return run._replace(
+        listener=Listeners(run.listener, shows, ReportWriter()), shows=functools.partial(_without_bars, shows)
+    )
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     check_initial,
     head_digest,
+    keep_initial,
     load_policy,
     load_reference,
     make_engine,
@@ -80,15 +81,14 @@ class Trainer:
         model: a folder, a hub name, a Policy, or a transformers model, which is put in eval mode and trained in place.
         tokenizer: of a transformers model.
         task: a Task, or its name.
-        train_dataset: in place of a task, rows with a prompt and the columns that the rewards take: a
-            datasets.Dataset, or a list of dicts. `task_options` says where things are in them.
+        train_dataset: in place of a task, rows with a prompt and the columns that the rewards take: a list of dicts, a
+            datasets.Dataset or a DataFrame. `task_options` says where things are in them.
         eval_dataset: rows of the split "test", or rows by the name of their split.
         reward_funcs: functions, or texts for RewardFunction.parse, in place of the task's own. A function that cannot
             be imported, as one of a notebook's cell, runs in a fork of this process.
         reward_weights: one number a reward; 1 each by default.
         progress: whether a run made of keywords shows how it goes.
-        keys: of the configuration (`bandit-rft train --help` lists them): preset="minimal", learning_rate=1e-5,
-            objective={"kind": "ppo"}.
+        keys: of the configuration, as `bandit-rft train --help` lists them: preset="minimal", kl={"where": "reward"}.
 
     Raises:
         ConfigError, ValueError, TypeError: naming the argument and what was expected.
@@ -114,8 +114,7 @@ class Trainer:
             eval_dataset=eval_dataset, reward_funcs=reward_funcs, reward_weights=reward_weights, progress=progress,
             keys=keys,
         )  # fmt: skip
-        config = run.config
-        self.config: Config = replace(config, dtype=resolve_dtype(config))
+        config = self.config = replace(run.config, dtype=resolve_dtype(run.config))
         self.task, self.listener, self._shows = run.task, run.listener, run.shows
         self.run_folder = RunFolder(config.output_dir)
         self.stop_requested = False
@@ -128,8 +127,7 @@ class Trainer:
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = Replay(config.replay.capacity) if config.replay.capacity else None
         self._saving: Metrics = {}
-        self._given = run.policy
-        self._initial = head_digest(run.policy) if run.policy is not None and config.objective.kl_coef else None
+        self._given, self._initial = run.policy, keep_initial(run.policy, config)
 
     @property
     def folder(self) -> Path:
@@ -149,7 +147,7 @@ class Trainer:
         """Train until the budget is used up or `stop_requested`; returns what came of it."""
         with ExitStack() as stack:
             stack.enter_context(self.run_folder.lock())
-            stack.enter_context(self._shows)
+            stack.enter_context(self._shows())
             self._start(stack)
             self.listener.started(self)
             if self.round == 0 and not read_metrics(self.folder):
@@ -349,7 +347,7 @@ class Trainer:
             load_optimizer(found[0], self.optimizer)
             self._restore(*found)
             logger.info("continuing from %s", found[0])
-        reference = load_reference(self.policy, config, self._given)
+        reference = load_reference(self.policy, config, self._initial)
         in_loss = config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
@@ -431,7 +429,7 @@ class Trainer:
         state = {
             "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
             "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
-            "seconds": self.seconds, "initial": self._initial,
+            "seconds": self.seconds, "initial": head_digest(self._initial),
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()

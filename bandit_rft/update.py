@@ -247,7 +247,7 @@ class TrainingInputs(NamedTuple):
     predicting: Tensor  # int64 [N], the rows of input_ids whose hidden state predicts a completion token
 
 
-def training_inputs(batch: RolloutBatch, device: torch.device) -> TrainingInputs:
+def training_inputs(batch: RolloutBatch, device: torch.device | str) -> TrainingInputs:
     """Lay out prompts and completions (in host memory) one after another for a forward pass on a device."""
     prompts = batch.prompt_tokens.split(batch.prompt_lengths.tolist())
     pairs = zip(prompts, batch.split(batch.tokens), strict=True)
@@ -283,6 +283,5 @@ def micro_batches(batch: RolloutBatch, token_limit: int) -> list[RolloutBatch]:
 def _score(policy: Policy, batch: RolloutBatch, inputs: TrainingInputs, temperature: float) -> Tensor:
     hidden = policy.hidden_states(inputs.input_ids, inputs.lengths).index_select(0, inputs.predicting)
     options: dict[str, Any] = policy.head_options
-    logprobs = ops.linear_logprobs(hidden, policy.weight, batch.tokens, temperature=temperature, **options)
-    assert isinstance(logprobs, Tensor)
+    logprobs: Tensor = ops.linear_logprobs(hidden, policy.weight, batch.tokens, temperature=temperature, **options)
     return logprobs

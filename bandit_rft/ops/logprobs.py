@@ -8,7 +8,7 @@ The forward keeps nothing of the vocabulary's size; the backward computes each c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ from .reference import IGNORED, computing_dtype
 from .registry import autograd, operation
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -60,6 +72,14 @@ def linear_logprobs(
     return (logp, entropy) if return_entropy else logp
 
 
+@overload
+def logprobs_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: Literal[False] = False
+) -> Tensor: ...
+@overload
+def logprobs_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def logprobs_from_logits(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

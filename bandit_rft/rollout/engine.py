@@ -53,7 +53,7 @@ class Sampling:
         return Sampling(top_k=1)
 
 
-def sequence_ids(*parts: int | Sequence[int] | np.ndarray) -> Tensor:
+def sequence_ids(*parts: int | Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """A 64-bit id for each combination of the parts (stream, round, query, rollout), int64 [B]; parts broadcast.
 
     splitmix64 (Steele, Lea, Flood 2014) applied part by part: equal parts give equal ids, whatever else is drawn.
@@ -61,6 +61,7 @@ def sequence_ids(*parts: int | Sequence[int] | np.ndarray) -> Tensor:
     mixed = np.zeros(1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
+            part = part.cpu() if isinstance(part, Tensor) else part
             mixed = mixed + np.asarray(part, dtype=np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,6 +1,6 @@
 """The guides do what they show: each page is one script, run from top to bottom in a process and a folder of its own.
 
-A block whose first line is a comment with a file's name is that file; the others run one after another, as in a session.
+A block whose first line is a comment with a file's name is that file; the others run one after another, in one session.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def local(function: Callable[..., Any]) -> Callable[..., Any]:
     return here
 
 
-@pytest.mark.parametrize("kind", ["list", "Dataset"])
+@pytest.mark.parametrize("kind", ["list", "Dataset", "DataFrame"])
 def test_rows_functions_and_a_model_in_memory(in_memory: dict[str, Any], kind: str, capsys: Any) -> None:
-    rows = ROWS if kind == "list" else datasets.Dataset.from_list(ROWS)
+    rows: Any = {"list": list, "Dataset": datasets.Dataset.from_list, "DataFrame": pandas.DataFrame}[kind](ROWS)
     before = [p.clone() for p in in_memory["model"].parameters()]
     options = {**in_memory, "progress": True}
     trainer = Trainer(train_dataset=rows, eval_dataset=ROWS[:3], reward_funcs=[local(vowels)], **options)
@@ -130,6 +130,8 @@ def test_a_kl_is_taken_to_the_model_as_it_was_given(in_memory: dict[str, Any]) -
     reference = trainer.updater.reference
     assert reference is not None
     assert all(torch.equal(p, q) for p, q in zip(reference.model.parameters(), initial.parameters(), strict=True))
+    trainer.run()  # it goes on where it was, with the model as it was given first
+    assert trainer.updater.reference is reference
     with pytest.raises(ConfigError, match="has other weights: has it been trained since"):
         Trainer(**{**keys, "max_rounds": 3}).run()
     assert len(Trainer(**{**keys, "max_rounds": 3, "model": initial}).run()) == 4
@@ -156,7 +158,7 @@ ERRORS = [
     (bad(task=3, train_dataset=None), "task must be a Task or a name"),
     (
         bad(train_dataset="rows.jsonl"),
-        r"train_dataset must be a datasets.Dataset or a list of dicts; .*task='rows.jsonl'",
+        r"train_dataset must be a datasets.Dataset, .* list of dicts; .*task='rows.jsonl'",
     ),
     (bad(train_dataset={"train": ROWS}), "got a dict: give one of its splits"),
     (bad(train_dataset=[]), "dataset train: there are no rows"),
