@@ -125,8 +125,11 @@ class Worker:
         with warnings.catch_warnings():  # that a process with threads forks is known, and the child starts none of them
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
-        if pid == 0:
-            main_of_fork(read, write, output, self._inherited, not_ours=_our_ends)
+        if pid == 0:  # a reward may have rewards of its own: what was ours is not its, and the lock is open
+            not_ours = list(_our_ends)
+            _our_ends.clear()
+            _making.release()
+            main_of_fork(read, write, output, self._inherited, not_ours)
         return _Fork(pid)
 
     def ask(self, request: dict[str, Any], deadline: float) -> None:

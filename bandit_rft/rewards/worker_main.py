@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -87,6 +88,8 @@ def main_of_fork(
         if "torch" in sys.modules:  # its threads did not come along, and waiting for them would be for ever
             sys.modules["torch"].set_num_threads(1)
         main(read, write, inherited)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)
 

@@ -144,3 +144,12 @@ def test_the_session_keeps_what_main_defines() -> None:
     assert made.function is reward and made.kind == "batch" and made.name == "reward"
     assert RewardFunction.of_session("exact_match").function is None
     assert RewardFunction.of(len).kind == "batch"
+
+
+def test_a_reward_may_have_rewards_of_its_own() -> None:
+    def nested(completion: str) -> float:
+        (inner,) = run(lambda completion: 0.5, [completion])
+        assert inner is not None
+        return 2 * inner
+
+    assert run(nested, ["a"], timeout_s=60) == [1.0]
