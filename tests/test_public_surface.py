@@ -80,9 +80,9 @@ except ModuleNotFoundError as error:
 def test_the_import_costs_little_beyond_torch() -> None:
     code = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()  # of the processor, whatever else runs beside
 from bandit_rft import linear_logprobs, pack
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     assert min(float(python(code)) for _ in range(3)) < 0.3
 
