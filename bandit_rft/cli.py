@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bandit_rft.arguments import UsageError, make_parser, parse
+from bandit_rft.threads import choose_wait
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +70,7 @@ def train(given: argparse.Namespace) -> int:
         for what, value in design_audit(config):
             print(f"# {what + ':':<17}{value}")
         return 0
+    choose_wait(config.thread_wait)
     from rich.console import Console
 
     from bandit_rft.listener import Listeners
@@ -125,6 +127,7 @@ def evaluate(given: argparse.Namespace) -> int:
         if file is None and run.is_file():
             file = found = str(run)
     config = build_config(overrides, file)
+    choose_wait(config.thread_wait)
     if found and "reward.functions" not in overrides:
         from bandit_rft.rewards.spec import refuse_foreign_code
 
@@ -202,6 +205,7 @@ def study(given: argparse.Namespace) -> int:
 
 
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
+    choose_wait("bounded")
     from bandit_rft.study.run import Runner
     from bandit_rft.study.status import StudyProgress, show_plan, show_status
 

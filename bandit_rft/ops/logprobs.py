@@ -12,26 +12,28 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import backends, checks, head, rows
-from .backend import Head, RowStatistics, Scaling
+from .backend import Backend, Head, RowStatistics, Scaling
 from .counted import clear_, ignored, replaced, zeroed, zeroed_statistics
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .reference import IGNORED, computing_dtype
-from .registry import autograd, operation
+from .registry import autograd, once, operation
+from .vocab_parallel import Shard, VocabParallelBackend
 
 
 @overload
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
-    return_entropy: Literal[False] = False,
+    return_entropy: Literal[False] = False, process_group: ProcessGroup | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
-    return_entropy: Literal[True],
+    return_entropy: Literal[True], process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprobs(
     hidden: Tensor,
@@ -43,6 +45,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` under the LM head, without the logits ever being in memory at once.
 
@@ -55,6 +58,8 @@ def linear_logprobs(
         softcap: c in c * tanh(z / c), or None.
         logit_scale: a factor of the logits, before the softcap.
         return_entropy: also return the entropy of the whole softmax, in nats.
+        process_group: weight (and bias) are this rank's slice of the vocabulary, targets ids of the whole of it; all
+            else is the same on every rank, as are the results and hidden's gradient (vocab_parallel.py).
 
     Returns:
         logprobs [N] float32 (float64 for float64 inputs), or (logprobs, entropy); both differentiable in hidden, weight
@@ -68,7 +73,10 @@ def linear_logprobs(
     checks.per_row("targets", targets, hidden.shape[0], "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "N", hidden)
     scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
-    logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *scaling)
+    if process_group is None:
+        logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *scaling)
+    else:
+        logp, entropy = _vocab_parallel(Head(hidden, weight, bias), targets, scaling, process_group)
     return (logp, entropy) if return_entropy else logp
 
 
@@ -119,24 +127,29 @@ def _fake_linear_logprobs(of: Head, *rest: Any) -> tuple[Tensor, Tensor]:
 def _linear_logprobs(of: Head, targets: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     checks.target_values(targets, len(of.weight))
     checks.temperature_values(scaling.temperatures)
+    return score_counted(of, targets, scaling)
+
+
+def score_counted(of: Head, targets: Tensor, scaling: Scaling, backend: Backend | None = None) -> RowStatistics:
+    """As `score`, with 0 for targets that are not counted, whose rows are left out where looking is free."""
     mask = ignored(targets)
     if mask is None or not checks.readable(targets):
-        return zeroed_statistics(score(of, replaced(targets, mask), scaling), mask)
+        return zeroed_statistics(score(of, replaced(targets, mask), scaling, backend), mask)
     counted = (~mask).nonzero()[:, 0]
-    some = score(Head(of.hidden[counted], of.weight, of.bias), targets[counted], scaling.rows(counted))
-    logp, entropy = (values.new_zeros(len(targets)).index_copy_(0, counted, values) for values in some)
-    return logp, entropy
+    some = score(Head(of.hidden[counted], of.weight, of.bias), targets[counted], scaling.rows(counted), backend)
+    return RowStatistics(*(values.new_zeros(len(targets)).index_copy_(0, counted, values) for values in some))
 
 
-def score(of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
-    """Log-probabilities and entropy of checked arguments, chunk by chunk or fused."""
+def score(of: Head, targets: Tensor, scaling: Scaling, backend: Backend | None = None) -> RowStatistics:
+    """Log-probabilities and entropy of checked arguments, chunk by chunk (as by a given backend) or fused."""
     hidden, weight, bias = of
-    if (fused := backends.fusing(hidden.device, hidden.dtype)) is not None:
+    fused = backends.fusing(hidden.device, hidden.dtype) if backend is None else None
+    if fused is not None:
         seen = fused.linear_logprobs(of, targets, scaling, head.workspace_bytes(hidden.device))
     else:
         dtype = computing_dtype(hidden)
-        backend = backends.serving(hidden.device, dtype)
-        plan = head.chunks(len(hidden), weight, hidden.device, dtype, backend.copies_of_logits)
+        backend = backend or backends.serving(hidden.device, dtype)
+        plan = head.chunks(len(hidden), backend.columns(weight), hidden, backend.copies_of_logits)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         seen = RowStatistics(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2)))
         for chunk in plan:
@@ -201,6 +214,39 @@ def _given(logprobs: Tensor | None, entropy: Tensor | None) -> GivenGradients | 
 
 
 autograd("linear_logprobs", _backward_linear, _setup_linear)
+
+
+# --- head, a slice of the vocabulary on each rank ---------------------------------------------------------------------
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: VocabParallelBackend, targets: Tensor, scaling: Scaling, *of: Tensor | None) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.scaling = backend, scaling._replace(temperatures=None)
+        ctx.save_for_backward(targets, scaling.temperatures, *of)
+        return tuple(score_counted(Head(*of), targets, scaling, backend))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if (given := _given(*gradients)) is None:
+            return (None,) * 6
+        targets, temperatures, *of = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[3:])
+        found = HeadGradients(Head(*of), wanted, ctx.backend)
+        fill = found.filling(given, targets, ctx.scaling._replace(temperatures=temperatures))
+        found.accumulate(rows_with_gradient(given, targets), fill)
+        results = once(tuple(g if want else None for g, want in zip(found.results(), wanted, strict=True)))
+        return (None, None, None, *results)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _vocab_parallel(of: Head, targets: Tensor, scaling: Scaling, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    backend = VocabParallelBackend(Shard.of(group, of.hidden, of.weight))
+    checks.target_values(targets, backend.vocabulary(of.weight))
+    checks.temperature_values(scaling.temperatures)
+    logp, entropy = _VocabParallel.apply(backend, targets, scaling, *of)  # type: ignore[no-untyped-call]
+    return logp, entropy
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
