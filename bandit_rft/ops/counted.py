@@ -18,6 +18,8 @@ from .reference import IGNORED
 
 def ignored(targets: Tensor) -> Tensor | None:
     """Which targets are not counted, bool [N]; None where it is known that each is."""
+    if checks.readable(targets) and (not len(targets) or targets.min().item() > IGNORED):  # cheaper than a mask
+        return None
     mask = targets == IGNORED
     return None if checks.readable(targets) and not bool(mask.any()) else mask
 

@@ -51,6 +51,8 @@ def check_all(rank: int, size: int) -> dict[str, float]:
     ):
         case = Case.make(19, 16, vocabulary, **options)
         if kind == "not counted":
+            if (dtype, vocabulary) != (torch.float64, 101):  # once is enough: the rows left out are the same for all
+                continue
             case.targets[::3] = -100
         part, name = slices(vocabulary, size)[rank], f"{kind} {dtype} {vocabulary}"
         scaling = dict(case.scaling)
