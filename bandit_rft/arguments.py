@@ -135,6 +135,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     values, unexpected = parser.parse_known_args(words + _in_order(leaf, rest))
     if unexpected:
         hint = "; keys are written --key value" if words[0] in WITH_KEYS else ""
+        if hint and "=" in unexpected[0]:  # as Hydra takes them
+            from bandit_rft.peer_names import answer_to_name
+
+            answer = answer_to_name(unexpected[0].lstrip("+").partition("=")[0])
+            hint += "" if answer is None else f": {answer[1]}"
         raise UsageError(f"unexpected argument {unexpected[0]!r}{hint}")
     own = {action.dest for action in leaf._actions if not isinstance(action, _Key)}
     values.overrides = {k: v for k, v in vars(values).items() if k not in own | {"command", "action"}}

@@ -13,9 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft import ops
+from bandit_rft.budget import schedule_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
 from bandit_rft.gates import LOGPROB_GAP
+from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardFunction, RewardRunner
@@ -101,6 +103,42 @@ def make_optimizer(policy: Policy, config: Config) -> PolicyOptimizer:
         betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
+
+
+def make_learning_rate(config: Config, rounds: int) -> LearningRate:
+    """The learning rate of each round, in a run of so many rounds.
+
+    Raises:
+        ConfigError: for a warm-up that leaves nothing to fall from.
+    """
+    course, warmup = schedule_rounds(config, rounds)
+    if warmup >= course and rounds:
+        message = f"warmup_rounds={warmup} leaves none of the {course} rounds at the full learning rate"
+        if config.lr_scheduler_type != "constant":
+            raise ConfigError(f"{message}; lower it")
+        logger.warning("%s", message)  # the run may be continued with more rounds
+    return LearningRate(
+        config.learning_rate, config.lr_scheduler_type, rounds=max(course, warmup + 1), warmup=warmup,
+        end=config.min_lr_ratio,
+    )  # fmt: skip
+
+
+def check_course(checkpoint: Path, saved: dict[str, int] | None, now: LearningRate) -> None:
+    """Refuse to go on with another course of the learning rate than a checkpoint was made with (ConfigError).
+
+    Args:
+        checkpoint: its folder.
+        saved: `LearningRate.course` as the checkpoint keeps it; None: of a version that knew a constant rate alone.
+        now: of the run that is about to continue.
+    """
+    before = saved or {"rounds": 0, "warmup": 0}
+    if before != now.course:
+        raise ConfigError(
+            f"{checkpoint} was made with a learning rate planned for {before['rounds'] or 'any number of'} rounds, "
+            f"{before['warmup']} of warm-up; now it would be {now.course['rounds'] or 'any number'} and "
+            f"{now.course['warmup']}: this would be neither run. To train on after the end of that course, give "
+            f"lr_scheduler_rounds={before['rounds'] or 1}"
+        )
 
 
 def keep_initial(given: Policy | None, config: Config) -> Policy | None:

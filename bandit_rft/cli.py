@@ -102,7 +102,7 @@ def train(given: argparse.Namespace) -> int:
     show_result(trainer.folder, lines, report.path, console)
     if not trainer.finished:
         listener.say(
-            f"stopped after round {trainer.round} of {config.max_rounds}; saved. Continue with\n"
+            f"stopped after round {trainer.round} of {trainer.data.rounds}; saved. Continue with\n"
             f"  bandit-rft train --config {trainer.folder / 'config.yaml'}"
         )
         return 130

@@ -88,7 +88,7 @@ class PromptSet:
 
 
 def prompt_tokens(
-    prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template: str
+    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat_template: str
 ) -> list[int]:
     """Token ids of a prompt: chat messages, or text that becomes a user message where the model is a chat model.
 
@@ -128,7 +128,7 @@ def prompt_tokens(
 
 def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Leave out the special tokens that the tokenizer, not the text, has put behind the text."""
-    if not ids or ids[-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+    if not tokenizer.num_special_tokens_to_add():
         return ids
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for end in range(len(ids), len(bare) - 1, -1):
@@ -174,7 +174,7 @@ def completion_texts(
     return list(tokenizer.batch_decode(bare, skip_special_tokens=True))
 
 
-def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 

@@ -68,15 +68,19 @@ class SpotCheck:
         steps: rounds between checks; 0: never.
         limit: largest relative error; None: by dtype, VERIFY_ERROR.
         seed: chooses the rollouts, with the round.
-        objective: whose loss is checked; its terms that need another policy (ratio, KL) are left out.
+        objective: whose loss is checked, with all its terms.
     """
 
     def __init__(self, steps: int, limit: float | None, seed: int, objective: ops.PolicyObjective):
-        self.steps, self.limit, self.seed = steps, limit, seed
-        self.objective = ops.PolicyObjective(objective.kind, objective.aggregation, norm_length=objective.norm_length)
+        self.steps, self.limit, self.seed, self.objective = steps, limit, seed, objective
 
-    def __call__(self, policy: Policy, batch: RolloutBatch, temperature: float, number: int) -> Metrics:
+    def __call__(
+        self, policy: Policy, batch: RolloutBatch, temperature: float, number: int, *, off_policy: bool = False
+    ) -> Metrics:
         """Check one rollout of round `number`, chosen by seed and round; {} where there is nothing to check.
+
+        Its advantage is taken as it is; where that is 0, -1 and 1 by turns. Of ratios and a KL term the formulas are
+        checked, on made-up policies (verify_sequence): `off_policy` says whether the round's updates had ratios.
 
         Raises:
             GateError: when an error is above the limit, or NaN.
@@ -87,8 +91,9 @@ class SpotCheck:
         one = batch.select([row])
         try:
             found = verify_sequence(
-                policy, one.prompt_lists()[0], one.token_lists()[0], objective=self.objective, temperature=temperature
-            )
+                policy, one.prompt_lists()[0], one.token_lists()[0], objective=self.objective, temperature=temperature,
+                advantage=float(one.advantage[0]) or (-1.0) ** number, off_policy=off_policy,
+            )  # fmt: skip
         except torch.OutOfMemoryError:
             logger.warning("verify_steps: no memory to compute one rollout by plain PyTorch: no more checks")
             self.steps = 0

@@ -19,8 +19,9 @@ _HOOKS: Any = WeakTensorKeyDictionary()
 class PolicyOptimizer:
     """Gradients, their clipping, and one AdamW step.
 
-    Every parameter owns a float32 gradient buffer from the start, zeros included: the fused head adds its weight
-    gradient straight into it, and a round in which no rollout counts is still a step (moments and weights decay).
+    Every parameter owns a gradient buffer from the start, zeros included, float32 (float64 for float64): the fused head
+    adds its weight gradient straight into it, and a round in which no rollout counts is still a step (moments and
+    weights decay).
 
     Args:
         named_parameters: what is trained, at least one, by name.
@@ -48,7 +49,10 @@ class PolicyOptimizer:
             raise ValueError("named_parameters is empty: the policy has no trainable parameter")
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.masters = [
+            p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
+            for p in self.parameters
+        ]
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         # A lower-precision gradient goes into the float32 buffer as soon as autograd has it: summed over micro-batches
@@ -68,11 +72,15 @@ class PolicyOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Today's learning rate."""
+        """Of the next step."""
         return float(self._adamw.param_groups[0]["lr"])
 
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._adamw.param_groups[0]["lr"] = rate
+
     def grad_buffer(self, parameter: Tensor) -> Tensor:
-        """The float32 gradient buffer [as parameter] into which a gradient of this parameter may be added."""
+        """The gradient buffer [as parameter], into which a gradient of this parameter may be added."""
         grad = self.masters[next(i for i, p in enumerate(self.parameters) if p is parameter)].grad
         assert grad is not None
         return grad

@@ -37,6 +37,7 @@ class ConsoleListener(Listener):
         self._pass_at_1: dict[str, float] = {}
         self._last_line = -1e9
         self._line = ""
+        self._rounds = config.max_rounds  # until the trainer knows better
         self._progress: Progress | None = None
         self._live: Live
 
@@ -84,8 +85,9 @@ class ConsoleListener(Listener):
         self.say(
             "A loss near 0 is normal here: it is a weighted log-probability, not an error. Watch reward and Pass@1."
         )
+        self._rounds = trainer.data.rounds
         if self._progress is not None:
-            self._progress.update(self._task, completed=trainer.round)
+            self._progress.update(self._task, completed=trainer.round, total=self._rounds)
 
     def phase(self, name: str) -> None:
         """Show the current phase."""
@@ -106,14 +108,14 @@ class ConsoleListener(Listener):
             self._line = numbers
             self._progress.update(self._task, completed=number)
         now = time.monotonic()
-        due = now - self._last_line > 2 or number == self.config.max_rounds
+        due = now - self._last_line > 2 or number == self._rounds
         if evaluated or (self._progress is None and due):
             self._last_line = now
             left = ""
             seconds = (metrics.get("seconds/round") or 0.0) - (metrics.get("seconds/evaluate") or 0.0)
             if self._progress is None and number:
-                left = f"  {_duration((self.config.max_rounds - number) * seconds)} left"
-            self.say(f"round {number}/{self.config.max_rounds}  {numbers}{left}")
+                left = f"  {_duration((self._rounds - number) * seconds)} left"
+            self.say(f"round {number}/{self._rounds}  {numbers}{left}")
 
     def _numbers(self, metrics: dict[str, Any]) -> str:
         parts = []

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from bandit_rft.budget import last_position, planned_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import Fingerprint, PromptSet, data_difference, fingerprint, prompt_text, query_order
 from bandit_rft.metrics import Metrics
@@ -23,6 +24,8 @@ class RunData:
     Attributes:
         train: the prompts trained on.
         evaluation: the prompts of each split evaluated on.
+        rounds: how many the run takes, at most.
+        last_position: in the order of queries, at which num_train_epochs are over; None without that limit.
         fingerprints: of every split in use, by name, as a checkpoint keeps them.
 
     Raises:
@@ -44,6 +47,7 @@ class RunData:
                 raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
         self.train = self._prompts("train")
         query_order(len(self.train), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
+        self.rounds, self.last_position = (f(config, len(self.train)) for f in (planned_rounds, last_position))
         self.evaluation = [self._prompts(name, config.evaluation.max_queries) for name in names]
         self.fingerprints = {name: asdict(fingerprint(task.splits[name])) for name in {"train", *names}}
 
@@ -75,6 +79,14 @@ class RunData:
             if difference:
                 logger.warning("evaluation before and after %s is on different data (%s)", checkpoint, difference)
 
+    def explain_budget(self) -> None:
+        """Say so where max_rounds ends the run before the passes that were asked for."""
+        if self.last_position is not None and self.config.max_rounds * self.config.batch_size < self.last_position:
+            logger.warning(
+                "max_rounds=%d ends the run before num_train_epochs=%g, which take %d rounds",
+                self.config.max_rounds, self.config.num_train_epochs, -(-self.last_position // self.config.batch_size),
+            )  # fmt: skip
+
     def explain_history(self) -> None:
         """Say so, before anything runs, when a query's past can never be compared with."""
         prompts = [prompt_text(example.prompt) for example in self.train.examples]
@@ -83,8 +95,8 @@ class RunData:
                 "advantage=%s: %d training prompts are repeated; each repetition keeps a past of its own",
                 self.config.advantage, repeated,
             )  # fmt: skip
-        if self.config.max_rounds * self.config.batch_size <= len(prompts):
+        if self.rounds * self.config.batch_size <= len(prompts):
             logger.warning(
                 "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
-                self.config.advantage, len(prompts), self.config.max_rounds, self.config.batch_size,
+                self.config.advantage, len(prompts), self.rounds, self.config.batch_size,
             )  # fmt: skip

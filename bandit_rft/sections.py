@@ -49,6 +49,12 @@ class Section:
         """Raise ValueError where this section contradicts another. What is merely questionable, audit.py explains."""
 
 
+#: Which kinds of objective these keys act on; elsewhere only their default is taken.
+CLIPPED_BY = {
+    "clip_low": ("ppo", "cispo", "gspo"), "clip_high": ("ppo", "cispo", "gspo"), "importance_cap": ("importance",),
+}  # fmt: skip
+
+
 @dataclass(config=STRICT)
 class ObjectiveConfig(Section):
     """What the update minimizes (bandit_rft.ops.PolicyObjective)."""
@@ -92,6 +98,14 @@ class ObjectiveConfig(Section):
                 f"kind={self.kind}"
             )
         return self
+
+    def fits(self, config: Config) -> None:
+        for name, kinds in CLIPPED_BY.items():
+            if self.kind not in kinds and (value := getattr(self, name)) != fields_of(type(self))[name].default:
+                raise ValueError(
+                    f"objective.{name}={value:g} cannot act with objective.kind={self.kind}: it belongs to "
+                    f"{', '.join(kinds)}"
+                )
 
 
 @dataclass(config=STRICT)

@@ -20,12 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
+    check_course,
     check_initial,
     head_digest,
     keep_initial,
     load_policy,
     load_reference,
     make_engine,
+    make_learning_rate,
     make_optimizer,
     make_scorer,
     make_updater,
@@ -52,6 +54,7 @@ from bandit_rft.metrics import (
     write_parquet,
 )
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.replay import Replay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
@@ -146,6 +149,7 @@ class Trainer:
     def run(self) -> RunResult:
         """Train until the budget is used up or `stop_requested`; returns what came of it."""
         with ExitStack() as stack:
+            stack.enter_context(plain_surroundings())
             stack.enter_context(self.run_folder.lock())
             stack.enter_context(self._shows())
             self._start(stack)
@@ -164,10 +168,11 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is used up: rounds, or generated tokens, or seconds, whichever comes first."""
-        tokens, seconds = self.config.max_generated_tokens, self.config.max_seconds
+        """Whether the budget is used up: rounds, passes, generated tokens or seconds, whichever comes first."""
+        tokens, seconds, last = self.config.max_generated_tokens, self.config.max_seconds, self.data.last_position
         return (
             self.round >= self.config.max_rounds
+            or (last is not None and self.position >= last)
             or (tokens is not None and self.generated_tokens >= tokens)
             or (seconds is not None and self.seconds >= seconds)
         )
@@ -182,13 +187,14 @@ class Trainer:
             shaped, shaping = self.shape_rewards(batch)
             batch = self.compare(batch, shaped)
             training, replayed = self.with_replay(batch, number)
+            self.optimizer.learning_rate = self.learning_rate(number)
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
             update = self.updater(training, number, off_policy=uncorrected)
             self.kl.update(shaping.get("kl", update.kl), len(batch))
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.config.temperature, number)
+            checked = self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=update.off_policy)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {
@@ -359,9 +365,12 @@ class Trainer:
         self.data = RunData(self.task, self.policy.tokenizer, config)
         if self.memory is not None:
             self.data.explain_history()
+        self.data.explain_budget()
+        self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
             check_initial(found[0], found[1].get("initial"), self._initial)
+            check_course(found[0], found[1].get("course"), self.learning_rate)
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
@@ -429,7 +438,7 @@ class Trainer:
         state = {
             "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
             "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
-            "seconds": self.seconds, "initial": head_digest(self._initial),
+            "seconds": self.seconds, "course": self.learning_rate.course, "initial": head_digest(self._initial),
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()

@@ -319,12 +319,15 @@ SAMPLES: dict[str, str] = {
     "preset": "demo", "task": "countdown", "advantage": "weighted --advantage_options.positive_weight 0.2",
     "advantage_options": "'{positive_weight: 1}' --advantage weighted", "task_options": "'{digits: 1}'",
     "objective.kl": "k3 --objective.kl_coef 0.1",
-    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4", "kl.target": "0.1 --preset paper",
+    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4",
+    "objective.importance_cap": "0.25 --objective.kind importance --objective.dual_clip null",
+    "kl.target": "0.1 --preset paper",
     "objective.aggregation": "seq-mean-token-sum", "kl.where": "reward --preset paper",
     "objective.norm_length": "9 --objective.aggregation seq-mean-token-sum-norm", "reward.memory_mb": "512",
     "reward.length_penalty_from": "9 --reward.length_penalty 1", "report_to": "tensorboard,wandb",
     "rollout.keep": "2 --num_generations 4", "rollout.dynamic_sampling": "1 --num_generations 4",
     "num_generations": "4", "lora.dropout": "0", "reward.weights": "0.5,1", "objective.kind": "gspo",
+    "min_lr_ratio": "0.25 --lr_scheduler_type linear", "lr_scheduler_rounds": "3 --lr_scheduler_type cosine",
 }  # fmt: skip
 
 

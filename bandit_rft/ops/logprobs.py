@@ -240,7 +240,6 @@ class _VocabParallel(torch.autograd.Function):
         return (None, None, None, *results)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _vocab_parallel(of: Head, targets: Tensor, scaling: Scaling, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     backend = VocabParallelBackend(Shard.of(group, of.hidden, of.weight))
     checks.target_values(targets, backend.vocabulary(of.weight))

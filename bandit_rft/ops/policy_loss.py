@@ -391,7 +391,6 @@ def _unit_factor(grad_loss: Tensor, weight_grad: Tensor) -> Tensor:
 # --- head, a slice of the vocabulary on each rank ---------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _vocab_parallel(
     of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling, objective: PolicyObjective,
     selection: Selection, wanted: list[bool], weight_grad: Tensor | None, group: ProcessGroup,

@@ -171,7 +171,6 @@ def _draw(of: Head, stream: Stream, scaling: Scaling, filters: Filters, backend:
     return drawn
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _vocab_parallel(of: Head, stream: Stream, scaling: Scaling, filters: Filters, group: ProcessGroup) -> Sample:
     _check_values(stream.positions, scaling.temperatures)
     return _draw(of, stream, scaling, filters, VocabParallelBackend(Shard.of(group, of.hidden, of.weight)))

@@ -44,7 +44,10 @@ class Shard(NamedTuple):
         Raises:
             TypeError: it is no process group.
             ValueError: hidden is not the same shape everywhere.
+            NotImplementedError: under torch.compile.
         """
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("process_group is not served under torch.compile: call the operation outside it")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup; got {type(group).__name__}")
         mine = torch.tensor([len(weight), *hidden.shape], device=hidden.device)

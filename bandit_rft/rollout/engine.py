@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bandit_rft import ops
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.rollout.decoding import ModelDecoder, Padding
 from bandit_rft.rollout.graphs import CHECK_EVERY, CapturedDecoder
 from bandit_rft.rollout.native import NativeDecoder
@@ -104,6 +105,7 @@ class RolloutEngine:
             a probe agrees; by default on a GPU. Draws are the same.
     """
 
+    @plain_surroundings()
     def __init__(
         self,
         policy: Policy | PreTrainedModel,
@@ -140,6 +142,7 @@ class RolloutEngine:
                 capture=on_gpu, check_every=self._check_every, lag=1 if on_gpu else 0,
             )  # fmt: skip
 
+    @plain_surroundings()
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
     ) -> RolloutBatch:

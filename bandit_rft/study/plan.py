@@ -101,7 +101,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "plan.json"
         if path.is_file():
-            before = {cell["id"]: cell["config"] for cell in json.loads(path.read_text())}
+            before = {cell["id"]: cell.get("config") for cell in planned_cells(folder)}
             now = {cell.id: cell.config for cell in self.cells}
             changed = [name for name in now.keys() & before.keys() if now[name] != before[name]]
             started = [name for name in sorted(changed) if (folder / "cells" / name / "cell.json").exists()]
@@ -111,6 +111,27 @@ class Plan:
                 )
         for name, content in (("study.yaml", yaml.safe_dump(self.settings, sort_keys=False)), ("plan.json", text)):
             replace_file(folder / name, content)
+
+
+def planned_cells(folder: Path) -> list[dict[str, Any]]:
+    """The cells that a study folder's plan.json lists, at least one, each with its `id`.
+
+    Raises:
+        StudyError: there is something else in it.
+    """
+    path = folder / "plan.json"
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(cells, list) or not cells:
+            raise ValueError("no cells" if cells in ([], {}) else f"a {type(cells).__name__}")
+        for cell in cells:
+            if not isinstance(cell, dict) or not isinstance(cell.get("id"), str) or Path(cell["id"]).name != cell["id"]:
+                raise ValueError(f"{str(cell)[:80]!r}, which is no cell with the name of a folder as its id")
+    except (OSError, ValueError, RecursionError) as error:
+        raise StudyError(
+            f"{path} lists not the cells of a study but {error}; remove it, and `study run` writes it anew"
+        ) from None
+    return cells
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -141,8 +162,9 @@ def load_plan(file: str | Path) -> Plan:
         if not isinstance(settings.get(key), dict) or not settings[key]:
             raise StudyError(f"{key} must be a mapping with at least one entry; got {settings.get(key)!r}")
     seeds = settings.setdefault("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
-        raise StudyError(f"seeds must be a list of different whole numbers; got {seeds!r}")
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise StudyError(f"seeds must be a list of different whole numbers >= 0; got {seeds!r}")
     plan = Plan(settings, file.absolute().parent, [])
     plan.cells = list(_cells(plan))
     return plan

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bandit_rft.config import Config
-from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost
+from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost, planned_cells
 from bandit_rft.study.run import read_record
 from bandit_rft.text import LIMIT, printable
 
@@ -42,7 +42,7 @@ class Status:
 def read_status(folder: Path, cells: Sequence[str] | None = None) -> Status:
     """Look at a study folder. "running" is what cell.json says: the cell of a runner that was killed says so too."""
     if cells is None:
-        cells = [cell["id"] for cell in json.loads((folder / "plan.json").read_text(encoding="utf-8"))]
+        cells = [cell["id"] for cell in planned_cells(folder)]
     status = Status({})
     for cell in cells:
         record = read_record(folder, cell)

@@ -34,9 +34,7 @@ def check_task(task: Task) -> None:
 
 
 def _check_example(example: Example, where: str) -> None:
-    prompt = example.prompt
-    contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    for name, value in (("prompt", contents), *example.columns.items()):
+    for name, value in (("prompt", example.prompt), *example.columns.items()):
         if problem := unusable(value):
             raise ValueError(f"{where}, column {name}: {problem}")
 

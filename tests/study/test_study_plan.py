@@ -84,6 +84,10 @@ def test_paths_start_at_the_study_file(tmp_path: Path) -> None:
         ({"budget": None}, ["budget"]),
         ({"stopping": {"patience": 3}}, ["stopping", "failed_cells"]),
         ({"seeds": [0, 0]}, ["seeds"]),
+        ({"seeds": [0, "1"]}, ["seeds must be a list of different whole numbers >= 0; got [0, '1']"]),
+        ({"seeds": [0.0, 1]}, ["seeds must be"]),
+        ({"seeds": [True]}, ["seeds must be"]),
+        ({"seeds": [-1]}, ["seeds must be"]),
         ({"models": {}}, ["models"]),
         ({"models": {"m": "gpt2"}}, ["models.m", "mapping"]),
         ({"factors": {"f": ["n=1"]}}, ["factors.f", "levels"]),
@@ -217,6 +221,20 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["study", "plan", str(tmp_path / "study.yaml"), "--learning_rate", "1"]) == 2
     assert main(["study", "report", str(tmp_path)]) == 2
     assert "--jobs must be a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "[1]", '[{"id": 3}]', '{"cells": []}', "null", "[", "[[", '[{"id": "../x"}]']
+)
+@pytest.mark.parametrize("action", ["status", "report"])
+def test_a_plan_that_lists_no_cells_is_one_error(
+    action: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    (tmp_path / "study.yaml").write_text("name: a")
+    assert main(["study", action, str(tmp_path)]) != 0
+    said = capsys.readouterr()
+    assert "plan.json" in said.err and len(said.err.splitlines()) == 1 and said.out == ""
 
 
 @pytest.mark.parametrize("text", ["name: " + "[" * 5000, "name: a\nname: b", "name: 2024-13-45", "seeds: &a [*a]"])
