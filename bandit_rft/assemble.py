@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,20 +18,26 @@ from bandit_rft.budget import schedule_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
 from bandit_rft.gates import LOGPROB_GAP
+from bandit_rft.hub import asking, check_place
 from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardFunction, RewardRunner
 from bandit_rft.rollout import RolloutEngine
-from bandit_rft.tasks import Task
+from bandit_rft.tasks import Task, load_task
 from bandit_rft.text import LIMIT, printable
 from bandit_rft.update import PolicyUpdater
 
 logger = logging.getLogger(__name__)
 
 
-def load_policy(name_or_path: str, config: Config) -> Policy:
-    """The policy a config names.
+def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -> Policy:
+    """The policy a config names; arithmetic-base is the model that comes with the package.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        config: says where and in what precision.
+        base: of an adapter whose own config names a folder that is not there any more.
 
     Raises:
         ConfigError: for a device that torch does not know or have.
@@ -41,8 +48,12 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
             torch.empty(0, device=config.device)
         except Exception as error:
             raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
+    name_or_path = model_place(name_or_path)
+    check_place("model_name_or_path", name_or_path)
+    moved = _moved_base(Path(name_or_path), model_place(base or config.model_name_or_path))
     try:
-        policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
+        with asking(name_or_path):
+            policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device, base=moved)
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
@@ -57,6 +68,23 @@ def prepare(policy: Policy, config: Config) -> Policy:
     if config.gradient_checkpointing and not policy.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
+
+
+def model_place(name_or_path: str) -> str:
+    """A model's folder or hub name."""
+    return (
+        str(Path(__file__).parent / "assets" / "arithmetic-base") if name_or_path == "arithmetic-base" else name_or_path
+    )
+
+
+def _moved_base(adapter: Path, base: str) -> str | None:
+    """`base`, for an adapter that names a folder as its base where there is none; None: what it names will do."""
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    usable = Path(base).is_dir() and not (Path(base) / "adapter_config.json").is_file()
+    return base if usable and isinstance(named, str) and not Path(named).is_dir() else None
 
 
 def resolve_dtype(config: Config) -> Literal["float32", "bfloat16", "float64"]:
@@ -206,13 +234,21 @@ def make_updater(
     )  # fmt: skip
 
 
+def configured_task(config: Config) -> Task:
+    """The task that a configuration names, with its further evaluation files."""
+    return load_task(
+        config.task, data_path=config.data_path, seed=config.seed, reward=config.reward.functions or None,
+        options=config.task_options, evaluation_files=config.evaluation.files,
+    )  # fmt: skip
+
+
 def make_scorer(task: Task, config: Config) -> RewardRunner:
     """The worker processes that score a task's completions; forks of this one where a reward cannot be imported."""
     r = config.reward
     inherited = any(isinstance(reward, RewardFunction) and reward.function is not None for reward in task.rewards)
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error, isolation="fork" if inherited else "process",
+        on_error=r.on_error, columns=task.columns, isolation="fork" if inherited else "process",
     )  # fmt: skip
 
 

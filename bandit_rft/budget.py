@@ -1,4 +1,4 @@
-"""How much a configuration asks for: rounds, rollouts of training and of evaluation, the course of the learning rate."""
+"""How much a configuration asks for: rounds, rollouts of evaluation, the course of the learning rate."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_schedule(config: Config) -> None:
     by_tokens = config.max_generated_tokens is not None
     if config.lr_scheduler_rounds is None and (by_tokens or config.max_seconds is not None):
         what = f"lr_scheduler_type={config.lr_scheduler_type}" if falls else f"warmup_ratio={config.warmup_ratio:g}"
+        limit = "max_generated_tokens" if by_tokens else "max_seconds"
         raise ValueError(
-            f"{what} needs to know how many rounds there are, and {'max_generated_tokens' if by_tokens else 'max_seconds'}"
-            " leaves that open: give lr_scheduler_rounds"
+            f"{what} needs to know how many rounds there are, and {limit} leaves that open: give lr_scheduler_rounds"
         )

@@ -56,6 +56,7 @@ def save_checkpoint(
     state: dict[str, Any],
     arrays: dict[str, NDArray[Any]] | None = None,
     keep: int = 0,
+    card: str = "",
 ) -> Path:
     """Write `folder`/checkpoint-<round_index> and remove what is older than the newest ones.
 
@@ -67,6 +68,7 @@ def save_checkpoint(
         state: what JSON can hold; goes to state.json.
         arrays: what is remembered of earlier rounds, by name; goes to replay.safetensors.
         keep: how many of the checkpoints written last stay; 0: all.
+        card: goes to README.md, which may be edited afterwards: it has no checksum.
 
     Returns:
         The checkpoint's folder.
@@ -86,8 +88,10 @@ def save_checkpoint(
         save_file(tensors, partial / "optimizer.safetensors")
         if arrays:
             safetensors.numpy.save_file(arrays, partial / "replay.safetensors")
+        if card:  # in place of peft's
+            (partial / "README.md").write_text(card, encoding="utf-8")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(partial)): _sha256(path) for path in files}
+        sums = {str(path.relative_to(partial)): _sha256(path) for path in files if path.name != "README.md"}
         # Later than every other one, also after the clock was set back: the newest are kept, and continued from.
         written = max([time.time_ns(), *(1 + _written(path) for path in list_checkpoints(folder))])
         state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": written, "sha256": sums}

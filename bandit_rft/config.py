@@ -32,6 +32,7 @@ from bandit_rft.options import (
     read_yaml,
     shown,
 )
+from bandit_rft.paths import from_folder, relative_to, saved_tree
 from bandit_rft.peer_names import answer_to_name, answer_to_value
 from bandit_rft.presets import PRESETS
 from bandit_rft.sections import (
@@ -355,13 +356,14 @@ def build_config(
 
     Args:
         overrides: {"objective.clip_low": 0.3, ...}; texts are read as their key's type.
-        file: a YAML file of keys, nested or dotted.
+        file: a YAML file of keys, nested or dotted; paths in it start at its folder.
         check: whether model and task must be given; everything else is checked in any case.
 
     Raises:
         ConfigError: for every value that cannot work, a line each.
     """
     in_file = list(_flatten(_read_file(file)))
+    in_file = [(key, from_folder(Path(file or "").parent, key, value)) for key, value in in_file]
     from_file, given = dict(in_file), dict(_flatten(overrides or {}))
     if twice := {key for key, _ in in_file if sum(key == other for other, _ in in_file) > 1}:
         raise ConfigError(f"--config {file}: {min(twice)} is given twice, dotted and nested")
@@ -462,7 +464,16 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield name, value
 
 
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML that `--config` reads back to the same values."""
-    text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, folder: Path | None = None) -> str:
+    """The configuration as YAML that `--config` reads back to the same values.
+
+    Args:
+        config: any.
+        folder: the run folder, where the YAML is to be saved in it: paths then start there, and the run stays the same
+            wherever the folder is moved.
+    """
+    tree = asdict(config)
+    if folder is not None:
+        tree = {**saved_tree(tree, relative_to(folder)), "output_dir": ".", "resume": "auto"}
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return text

@@ -16,6 +16,7 @@ from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
 from bandit_rft.model.verify import verify_sequence
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ def logprob_gaps(batch: RolloutBatch, difference: Tensor) -> Tensor:
     The batch is in host memory, the result where `difference` is; nothing here waits for the device.
     """
     device = difference.device
-    row = batch.per_token(torch.arange(len(batch))).to(device, non_blocking=True)
+    row = to_device(batch.per_token(torch.arange(len(batch))), device)
     total = torch.zeros(len(batch), device=device).index_add_(0, row, difference.float())
-    return total / batch.lengths.clamp(min=1).to(device, non_blocking=True)
+    return total / to_device(batch.lengths.clamp(min=1), device)
 
 
 def check_logprob_gap(gap: float, limit: float, where: str) -> None:

@@ -171,7 +171,7 @@ def _task(
     elif train is None:
         made = load_task(
             config.task, data_path=config.data_path, seed=config.seed, reward=rewards or None,
-            options=config.task_options,
+            options=config.task_options, evaluation_files=config.evaluation.files,
         )  # fmt: skip
     else:
         if not rewards:

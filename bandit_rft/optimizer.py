@@ -63,9 +63,9 @@ class PolicyOptimizer:
                     earlier.remove()
                 _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
         self.max_grad_norm = max_grad_norm
-        #: Whether a step is refused on the device, and the host hears of it in `check`; elsewhere `step` raises.
+        #: Whether a step is refused on the device, and the host hears of it from `refused`; elsewhere `step` raises.
         self.asynchronous = self.masters[0].device.type != "cpu"
-        self._refused = torch.zeros((), device=self.masters[0].device)  # 1: no step is applied until `check`
+        self._refused = torch.zeros((), device=self.masters[0].device)  # 1: no step is applied until `refused`
         self._adamw = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
@@ -89,7 +89,7 @@ class PolicyOptimizer:
         """Clip, update, and clear the gradients.
 
         A norm that is not finite leaves weights and moments untouched. On a CPU it raises at once; elsewhere nothing
-        here waits for the device, which refuses this step and all later ones until `check`.
+        here waits for the device, which refuses this step and all later ones until `refused`.
 
         Returns:
             The gradients' norm before clipping, 0-d.
@@ -115,14 +115,14 @@ class PolicyOptimizer:
         return norm
 
     def refuse(self, condition: Tensor) -> None:
-        """Where condition (0-d bool) holds, no step is applied from here to the next `check`; waits for nothing."""
+        """Where condition (0-d bool) holds, no step is applied from here to the next `refused`; waits for nothing."""
         self._refused.logical_or_(condition)
 
-    def check(self) -> bool:
-        """Whether every step since the last check was applied; waits for the device."""
-        refused = bool(self._refused)
+    def refused(self) -> Tensor:
+        """1 where a step since the last call was not applied, 0-d on the device; steps are taken again from here."""
+        refused = self._refused.clone()
         self._refused.zero_()
-        return not refused
+        return refused
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue bit for bit, as tensors by name."""

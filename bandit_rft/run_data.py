@@ -47,7 +47,8 @@ class RunData:
                 raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
         self.train = self._prompts("train")
         query_order(len(self.train), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
-        self.rounds, self.last_position = (f(config, len(self.train)) for f in (planned_rounds, last_position))
+        self.rounds = planned_rounds(config, len(self.train))
+        self.last_position = last_position(config, len(self.train))
         self.evaluation = [self._prompts(name, config.evaluation.max_queries) for name in names]
         self.fingerprints = {name: asdict(fingerprint(task.splits[name])) for name in {"train", *names}}
 
@@ -78,6 +79,17 @@ class RunData:
                 )
             if difference:
                 logger.warning("evaluation before and after %s is on different data (%s)", checkpoint, difference)
+
+    def explain_overlap(self) -> None:
+        """Say so where an evaluation other than of "train" asks questions that are trained on."""
+        trained = {prompt_text(example.prompt) for example in self.train.examples}
+        for prompts in self.evaluation:
+            shared = sum(prompt_text(example.prompt) in trained for example in prompts.examples)
+            if shared and prompts.name != "train":
+                logger.warning(
+                    "%d of %d prompts of %s are training prompts, too: it says little of new questions",
+                    shared, len(prompts), prompts.name,
+                )  # fmt: skip
 
     def explain_budget(self) -> None:
         """Say so where max_rounds ends the run before the passes that were asked for."""

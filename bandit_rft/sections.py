@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.options import STRICT, fields_of, read_value
+from bandit_rft.tasks.files import named_files
 
 if TYPE_CHECKING:
     from bandit_rft.config import Config
@@ -289,7 +290,8 @@ class RewardConfig(Section):
 class EvaluationConfig(Section):
     """What is measured before training, every eval_steps rounds, and at the end."""
 
-    splits: list[str] = Key([], "splits to evaluate; empty: all the task has", may_change=True)
+    splits: list[str] = Key([], "splits to evaluate; empty: all the task has, and the files", may_change=True)
+    files: list[str] = Key([], "further splits, name=path each, read as the task reads its own files", may_change=True)
     num_samples: int = Key(
         1, "samples a question at evaluation.temperature; pass@1 needs one, pass@k needs k", may_change=True, ge=0
     )
@@ -298,3 +300,9 @@ class EvaluationConfig(Section):
     max_queries: int | None = Key(
         None, "use only the first so many questions of each split; null: all", may_change=True, ge=1
     )
+
+    @field_validator("files")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        named_files(value)
+        return value

@@ -10,11 +10,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +36,7 @@ from bandit_rft.assemble import (
     new_policy,
     resolve_dtype,
 )
+from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, advantage_options, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
@@ -55,7 +58,9 @@ from bandit_rft.metrics import (
 )
 from bandit_rft.model import Policy
 from bandit_rft.model.surroundings import plain_surroundings
+from bandit_rft.model_card import model_card
 from bandit_rft.ops.objective import kl_estimate
+from bandit_rft.paths import absolute, saved_tree
 from bandit_rft.replay import Replay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import Sampling, sequence_ids
@@ -366,6 +371,7 @@ class Trainer:
         if self.memory is not None:
             self.data.explain_history()
         self.data.explain_budget()
+        self.data.explain_overlap()
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
@@ -375,7 +381,7 @@ class Trainer:
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
         self.run_folder.set_aside(None if found is None else self.round)
-        (self.folder / "config.yaml").write_text(to_yaml(config))
+        (self.folder / "config.yaml").write_text(to_yaml(config, self.folder))
         self.log = MetricsLog(
             self.folder, from_round=None if found is None else self.round,
             trackers=open_trackers(config.report_to, self.folder, asdict(config)),
@@ -416,11 +422,12 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """Measure every evaluation split with the current weights and keep the completions."""
         metrics: Metrics = {}
+        e, total = self.config.evaluation, evaluation_rollouts(self.config, map(len, self.data.evaluation))
         for prompts in self.data.evaluation:
-            e = self.config.evaluation
             result = evaluate(
                 self.engine, self.scorer, prompts,
                 seed=self.config.seed, num_samples=e.num_samples, temperature=e.temperature, greedy=e.greedy,
+                drawn=partial(self.listener.evaluated, total=total),
             )  # fmt: skip
             metrics |= result.metrics
             write_parquet(
@@ -436,19 +443,25 @@ class Trainer:
             )
         self.log.sync()
         state = {
-            "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
-            "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
-            "seconds": self.seconds, "course": self.learning_rate.course, "initial": head_digest(self._initial),
+            "config": saved_tree(asdict(self.config), absolute), "folder": str(self.folder.resolve()),
+            "data": self.data.fingerprints, "torch": torch.__version__, "position": self.position,
+            "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+            "course": self.learning_rate.course, "initial": head_digest(self._initial),
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()
         with clock.phase("checkpoint"):
             save_checkpoint(
                 self.run_folder.checkpoints, self.round, self.policy, self.optimizer, state, arrays,
-                self.config.save_total_limit,
+                self.config.save_total_limit, self._card(),
             )  # fmt: skip
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self._saved_round = self.round
+
+    def _card(self) -> str:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        lines = read_metrics(self.folder)
+        return model_card(self.config, self.task, lines, self.run_folder.evaluations, versions)
 
     def _log_rollouts(self, batch: RolloutBatch, texts: Sequence[str]) -> None:
         examples = [self.task.splits["train"][query] for query in batch.query.tolist()]
