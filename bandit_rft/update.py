@@ -252,7 +252,7 @@ class TrainingInputs(NamedTuple):
     predicting: Tensor  # int64 [N], the rows of input_ids whose hidden state predicts a completion token
 
 
-def training_inputs(batch: RolloutBatch, device: torch.device | str) -> TrainingInputs:
+def training_inputs(batch: RolloutBatch, device: torch.device) -> TrainingInputs:
     """Lay out prompts and completions (in host memory) one after another for a forward pass on a device."""
     prompts = batch.prompt_tokens.split(batch.prompt_lengths.tolist())
     pairs = zip(prompts, batch.split(batch.tokens), strict=True)
