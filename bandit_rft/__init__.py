@@ -1,6 +1,7 @@
 """Reinforcement fine-tuning of language models as batched contextual bandit learning.
 
-The operations are loaded when first used, so that `bandit-rft --help` and reward workers do not wait for torch.
+Everything is loaded when first used: `bandit-rft --help` and reward workers do not wait for torch, and the operations
+need nothing besides torch.
 
 One round of a bandit, from hidden states [B, H] and a head [V, H]:
 
@@ -25,7 +26,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import advantages, ops
+    from .config import Config
+    from .listener import Listener
+    from .model import Policy
     from .ops import (
+        Packed,
         PolicyLoss,
         PolicyObjective,
         Sample,
@@ -33,31 +39,100 @@ if TYPE_CHECKING:
         linear_policy_loss,
         linear_sample,
         logprobs_from_logits,
+        pack,
         policy_loss_from_logits,
         sample_from_logits,
+        unpack,
     )
+    from .replay import Replay, reweigh
+    from .rewards import RewardFunction, RewardRunner
+    from .rollout import RolloutEngine, Sampling, sequence_ids
+    from .rollout_batch import RolloutBatch
+    from .run_result import RunResult
+    from .tasks import Example, Task, load_task
+    from .trainer import Trainer
+    from .update import TrainingInputs, score_rollouts, training_inputs
 
 __all__ = [
+    "Config",
+    "Example",
+    "Listener",
+    "Packed",
+    "Policy",
     "PolicyLoss",
     "PolicyObjective",
+    "Replay",
+    "RewardFunction",
+    "RewardRunner",
+    "RolloutBatch",
+    "RolloutEngine",
+    "RunResult",
     "Sample",
+    "Sampling",
+    "Task",
+    "Trainer",
+    "TrainingInputs",
+    "advantages",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_sample",
+    "load_task",
     "logprobs_from_logits",
+    "ops",
+    "pack",
     "policy_loss_from_logits",
+    "reweigh",
     "sample_from_logits",
+    "score_rollouts",
+    "sequence_ids",
+    "training_inputs",
+    "unpack",
 ]
+
+#: Where the names are that are not operations; the operations need torch alone, these the extra [train].
+_MODULES = {
+    "Config": "config",
+    "Example": "tasks",
+    "Listener": "listener",
+    "Policy": "model",
+    "Replay": "replay",
+    "RewardFunction": "rewards",
+    "RewardRunner": "rewards",
+    "RolloutBatch": "rollout_batch",
+    "RolloutEngine": "rollout",
+    "RunResult": "run_result",
+    "Sampling": "rollout",
+    "Task": "tasks",
+    "Trainer": "trainer",
+    "TrainingInputs": "update",
+    "load_task": "tasks",
+    "reweigh": "replay",
+    "score_rollouts": "update",
+    "sequence_ids": "rollout",
+    "training_inputs": "update",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module(".ops", __name__), name)
     if name == "__version__":
         from importlib.metadata import version
 
         return version("bandit_rft")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "ops":
+        return import_module(".ops", __name__)
+    try:
+        if name == "advantages":
+            return import_module(".advantages", __name__)
+        return getattr(import_module(f".{_MODULES.get(name, 'ops')}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (name not in _MODULES and name != "advantages") or (error.name or "").split(".")[0] == __name__:
+            raise
+        raise ModuleNotFoundError(
+            f"bandit_rft.{name} needs {error.name}, which is not installed: pip install 'bandit_rft[train]'",
+            name=error.name,
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,18 @@
 """Rewards to advantages. Each function is a design choice: registered by name, chosen by the `advantage` key.
 
+In a loop of your own they take and return tensors (or numpy arrays): rewards [B] with the query of each rollout, or
+[queries, n] with n rollouts a query. Anything else is refused.
+
+    >>> import torch
+    >>> from bandit_rft import advantages
+    >>> advantages.group_mean(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+    >>> advantages.rloo(torch.tensor([1.0, 0.0, 0.0]), queries=torch.tensor([7, 7, 7]))
+    tensor([ 1.0000, -0.5000, -0.5000])
+
+An advantage of your own is written on numpy arrays, rewards [B] and groups [B], the query of each:
+
     @register("my_advantage")
     def my_advantage(rewards, groups): ...
 
@@ -75,6 +88,8 @@ def register(
 ) -> Callable[[AdvantageFunction], AdvantageFunction]:
     """Make an advantage function choosable by name.
 
+    What it becomes takes rewards [B] and queries [B], or rewards [queries, n]: tensors, numpy arrays or lists.
+
     Args:
         name: its name, as the key `advantage` has it.
         needs_groups: it compares the rollouts of one query, so that there must be at least two.
@@ -90,9 +105,76 @@ def register(
         if name in ADVANTAGES:
             raise ValueError(f"an advantage named {name!r} is registered already")
         ADVANTAGES[name] = Advantage(name, function, needs_groups, trains_on_first, memory, unit_interval)
-        return function
+        return _on_tensors(ADVANTAGES[name])
 
     return add
+
+
+def _on_tensors(advantage: Advantage) -> AdvantageFunction:
+    """The function as a loop of one's own calls it: shapes checked, tensors in and out."""
+    remembers = advantage.memory is not None
+
+    @functools.wraps(advantage.function)
+    def call(rewards: Any, queries: Any = None, memory: Memory | None = None, **options: Any) -> Any:
+        as_array = isinstance(rewards, np.ndarray)
+        values, shape, device = rewards, np.shape(rewards), None
+        if not as_array:
+            import torch  # not before: a configuration is checked without it
+
+            values = rewards if isinstance(rewards, torch.Tensor) else torch.as_tensor(rewards)
+            shape, device = tuple(values.shape), values.device
+            values = values.detach().cpu().double().numpy()
+        groups = _groups(advantage, shape, queries)
+        if advantage.memory is not None and not isinstance(memory, Memory):
+            kind = getattr(advantage.memory, "__name__", "Memory")
+            raise ValueError(f"memory must be the {kind} that is kept from round to round; got {type(memory).__name__}")
+        found = compute_advantages(advantage.name, values.reshape(-1), groups, memory, options).reshape(shape)
+        return found if as_array else torch.from_numpy(found).to(device)
+
+    positional, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("rewards", positional)]
+    parameters.append(inspect.Parameter("queries", positional, default=inspect.Parameter.empty if remembers else None))
+    parameters += [inspect.Parameter("memory", positional)] if remembers else []
+    own = inspect.signature(advantage.function).parameters.values()
+    parameters += [parameter.replace(kind=named) for parameter in own if parameter.default is not parameter.empty]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _groups(advantage: Advantage, shape: tuple[int, ...], queries: Any) -> Queries:
+    """The query of each rollout, [B], from what a caller says of rewards [B] or [queries, n].
+
+    Raises:
+        ValueError, TypeError: for other shapes, and where no two rollouts could be compared.
+    """
+    name = advantage.name
+    if len(shape) not in (1, 2):
+        raise ValueError(f"rewards must be [B], with queries [B], or [queries, n]; got {list(shape)}")
+    if queries is None:
+        if advantage.memory is not None:
+            raise ValueError(f"queries must be given, whole numbers {list(shape[:1])}: {name} asks for a query's past")
+        if len(shape) == 1 and advantage.needs_groups:
+            raise ValueError(
+                f"queries must be given, [B] with B = {shape[0]}: {name} compares the rollouts of one query (or give "
+                "rewards as [queries, n])"
+            )
+        ids = np.arange(shape[0]) if len(shape) == 2 else np.zeros(shape[0], dtype=np.int64)
+    else:
+        ids = np.asarray(queries.detach().cpu() if hasattr(queries, "detach") else queries)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"queries must be whole numbers, the query of each rollout; got {ids.dtype}")
+        if ids.shape != shape[:1]:
+            what = "one a rollout" if len(shape) == 1 else "one a row of rewards"
+            raise ValueError(
+                f"queries must be {list(shape[:1])}, {what} (rewards are {list(shape)}); got {list(ids.shape)}"
+            )
+    groups = np.repeat(ids.astype(np.int64), shape[1]) if len(shape) == 2 else ids.astype(np.int64)
+    if advantage.needs_groups and len(groups) and len(np.unique(groups)) == len(groups):
+        raise ValueError(
+            f"{name} compares the rollouts of one query, but each of {len(groups)} rollouts has a query of its own: "
+            "give the rollouts of a query the same number, or rewards as [queries, n] with n >= 2"
+        )
+    return groups
 
 
 def compute_advantages(
@@ -224,7 +306,7 @@ def extra_rollouts(rewards: Floats, groups: Queries) -> Floats:
 
     The other rollouts are drawn to estimate the query's mean and standard deviation and are then left out.
     """
-    return group_norm(rewards, groups)
+    return _by_group(rewards, groups, _standardized)
 
 
 # --- the query's past -------------------------------------------------------------------------------------------------

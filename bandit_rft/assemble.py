@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import logging
 from dataclasses import asdict, replace
@@ -20,7 +22,7 @@ from bandit_rft.hub import asking, check_place
 from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rewards import RewardRunner
+from bandit_rft.rewards import RewardFunction, RewardRunner
 from bandit_rft.rollout import RolloutEngine
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.text import LIMIT, printable
@@ -56,9 +58,14 @@ def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -
         raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
         raise ValueError(f"the model in {name_or_path} could not be loaded: {_first_line(error)}") from error
-    if policy.tokenizer is not None:
+    return prepare(policy, config)
+
+
+def prepare(policy: Policy, config: Config) -> Policy:
+    """A policy as it is sampled from and trained: no token without a text, activations kept or not."""
+    if policy.tokenizer is not None and not policy.padding_token_ids:
         _mask_padding(policy, policy.tokenizer)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and not policy.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
 
@@ -108,9 +115,7 @@ def _first_line(error: Exception) -> str:
 
 def new_policy(config: Config, given: Policy | None = None) -> Policy:
     """The policy that a new run trains: `given` or the configured one, with an adapter where the config has one."""
-    policy = given or load_policy(config.model_name_or_path, config)
-    if given is not None and given.tokenizer is not None and not given.padding_token_ids:
-        _mask_padding(given, given.tokenizer)  # as load_policy does, which a continued run goes through
+    policy = prepare(given, config) if given else load_policy(config.model_name_or_path, config)
     if not config.lora.rank:
         return policy
     from bandit_rft.model.lora import add_adapter
@@ -164,17 +169,54 @@ def check_course(checkpoint: Path, saved: dict[str, int] | None, now: LearningRa
         )
 
 
-def load_reference(policy: Policy, config: Config) -> Policy | None:
-    """The initial model that a KL is taken to, without gradients; None where there is no KL."""
+def keep_initial(given: Policy | None, config: Config) -> Policy | None:
+    """A copy of the model that a program gave, for the KL to it; None where there is no use for one.
+
+    The one that is given is trained in place. Adapters leave it as it is, so that no copy is needed.
+    """
+    if given is None or not config.objective.kl_coef or config.lora.rank:
+        return None
+    initial = prepare(Policy(copy.deepcopy(given.model), given.tokenizer), config)
+    initial.model.requires_grad_(False)
+    return initial
+
+
+def load_reference(policy: Policy, config: Config, initial: Policy | None = None) -> Policy | None:
+    """The initial model that a KL is taken to, without gradients; None where there is no KL.
+
+    Args:
+        policy: what is trained; with adapters, the model beneath them is the initial one.
+        config: of the run; names the initial model.
+        initial: that model, where a program gave it.
+    """
     if not config.objective.kl_coef:
         return None
     if config.lora.rank:
         from bandit_rft.model.lora import base_policy
 
         return base_policy(policy)
+    if initial is not None:
+        return initial
     reference = load_policy(config.model_name_or_path, config)
     reference.model.requires_grad_(False)
     return reference
+
+
+def check_initial(checkpoint: Path, saved: str | None, initial: Policy | None) -> None:
+    """Refuse to go on with a KL to another model than the one that a program gave at first (ConfigError)."""
+    if saved is not None and initial is not None and saved != head_digest(initial):
+        raise ConfigError(
+            f"{checkpoint} was made with a KL to the model as it was given then, and the one given now has other "
+            "weights: has it been trained since? Load it anew, or choose another output_dir"
+        )
+
+
+def head_digest(policy: Policy | None) -> str | None:
+    """What the weights of a head are known by; None for no policy."""
+    if policy is None:
+        return None
+    weight = policy.weight.detach().cpu().contiguous()
+    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
 def make_updater(
@@ -201,11 +243,12 @@ def configured_task(config: Config) -> Task:
 
 
 def make_scorer(task: Task, config: Config) -> RewardRunner:
-    """The worker processes that score a task's completions."""
+    """The worker processes that score a task's completions; forks of this one where a reward cannot be imported."""
     r = config.reward
+    inherited = any(isinstance(reward, RewardFunction) and reward.function is not None for reward in task.rewards)
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error, columns=task.columns,
+        on_error=r.on_error, columns=task.columns, isolation="fork" if inherited else "process",
     )  # fmt: skip
 
 

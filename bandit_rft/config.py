@@ -48,6 +48,7 @@ from bandit_rft.sections import (
     UpdateConfig,
 )
 from bandit_rft.tasks import task_option_model
+from bandit_rft.text import html_table
 
 #: Keys whose own keys are up to the task or the advantage.
 FREE = ("task_options", "advantage_options")
@@ -183,6 +184,21 @@ class Config(Section):
     report_to: list[str] = Key(
         [], "trackers besides metrics.jsonl: tensorboard, wandb, trackio", may_change=True, design=False
     )
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={value!r}' for name, value, _ in self._chosen())})"
+
+    def _repr_html_(self) -> str:
+        return html_table(("key", "value", "default"), self._chosen(), "what differs from the defaults")
+
+    def _chosen(self) -> Iterator[tuple[str, Any, Any]]:
+        """(dotted key, value, default) of what differs from the default."""
+        for name, key in keys().items():
+            value: Any = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value != key.default:
+                yield name, value, key.default
 
     @field_validator("advantage")
     @classmethod

@@ -104,6 +104,8 @@ class ConsoleListener(Listener):
             f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.data.train):,} training prompts, "
             f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
         )
+        if trainer.scorer.isolation == "fork":
+            self.say("Rewards run in forks of this process: one of them cannot be imported.")
         if trainer.round:
             self.say(f"continuing after round {trainer.round}")
         self.say(
@@ -232,7 +234,9 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None) ->
     return Text(number if interval is None else f"{number} [{interval[0]:.3f}, {interval[1]:.3f}]")
 
 
-def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, console: Console | None = None) -> None:
+def show_result(
+    folder: Path, lines: Sequence[dict[str, Any]], report: Path | None, console: Console | None = None
+) -> None:
     """Print the before/after table, one question answered before and after, and where the report is."""
     console = console or Console(highlight=False)
     evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]

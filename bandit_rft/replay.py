@@ -23,8 +23,12 @@ STALENESS_CLASSES = (1, 3, 7, 15)
 Metrics = dict[str, float | int | None]
 
 
-class TrajectoryReplay:
-    """The newest `capacity` rollouts, first in, first out, in host memory."""
+class Replay:
+    """The newest `capacity` rollouts, first in, first out, in host memory.
+
+    Args:
+        capacity: rollouts.
+    """
 
     def __init__(self, capacity: int):
         if capacity < 1:
@@ -41,15 +45,25 @@ class TrajectoryReplay:
         self.kept = every.select(range(max(len(every) - self.capacity, 0), len(every)))
 
     def draw(
-        self, count: int, *, sampling: str, now: int, max_staleness: int | None, seed: int
+        self, count: int, *, now: int, sampling: str = "uniform", max_staleness: int | None = None, seed: int = 0
     ) -> tuple[RolloutBatch | None, float]:
         """Up to `count` rollouts, without repeats, and the share of those kept that was young enough to be drawn.
 
-        Depends on the seed and the round `now` alone. Rollouts drawn more than max_staleness rounds ago stay out.
+        Args:
+            count: at most so many.
+            now: the current round; with the seed it is all that the choice depends on.
+            sampling: uniform, or by the advantage: see SELECTIONS.
+            max_staleness: rollouts drawn more rounds ago stay out; None: none does.
+            seed: of the choice.
 
         Returns:
-            (None, share) when there is nothing to draw.
+            (rollouts, share); (None, share) when there is nothing to draw.
+
+        Raises:
+            ValueError: for an unknown sampling.
         """
+        if sampling not in SELECTIONS:
+            raise ValueError(f"sampling must be one of {', '.join(SELECTIONS)}; got {sampling!r}")
         if self.kept is None or not len(self.kept):
             return None, 1.0
         young = np.arange(len(self.kept))
@@ -70,7 +84,12 @@ class TrajectoryReplay:
 
 
 def reweigh(
-    old: RolloutBatch, score: Callable[[RolloutBatch], Tensor], *, correction: str, cap: float, every: bool
+    old: RolloutBatch,
+    score: Callable[[RolloutBatch], Tensor],
+    *,
+    correction: str = "token",
+    cap: float = 2.0,
+    every: bool = False,
 ) -> tuple[RolloutBatch, Metrics]:
     """Replayed rollouts with today's log-probabilities and their truncated importance weights, and how these look.
 
@@ -83,7 +102,12 @@ def reweigh(
         correction: token | sequence, see `importance_weights`.
         cap: largest weight.
         every: also weigh rollouts whose advantage is 0; otherwise they are not scored and weigh 1.
+
+    Raises:
+        ValueError: for an unknown correction.
     """
+    if correction not in ("token", "sequence"):
+        raise ValueError(f"correction must be token or sequence; got {correction!r}")
     rows = np.arange(len(old)) if every else np.flatnonzero(old.advantage.numpy())
     logprobs, importance = old.logprobs.clone(), torch.ones_like(old.logprobs)
     part = old.select(rows)

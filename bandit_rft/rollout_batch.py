@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bandit_rft.text import html_table
 from bandit_rft.transfer import to_device
 
 
@@ -191,6 +192,20 @@ class RolloutBatch:
 
     def __repr__(self) -> str:
         return f"RolloutBatch({len(self)} rollouts, {len(self.tokens)} tokens, {self.tokens.device})"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name, column in self.columns().items():
+            values = column.double()
+            known = values[~values.isnan()]
+            size = {len(self): "B", len(self.tokens): "N"}.get(len(column), str(len(column)))
+            shown = (
+                ["", "", ""]
+                if not len(known)
+                else [f"{float(x):.4g}" for x in (known.min(), known.mean(), known.max())]
+            )
+            rows.append((name, str(column.dtype).removeprefix("torch."), f"[{size}]", *shown))
+        return html_table(("column", "dtype", "shape", "min", "mean", "max"), rows, repr(self))
 
     @property
     def lengths(self) -> Tensor:

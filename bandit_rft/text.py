@@ -1,6 +1,7 @@
 """Text that a model, a data set or a reward wrote, made fit for a terminal, a log or an error message."""
 
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 LIMIT = 600  # characters shown of such a text unless the caller says otherwise
 
@@ -44,3 +45,16 @@ def lone_surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def html_table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> str:
+    """A table for a notebook; whatever a cell quotes is shown as text."""
+    from html import escape  # not needed where rewards run
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        return "".join(f"<{tag}>{escape(printable(str(cell), LIMIT))}</{tag}>" for cell in cells)
+
+    head = f"<thead><tr>{line(header, 'th')}</tr></thead>" if header else ""
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    title = f"<caption>{escape(printable(caption, LIMIT))}</caption>" if caption else ""
+    return f"<table>{title}{head}<tbody>{body}</tbody></table>"

@@ -7,7 +7,7 @@ the loss and its gradients (ops/).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,11 +18,14 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     check_course,
-    configured_task,
+    check_initial,
+    head_digest,
+    keep_initial,
     load_policy,
     load_reference,
     make_engine,
@@ -35,10 +38,11 @@ from bandit_rft.assemble import (
 )
 from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
-from bandit_rft.config import Config, advantage_options, check_config, to_yaml
+from bandit_rft.config import Config, advantage_options, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
 from bandit_rft.evaluate import answer_text, evaluate
 from bandit_rft.gates import GateError, SpotCheck
+from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import (
@@ -57,15 +61,15 @@ from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.model_card import model_card
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.paths import absolute, saved_tree
-from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
+from bandit_rft.replay import Replay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
+from bandit_rft.run_result import RunResult
 from bandit_rft.selection import constant_groups, most_varied
 from bandit_rft.tasks import Task
-from bandit_rft.tasks.checks import check_task
 from bandit_rft.update import score_rollouts
 
 logger = logging.getLogger(__name__)
@@ -74,27 +78,52 @@ TRAINING_STREAM = 0
 
 
 class Trainer:
-    """One training run in one folder.
+    """One training run in one folder, from a configuration or from keywords.
+
+        Trainer(model="Qwen/Qwen2.5-0.5B-Instruct", train_dataset=rows, reward_funcs=[my_reward], max_rounds=100).run()
 
     Args:
-        config: of the run; checked, with a ConfigError that names the key, unless policy or task is given.
+        config: of the run; checked, with a ConfigError that names the key, unless a model or task is given. None: the
+            configuration is made of `keys`, the run shows its progress, and it writes its report.
         listener: told of rounds as they happen.
-        policy: given instead of the one that the config names, by a program that made its own.
-        task: likewise.
+        model: a folder, a hub name, a Policy, or a transformers model, which is put in eval mode and trained in place.
+        tokenizer: of a transformers model.
+        task: a Task, or its name.
+        train_dataset: in place of a task, rows with a prompt and the columns that the rewards take: a list of dicts, a
+            datasets.Dataset or a DataFrame. `task_options` says where things are in them.
+        eval_dataset: rows of the split "test", or rows by the name of their split.
+        reward_funcs: functions, or texts for RewardFunction.parse, in place of the task's own. A function that cannot
+            be imported, as one of a notebook's cell, runs in a fork of this process.
+        reward_weights: one number a reward; 1 each by default.
+        progress: whether a run made of keywords shows how it goes.
+        keys: of the configuration, as `bandit-rft train --help` lists them: preset="minimal", kl={"where": "reward"}.
+
+    Raises:
+        ConfigError, ValueError, TypeError: naming the argument and what was expected.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: Config | None = None,
         listener: Listener | None = None,
         *,
-        policy: Policy | None = None,
-        task: Task | None = None,
+        model: Model | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        task: Task | str | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        reward_funcs: Reward | Sequence[Reward] | None = None,
+        reward_weights: Sequence[float] | None = None,
+        progress: bool = True,
+        **keys: Any,
     ):
-        if policy is None and task is None:
-            check_config(config)
-        self.config: Config = replace(config, dtype=resolve_dtype(config))
-        self.listener = listener or Listener()
+        run = make_run(
+            config, listener, model=model, tokenizer=tokenizer, task=task, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, reward_funcs=reward_funcs, reward_weights=reward_weights, progress=progress,
+            keys=keys,
+        )  # fmt: skip
+        config = self.config = replace(run.config, dtype=resolve_dtype(run.config))
+        self.task, self.listener, self._shows = run.task, run.listener, run.shows
         self.run_folder = RunFolder(config.output_dir)
         self.stop_requested = False
         self.round = 0
@@ -104,12 +133,9 @@ class Trainer:
         self.kl = KLController(config.objective.kl_coef, config.kl.target, config.kl.horizon)
         self.advantage = ADVANTAGES[config.advantage]
         self.memory = self.advantage.make_memory(advantage_options(config))
-        self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
+        self.replay = Replay(config.replay.capacity) if config.replay.capacity else None
         self._saving: Metrics = {}
-        self.task = task or configured_task(config)
-        if task is not None:
-            check_task(task)
-        self._given_policy = policy
+        self._given, self._initial = run.policy, keep_initial(run.policy, config)
 
     @property
     def folder(self) -> Path:
@@ -125,11 +151,12 @@ class Trainer:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
+    def run(self) -> RunResult:
+        """Train until the budget is used up or `stop_requested`; returns what came of it."""
         with ExitStack() as stack:
             stack.enter_context(plain_surroundings())
             stack.enter_context(self.run_folder.lock())
+            stack.enter_context(self._shows())
             self._start(stack)
             self.listener.started(self)
             if self.round == 0 and not read_metrics(self.folder):
@@ -139,7 +166,10 @@ class Trainer:
             if self._saved_round != self.round:
                 self._save()
         self.listener.finished(self)
-        return read_metrics(self.folder)
+        return RunResult(self.folder, read_metrics(self.folder), self.policy, self.finished)
+
+    def __repr__(self) -> str:
+        return f"Trainer({self.task!r}, round {self.round} of {self.config.max_rounds}, {str(self.folder)!r})"
 
     @property
     def finished(self) -> bool:
@@ -322,13 +352,14 @@ class Trainer:
         """Load everything, from the beginning or from a checkpoint."""
         config, self._saved_round = self.config, -1
         found = self.run_folder.find_checkpoint(config.resume, asdict(config))
-        self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given_policy)
+        self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given)
         self.optimizer = make_optimizer(self.policy, config)
         if found is not None:
             load_optimizer(found[0], self.optimizer)
             self._restore(*found)
             logger.info("continuing from %s", found[0])
-        reference, in_loss = load_reference(self.policy, config), config.kl.where == "loss"
+        reference = load_reference(self.policy, config, self._initial)
+        in_loss = config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
         self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
@@ -344,6 +375,7 @@ class Trainer:
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
+            check_initial(found[0], found[1].get("initial"), self._initial)
             check_course(found[0], found[1].get("course"), self.learning_rate)
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
@@ -414,7 +446,7 @@ class Trainer:
             "config": saved_tree(asdict(self.config), absolute), "folder": str(self.folder.resolve()),
             "data": self.data.fingerprints, "torch": torch.__version__, "position": self.position,
             "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
-            "course": self.learning_rate.course,
+            "course": self.learning_rate.course, "initial": head_digest(self._initial),
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()

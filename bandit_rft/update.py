@@ -216,8 +216,20 @@ def _largest_gap(micros: list[RolloutBatch], differences: list[Tensor], round_in
     return torch.cat(gaps).max() if gaps else None
 
 
-def score_rollouts(policy: Policy, batch: RolloutBatch, *, temperature: float, tokens_per_microbatch: int) -> Tensor:
-    """Log-probabilities of a batch's completion tokens under `policy`, float32 [N] in host memory; no gradients."""
+def score_rollouts(
+    policy: Policy, batch: RolloutBatch, *, temperature: float = 1.0, tokens_per_microbatch: int = 16384
+) -> Tensor:
+    """Log-probabilities of a batch's completion tokens under a policy; no gradients.
+
+    Args:
+        policy: that scores.
+        batch: rollouts in host memory.
+        temperature: at which they were sampled.
+        tokens_per_microbatch: most tokens of one forward pass, prompts included; a longer rollout is alone.
+
+    Returns:
+        float32 [N] in host memory.
+    """
     if not len(batch):
         return torch.zeros(0)
     order = longest_first(batch, np.arange(len(batch)))
@@ -274,6 +286,5 @@ def micro_batches(batch: RolloutBatch, token_limit: int) -> list[RolloutBatch]:
 def _score(policy: Policy, batch: RolloutBatch, inputs: TrainingInputs, temperature: float) -> Tensor:
     hidden = policy.hidden_states(inputs.input_ids, inputs.lengths).index_select(0, inputs.predicting)
     options: dict[str, Any] = policy.head_options
-    logprobs = ops.linear_logprobs(hidden, policy.weight, batch.tokens, temperature=temperature, **options)
-    assert isinstance(logprobs, Tensor)
+    logprobs: Tensor = ops.linear_logprobs(hidden, policy.weight, batch.tokens, temperature=temperature, **options)
     return logprobs

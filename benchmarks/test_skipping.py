@@ -42,7 +42,8 @@ def test_looking_for_rows_to_skip(tmp_path: Path, benchmark: Any, monkeypatch: p
         timed(lambda: rows[batch.counted[rows]][batch.advantages[rows[batch.counted[rows]]] != 0])()
         step(self, batch, rows, *rest)
 
-    monkeypatch.setattr(operations, "rows_that_count", timed(operations.rows_that_count))
+    for name in ("may_have_gradient", "rows_that_count"):
+        monkeypatch.setattr(operations, name, timed(getattr(operations, name)))
     monkeypatch.setattr(PolicyUpdater, "_step", a_step)
     task = load_task("arithmetic")
     task.rewards[:] = [one]

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from bandit_rft import advantages
 from bandit_rft.advantages import ADVANTAGES, compute_advantages, register
 from bandit_rft.history import RewardHistory, ValueTracker
 from bandit_rft.selection import most_varied
@@ -159,3 +161,90 @@ def test_most_varied_is_the_best_of_all_subsets(seed: int) -> None:
         assert kept[rows].sum() == keep
         best = max(np.var(rewards[list(subset)]) for subset in itertools.combinations(rows, keep))
         assert np.var(rewards[rows[kept[rows]]]) == pytest.approx(best)
+
+
+# --- in a loop of one's own: tensors in, tensors out ------------------------------------------------------------------
+
+
+def of_rows(name: str, rewards: torch.Tensor, **given: Any) -> torch.Tensor:
+    result = getattr(advantages, name)(rewards, **given)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+@pytest.mark.parametrize("name", STATELESS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_give_the_formula(name: str, dtype: torch.dtype) -> None:
+    got = of_rows(name, torch.tensor(REWARDS, dtype=dtype, requires_grad=True), queries=torch.tensor(GROUPS))
+    assert got.dtype == torch.float32 and not got.requires_grad
+    np.testing.assert_allclose(got.numpy(), EXPECTED[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_queries_by_n_are_the_rows(name: str) -> None:
+    rewards = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.25, 0.0]])
+    got = of_rows(name, rewards)
+    assert got.shape == (2, 3)
+    assert torch.equal(got.flatten(), of_rows(name, rewards.flatten(), queries=[5, 5, 5, 2, 2, 2]))
+    assert torch.equal(got, of_rows(name, rewards, queries=torch.tensor([5, 2])))
+
+
+def test_lists_and_arrays() -> None:
+    assert advantages.group_mean([[1, 0], [0, 0]]).tolist() == [[0.5, -0.5], [0, 0]]
+    got = advantages.group_mean(np.array([1.0, 0.0]), np.array([3, 3]))
+    assert isinstance(got, np.ndarray) and got.dtype == np.float32
+    assert advantages.weighted(torch.tensor([1.0, 0.0]), positive_weight=0.5).tolist() == [0.5, -1.0]
+    assert of_rows("batch_mean", torch.zeros(0)).shape == (0,)
+
+
+def test_a_memory_is_kept_by_the_caller() -> None:
+    memory = advantages.RewardHistory(window=3)
+    assert of_rows("history_mean", torch.tensor([1.0, 0.0]), queries=[4, 9], memory=memory).tolist() == [1, 0]
+    assert of_rows("history_mean", torch.tensor([[0.0, 0.0]]), queries=[4], memory=memory).tolist() == [
+        [pytest.approx(-1 / 3), pytest.approx(-1 / 3)]
+    ]
+    assert memory.of(4).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "rewards", "given", "message"),
+    [
+        ("group_norm", (3, 4), {"queries": range(12)}, r"queries must be \[3\], one a row of rewards .* got \[12\]"),
+        ("group_norm", (3, 4), {"queries": range(4)}, r"queries must be \[3\]"),
+        ("group_norm", (12,), {"queries": range(3)}, r"queries must be \[12\], one a rollout .* got \[3\]"),
+        ("group_norm", (12,), {"queries": range(12)}, "each of 12 rollouts has a query of its own"),
+        ("group_norm", (12, 1), {}, "each of 12 rollouts has a query of its own"),
+        ("group_norm", (12,), {}, r"queries must be given, \[B\] with B = 12: group_norm compares"),
+        ("reward", (2, 2, 2), {}, r"rewards must be \[B\], with queries \[B\], or \[queries, n\]; got \[2, 2, 2\]"),
+        ("group_norm", (2,), {"queries": [0.0, 0.5]}, "queries must be whole numbers.*got float64"),
+        ("history_norm", (3, 2), {"memory": RewardHistory()}, r"queries must be given, whole numbers \[3\]"),
+        ("history_norm", (3,), {"queries": range(3)}, "memory must be the RewardHistory that is kept .* got NoneType"),
+        ("weighted", (3,), {"weight": 1}, "has no option 'weight'.*positive_weight"),
+    ],
+)  # fmt: skip
+def test_shapes_that_would_be_silently_wrong_are_refused(
+    name: str, rewards: tuple[int, ...], given: dict[str, Any], message: str
+) -> None:
+    given = {key: list(value) if isinstance(value, range) else value for key, value in given.items()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        of_rows(name, torch.rand(rewards), **given)
+
+
+def test_values_are_checked_as_ever() -> None:
+    with pytest.raises(ValueError, match=r"rewards\[1\] is not finite"):
+        of_rows("reward", torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match=r"nsr takes rewards in \[0, 1\]; rewards\[0\] is 2"):
+        of_rows("nsr", torch.tensor([2.0]))
+
+
+def test_what_is_registered_takes_tensors_too() -> None:
+    @register("twice")
+    def twice(rewards: Any, groups: Any, *, times: float = 2.0) -> Any:
+        return times * rewards
+
+    try:
+        assert twice(torch.tensor([[1.0, 2.0]])).tolist() == [[2, 4]]
+        assert twice(torch.tensor([1.0]), times=3.0).tolist() == [3]
+        assert compute_advantages("twice", [1.0], [0]).tolist() == [2]
+    finally:
+        del ADVANTAGES["twice"]

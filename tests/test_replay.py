@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bandit_rft.history import ValueTracker
-from bandit_rft.replay import TrajectoryReplay, effective_sample_size, importance_weights, staleness_metrics
+from bandit_rft.replay import Replay, effective_sample_size, importance_weights, staleness_metrics
 from bandit_rft.rollout_batch import RolloutBatch
 
 
@@ -28,24 +28,24 @@ def rollouts(numbers: Iterable[int], **options: Any) -> RolloutBatch:
     return RolloutBatch.cat([rollout(i, **{k: f(i) for k, f in options.items()}) for i in numbers])
 
 
-def drawn(replay: TrajectoryReplay, count: int, sampling: str, *, now: int = 20, limit: int | None = None) -> list[int]:
+def drawn(replay: Replay, count: int, sampling: str, *, now: int = 20, limit: int | None = None) -> list[int]:
     batch, _ = replay.draw(count, sampling=sampling, now=now, max_staleness=limit, seed=3)
     return [] if batch is None else batch.round.tolist()
 
 
 def test_first_in_first_out_and_staleness() -> None:
-    replay = TrajectoryReplay(6)
+    replay = Replay(6)
     replay.add(rollouts(range(10)))
     assert len(replay) == 6 and sorted(drawn(replay, 99, "uniform")) == [4, 5, 6, 7, 8, 9]
     assert drawn(replay, 2, "recent") == [8, 9]
     chosen, young = replay.draw(99, sampling="uniform", now=10, max_staleness=2, seed=0)
     assert chosen is not None and sorted(chosen.round.tolist()) == [8, 9] and young == pytest.approx(2 / 6)
     assert replay.draw(5, sampling="uniform", now=99, max_staleness=1, seed=0) == (None, 0.0)
-    assert TrajectoryReplay(3).draw(5, sampling="prioritized", now=1, max_staleness=None, seed=0) == (None, 1.0)
+    assert Replay(3).draw(5, sampling="prioritized", now=1, max_staleness=None, seed=0) == (None, 1.0)
 
 
 def test_draws_depend_on_seed_and_round_alone() -> None:
-    replay = TrajectoryReplay(50)
+    replay = Replay(50)
     replay.add(rollouts(range(20)))
     for sampling in ("uniform", "positive", "prioritized"):
         assert drawn(replay, 8, sampling) == drawn(replay, 8, sampling) != drawn(replay, 8, sampling, now=21)
@@ -53,7 +53,7 @@ def test_draws_depend_on_seed_and_round_alone() -> None:
 
 
 def test_positive_and_prioritized() -> None:
-    replay = TrajectoryReplay(50)
+    replay = Replay(50)
     replay.add(rollouts(range(30), advantage=lambda i: [0.0, 1.0, -3.0][i % 3]))
     assert {i % 3 for i in drawn(replay, 10, "positive")} == {1}
     assert len(drawn(replay, 99, "prioritized")) == 20 and 0 not in {i % 3 for i in drawn(replay, 20, "prioritized")}
@@ -62,9 +62,9 @@ def test_positive_and_prioritized() -> None:
 
 
 def test_checkpoint_gives_everything_back() -> None:
-    store, other = TrajectoryReplay(7), TrajectoryReplay(7)
+    store, other = Replay(7), Replay(7)
     store.add(rollouts(range(12), query=lambda i: i % 5))
-    other.restore(TrajectoryReplay(7).arrays())
+    other.restore(Replay(7).arrays())
     assert len(other) == 0 and other.arrays() == {}
     other.restore(store.arrays())
     assert len(other) == 7

@@ -99,7 +99,7 @@ class FusedHead:
         if expectation is not None:
             seen = expected_logprobs(rows, weight.to(dtype), targets, expectation, self.outcome, **options)
         else:
-            seen = linear_logprobs(rows, weight.to(dtype), targets, return_entropy=True, **options)  # type: ignore[assignment]
+            seen = linear_logprobs(rows, weight.to(dtype), targets, return_entropy=True, **options)
         # masked_scatter keeps the graph where no label counts, so that a micro-batch of none has a gradient of zero.
         logprobs, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in seen)
         divisor = mask.sum().clamp(min=1) if count is None else count

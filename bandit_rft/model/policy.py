@@ -70,6 +70,23 @@ class Policy:
         self.plan: PackingPlan = probe(model, causal_lm, split)
 
     @staticmethod
+    def of(model: Policy | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
+        """A Policy as it is; a Hugging Face causal LM, or a peft model around one, wrapped.
+
+        Raises:
+            TypeError: for anything else, and for a tokenizer beside a Policy, which has its own.
+            UnsupportedModelError: as above.
+        """
+        if isinstance(model, Policy):
+            if tokenizer is not None and tokenizer is not model.tokenizer:
+                raise TypeError("tokenizer goes with a transformers model; a Policy has its own")
+            return model
+        if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
+            hint = "; Policy.load takes a name or a folder" if isinstance(model, str | Path) else ""
+            raise TypeError(f"model must be a Policy or a transformers model; got {type(model).__name__}{hint}")
+        return Policy(model, tokenizer)
+
+    @staticmethod
     @plain_surroundings()
     def load(
         name_or_path: str,
@@ -84,7 +101,7 @@ class Policy:
         A LoRA adapter in peft's format is loaded, trainable, with the model it names.
 
         Args:
-            name_or_path: a folder or a hub name.
+            name_or_path: a folder, a hub name, or arithmetic-base, the small model that comes with the package.
             dtype: of the weights: float32, bfloat16, float16 or float64.
             device: cpu, cuda, cuda:1, ...; None: cuda where there is one.
             revision: of a hub model.
@@ -97,6 +114,8 @@ class Policy:
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if name_or_path == "arithmetic-base":
+            name_or_path = str(Path(__file__).parents[1] / "assets" / "arithmetic-base")
         if os.path.sep in name_or_path and not Path(name_or_path).exists() and name_or_path.count("/") != 1:
             raise FileNotFoundError(f"model_name_or_path: there is no folder {name_or_path!r}")
         device = torch.device(device)
@@ -123,6 +142,14 @@ class Policy:
         if adapter is not None:
             model = adapter.attach(model, device)
         return Policy(model, tokenizer)
+
+    def __repr__(self) -> str:
+        own, trained = (
+            sum(p.numel() for p in parameters) for parameters in (self.model.parameters(), self.parameters())
+        )
+        part = "" if trained == own else f", {_count(trained)} of them trained"
+        kind = str(self.weight.dtype).removeprefix("torch.")
+        return f"Policy({type(self.causal_lm).__name__}, {_count(own)} parameters{part}, {kind}, {self.device})"
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder (with a LoRA adapter, a peft folder) with the tokenizer; safetensors only."""
@@ -220,6 +247,14 @@ class Policy:
             raise ValueError(f"input_ids must be [{sum(lengths)}] to match lengths; got {list(input_ids.shape)}")
         with _checkpointing(self._checkpointed if torch.is_grad_enabled() else []):
             return self.plan.hidden_states(self.base, input_ids, lengths)
+
+
+def _count(number: int) -> str:
+    """A number of parameters as people say it: 494M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 @contextlib.contextmanager

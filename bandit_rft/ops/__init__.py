@@ -3,11 +3,13 @@
 from .backends import checked, describe, use_backend
 from .logprobs import linear_logprobs, logprobs_from_logits
 from .objective import PolicyObjective
+from .padding import Packed, pack, unpack
 from .policy_loss import PolicyLoss, linear_policy_loss, policy_loss_from_logits
 from .reference import Sample
 from .sampling import linear_sample, sample_from_logits
 
 __all__ = [
+    "Packed",
     "PolicyLoss",
     "PolicyObjective",
     "Sample",
@@ -17,7 +19,9 @@ __all__ = [
     "linear_policy_loss",
     "linear_sample",
     "logprobs_from_logits",
+    "pack",
     "policy_loss_from_logits",
     "sample_from_logits",
+    "unpack",
     "use_backend",
 ]

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .objective import LARGEST, SMALLEST
+from .reference import IGNORED
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -193,19 +194,22 @@ def sequence_values(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def target_values(targets: Tensor, vocabulary: int) -> None:
-    """Targets in [0, V); where looking is free."""
+    """Targets in [0, V), or IGNORED; where looking is free."""
     if readable(targets):
-        within("targets", targets, vocabulary, f"[0, V = {vocabulary})")
+        within("targets", targets, vocabulary, f"[0, V = {vocabulary})", besides=IGNORED)
 
 
-def within(name: str, values: Tensor, end: int, expected: str) -> None:
-    """Raise ValueError unless every integer lies in [0, end)."""
+def within(name: str, values: Tensor, end: int, expected: str, besides: int | None = None) -> None:
+    """Raise ValueError unless every integer lies in [0, end), or is the one `besides`, which is not counted."""
     if values.numel() == 0:
         return
     low, high = values.aminmax()
     if low.item() < 0 or high.item() >= end:
-        where = int(((values < 0) | (values >= end)).nonzero()[0, 0])
-        raise ValueError(f"{name} must lie in {expected}; {name}[{where}] is {int(values[where])}")
+        outside, also = (values < 0) | (values >= end), ""
+        if besides is not None:
+            outside, also = outside & (values != besides), f" ({besides} would not be counted)"
+        for where in outside.nonzero()[:1, 0].tolist():
+            raise ValueError(f"{name} must lie in {expected}; {name}[{where}] is {int(values[where])}{also}")
 
 
 def temperature_values(temperature: Tensor | None) -> None:

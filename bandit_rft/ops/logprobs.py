@@ -8,7 +8,7 @@ The forward keeps nothing of the vocabulary's size; the backward computes each c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,12 +16,25 @@ from torch.distributed import ProcessGroup
 
 from . import backends, checks, head, rows
 from .backend import Backend, Head, RowStatistics, Scaling
+from .counted import clear_, ignored, replaced, zeroed, zeroed_statistics
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
-from .reference import computing_dtype
+from .reference import IGNORED, computing_dtype
 from .registry import autograd, once, operation
 from .vocab_parallel import Shard, VocabParallelBackend
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+    return_entropy: Literal[False] = False, process_group: ProcessGroup | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+    return_entropy: Literal[True], process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -39,7 +52,7 @@ def linear_logprobs(
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64: the last hidden states at which targets are predicted.
         weight: [V, H], hidden's dtype. It may be frozen, or hidden may be: the other's gradient is then not computed.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); -100 is not counted: log-probability and entropy 0, no gradient.
         bias: [V] or None, added to the logits before anything else.
         temperature: a float, or [N] (one for each row): what the logits are divided by, last.
         softcap: c in c * tanh(z / c), or None.
@@ -67,6 +80,14 @@ def linear_logprobs(
     return (logp, entropy) if return_entropy else logp
 
 
+@overload
+def logprobs_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: Literal[False] = False
+) -> Tensor: ...
+@overload
+def logprobs_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def logprobs_from_logits(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -76,7 +97,7 @@ def logprobs_from_logits(
 
     Args:
         logits: [N, V] float32, bfloat16, float16 or float64; -inf is a token that cannot occur.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); -100 is not counted: log-probability and entropy 0, no gradient.
         temperature: a float, or [N] (one for each row): what the logits are divided by.
         return_entropy: also return the entropy of the whole softmax, in nats.
 
@@ -106,7 +127,17 @@ def _fake_linear_logprobs(of: Head, *rest: Any) -> tuple[Tensor, Tensor]:
 def _linear_logprobs(of: Head, targets: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     checks.target_values(targets, len(of.weight))
     checks.temperature_values(scaling.temperatures)
-    return score(of, targets, scaling)
+    return score_counted(of, targets, scaling)
+
+
+def score_counted(of: Head, targets: Tensor, scaling: Scaling, backend: Backend | None = None) -> RowStatistics:
+    """As `score`, with 0 for targets that are not counted, whose rows are left out where looking is free."""
+    mask = ignored(targets)
+    if mask is None or not checks.readable(targets):
+        return zeroed_statistics(score(of, replaced(targets, mask), scaling, backend), mask)
+    counted = (~mask).nonzero()[:, 0]
+    some = score(Head(of.hidden[counted], of.weight, of.bias), targets[counted], scaling.rows(counted), backend)
+    return RowStatistics(*(values.new_zeros(len(targets)).index_copy_(0, counted, values) for values in some))
 
 
 def score(of: Head, targets: Tensor, scaling: Scaling, backend: Backend | None = None) -> RowStatistics:
@@ -140,15 +171,16 @@ def _linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.target_values(targets, len(of.weight))  # as they are now, not as they were in the forward call
     gradients = HeadGradients(of, wanted, backends.named(backend))
-    gradients.accumulate(rows_with_gradient(given), gradients.filling(given, targets, scaling))
+    gradients.accumulate(rows_with_gradient(given, targets), gradients.filling(given, targets, scaling))
     return gradients.results()
 
 
-def rows_with_gradient(given: GivenGradients) -> Tensor | None:
+def rows_with_gradient(given: GivenGradients, targets: Tensor) -> Tensor | None:
     """The rows that anything flows back into (None: all of them), int64; on a GPU the host waits for their number."""
     counts = given.logprobs != 0
     if given.entropy is not None:
         counts |= given.entropy != 0
+    counts &= targets != IGNORED
     index = counts.nonzero()[:, 0]
     return None if len(index) == len(counts) else index
 
@@ -193,7 +225,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.scaling = backend, scaling._replace(temperatures=None)
         ctx.save_for_backward(targets, scaling.temperatures, *of)
-        return tuple(score(Head(*of), targets, scaling, backend))  # type: ignore[arg-type]
+        return tuple(score_counted(Head(*of), targets, scaling, backend))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -203,7 +235,7 @@ class _VocabParallel(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[3:])
         found = HeadGradients(Head(*of), wanted, ctx.backend)
         fill = found.filling(given, targets, ctx.scaling._replace(temperatures=temperatures))
-        found.accumulate(rows_with_gradient(given), fill)
+        found.accumulate(rows_with_gradient(given, targets), fill)
         results = once(tuple(g if want else None for g, want in zip(found.results(), wanted, strict=True)))
         return (None, None, None, *results)
 
@@ -232,7 +264,9 @@ def _logits_logprobs(
 ) -> tuple[Tensor, Tensor]:
     checks.target_values(targets, logits.shape[1])
     checks.temperature_values(temperatures)
-    seen = rows.logprobs(with_unit_columns(logits), targets, Scaling(temperature, temperatures))
+    mask = ignored(targets)
+    seen = rows.logprobs(with_unit_columns(logits), replaced(targets, mask), Scaling(temperature, temperatures))
+    seen = zeroed_statistics(seen, mask)
     checks.finite_values("the logits", seen.logprobs)
     return seen
 
@@ -248,7 +282,13 @@ def _logits_logprobs_backward(
 ) -> Tensor:  # fmt: skip
     checks.target_values(targets, logits.shape[1])
     gradient = logits.clone(memory_format=torch.contiguous_format)
-    rows.gradient_(gradient, targets, Scaling(temperature, temperatures), *given, backend=backend)
+    mask = ignored(targets)
+    of_logprobs, of_entropy = (None if g is None else zeroed(g, mask) for g in given)
+    assert of_logprobs is not None
+    rows.gradient_(
+        gradient, replaced(targets, mask), Scaling(temperature, temperatures), of_logprobs, of_entropy, backend=backend
+    )
+    clear_(gradient, mask)
     return gradient
 
 

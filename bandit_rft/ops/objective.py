@@ -277,12 +277,19 @@ def loss_and_statistics(
     sequence_of: Tensor,
     lengths: Tensor,
     tokens_skipped: int,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss 0-d, statistics [len(STATISTICS)]) from per-token values of the tokens computed; no host waits."""
+    """(loss 0-d, statistics [len(STATISTICS)]) from per-token values of the tokens computed; no host waits.
+
+    Tokens that are `ignored`, bool [N], have weight, advantage and all their log-probabilities 0 and are in no mean.
+    """
     losses = token_losses(objective, logprobs, entropy, advantages, behavior, reference, sequence_of, lengths)
     loss = (losses * weights).sum()
-    computed = logprobs.shape[0]
     ratio = log_ratios(objective, logprobs, behavior, sequence_of, lengths).exp()
+    tokens = logprobs.shape[0]
+    computed: int | Tensor = tokens
+    if ignored is not None:
+        ratio, computed = ratio.masked_fill(ignored, 0), tokens - ignored.sum()
     low, high, dual = clip_masks(objective, ratio, advantages)
     zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
     if reference is None:
@@ -292,6 +299,7 @@ def loss_and_statistics(
     sums = torch.stack([ratio.sum(), low.sum(), high.sum(), dual.sum(), k1, k3, entropy.sum()]).to(logprobs.dtype)
     finite = torch.isfinite(logprobs)
     # (sum r)^2 / sum r^2: how many equally weighted tokens these importance weights are worth.
-    effective = ratio.sum() ** 2 / (ratio * ratio).sum() if computed else zero
+    squares = (ratio * ratio).sum()
+    effective = ratio.sum() ** 2 / (squares if ignored is None else squares.clamp(min=SMALLEST)) if tokens else zero
     counts = torch.stack([zero + computed, zero + tokens_skipped, (~finite).sum().to(logprobs.dtype)])
-    return loss, torch.cat([sums / max(computed, 1), effective.reshape(1), counts])
+    return loss, torch.cat([sums / (zero + computed).clamp(min=1), effective.reshape(1), counts])

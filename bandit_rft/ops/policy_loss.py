@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from . import backends, checks, rows
 from .backend import Backend, Head, Scaling, TokenInputs
+from .counted import clear_, ignored, may_have_gradient, replaced, rows_that_count, zeroed, zeroed_statistics
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .logprobs import rows_with_gradient, score, with_unit_columns
 from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients
@@ -37,7 +38,7 @@ class PolicyLoss(NamedTuple):
         stats: 0-d tensors by name, without a graph: means over the tokens computed (ratio_mean, clip_fraction_low,
             clip_fraction_high, clip_fraction_dual, kl_k1, kl_k3, entropy), effective_sample_size, and the counts
             tokens_computed, tokens_skipped, nonfinite_rows.
-        logprobs: [N], without a graph; NaN for rows that were dropped.
+        logprobs: [N], without a graph; NaN for rows that were dropped, 0 where a target is -100.
     """
 
     loss: Tensor
@@ -70,7 +71,7 @@ def linear_policy_loss(
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64: the last hidden states at which targets are predicted.
         weight: [V, H], hidden's dtype. It may be frozen, or hidden may be: the other's gradient is then not computed.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); -100 is not counted: as if the token were not there, in no sum and no normalizer.
         advantages: [B] (one a sequence) or [N] (one a token). Tokens with advantage 0 are not computed at all, unless
             the objective's KL or entropy terms make them count; the normalizer does not change.
         cu_seqlens: [B + 1] int32, where sequences begin and end in N, from 0 to N.
@@ -107,7 +108,7 @@ def linear_policy_loss(
     checks.per_row("targets", targets, n, "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, n, "N", hidden)
     inputs, sequences = token_arguments(
-        objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, hidden, n
+        objective, targets, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, hidden
     )
     if not isinstance(skip_zero_rows, bool):
         raise TypeError(f"skip_zero_rows must be True or False; got {skip_zero_rows!r}")
@@ -157,7 +158,7 @@ def policy_loss_from_logits(
 
     Args:
         logits: [N, V] float32, bfloat16, float16 or float64; -inf is a token that cannot occur.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V); -100 is not counted: as if the token were not there, in no sum and no normalizer.
         advantages: [B] (one a sequence) or [N] (one a token).
         cu_seqlens: [B + 1] int32, where sequences begin and end in N, from 0 to N.
         objective: what is minimized (PolicyObjective).
@@ -180,7 +181,7 @@ def policy_loss_from_logits(
     checks.per_row("targets", targets, n, "N", logits, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, n, "N", logits)
     inputs, sequences = token_arguments(
-        objective, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, logits, n
+        objective, targets, advantages, cu_seqlens, behavior_logprobs, reference_logprobs, normalizer, logits
     )
     scaling, fields = Scaling.of(temperature, softcap, logit_scale, inputs.weights.dtype), ObjectiveFields.of(objective)
     loss, stats, logprobs, _ = _logits_policy_loss(
@@ -210,7 +211,10 @@ def _compute(
     advantages, weights = inputs.advantages, inputs.weights
     logp = torch.full_like(advantages, math.nan)
     entropy = torch.full_like(advantages, math.nan)
-    index = rows_that_count(objective, advantages, *sequences[:2]) if selection.skip_zero_rows else None
+    # Where the caller says that every row counts, a GPU is not asked whether a target is ignored.
+    mask = ignored(targets) if selection.skip_zero_rows or checks.readable(targets) else None
+    counts = may_have_gradient(objective, advantages, *sequences[:2]) if selection.skip_zero_rows else None
+    index = rows_that_count(counts, mask)
     every: Tensor | slice = slice(None) if index is None else index
     if gradients is not None and selection.gradient_threshold and len(advantages):
         gradients.floor = selection.gradient_threshold * float((advantages * weights).abs().max())
@@ -234,37 +238,23 @@ def _compute(
     computed, sequence_of = inputs.rows(every), sequences.sequence_of[every]
     loss, statistics = loss_and_statistics(
         objective, logp[every], entropy[every], *computed, sequence_of, sequences.lengths,
-        tokens_skipped=0 if index is None else len(of.hidden) - len(index),
+        tokens_skipped=0 if index is None else len(of.hidden) - len(index) - (0 if mask is None else int(mask.sum())),
     )  # fmt: skip
 
     if gradients is not None and not objective.token_separable:
         c = torch.zeros_like(logp)
         c[every] = token_coefficients(objective, logp[every], *computed, sequence_of, sequences.lengths)
         given = GivenGradients(c, -objective.entropy_coef * weights if objective.entropy_coef else None)
-        still = rows_with_gradient(given) if selection.skip_zero_rows and given.entropy is None else None
+        still = rows_with_gradient(given, targets) if selection.skip_zero_rows and given.entropy is None else index
         fill_given = gradients.filling(given, targets, scaling)
         gradients.accumulate(still, fill_given)
     checks.finite_values("the logits", logp[every])
-    return loss, statistics, logp
+    return loss, statistics, zeroed(logp, mask)
 
 
 def _head_gradients(of: Head, wanted: list[bool], weight_grad: Tensor | None = None) -> HeadGradients:
     backend = backends.serving(of.hidden.device, computing_dtype(of.hidden))
     return HeadGradients(of, wanted, backend, weight_grad)
-
-
-def rows_that_count(
-    objective: PolicyObjective, advantages: Tensor, sequence_of: Tensor, lengths: Tensor
-) -> Tensor | None:
-    """The rows whose coefficient is not known to be zero (None: all of them), [n] int64."""
-    if objective.every_token_counts:
-        return None
-    counts = advantages != 0  # a NaN advantage counts: it must be seen, not dropped
-    if not objective.token_separable:  # one token moves the ratio that its whole sequence shares
-        of_sequence = torch.zeros_like(lengths).index_add(0, sequence_of, counts.long())
-        counts = (of_sequence > 0)[sequence_of]
-    index = counts.nonzero()[:, 0]  # on a GPU the host waits here for how many rows there are to compute
-    return None if len(index) == len(counts) else index
 
 
 def _check_values(
@@ -442,16 +432,32 @@ def _logits_policy_loss(
     _check_values(targets, logits.shape[1], inputs, sequences, scaling)
     o = objective.objective()
     gradient = logits.clone(memory_format=torch.contiguous_format) if wanted else logits.new_empty(0)
+    mask = ignored(targets)
+    in_vocabulary = replaced(targets, mask)
     if wanted and o.token_separable:
-        seen = rows.policy_(gradient, targets, scaling, o, inputs)
+        # exp(reference - logp) must not overflow in a row that is left out, whatever its logits are
+        reference = None if inputs.reference is None or mask is None else inputs.reference.masked_fill(mask, -1e30)
+        of_rows = inputs if reference is None else inputs._replace(reference=reference)
+        seen = rows.policy_(gradient, in_vocabulary, scaling, o, of_rows)
     else:
-        seen = rows.logprobs(with_unit_columns(logits), targets, scaling)
+        seen = rows.logprobs(with_unit_columns(logits), in_vocabulary, scaling)
+    seen = zeroed_statistics(seen, mask)
     loss, statistics = loss_and_statistics(
-        o, seen.logprobs, seen.entropy, *inputs, sequences.sequence_of, sequences.lengths, tokens_skipped=0
+        o,
+        seen.logprobs,
+        seen.entropy,
+        *inputs,
+        sequences.sequence_of,
+        sequences.lengths,
+        tokens_skipped=0,
+        ignored=mask,
     )
     if wanted and not o.token_separable:
-        c = token_coefficients(o, seen.logprobs, *inputs, *sequences[:2])
-        rows.gradient_(gradient, targets, scaling, c, -o.entropy_coef * inputs.weights if o.entropy_coef else None)
+        c = zeroed(token_coefficients(o, seen.logprobs, *inputs, *sequences[:2]), mask)
+        of_entropy = -o.entropy_coef * inputs.weights if o.entropy_coef else None
+        rows.gradient_(gradient, in_vocabulary, scaling, c, of_entropy)
+    if wanted:
+        clear_(gradient, mask)
     checks.finite_values("the logits", seen.logprobs)
     return loss, statistics, seen.logprobs, gradient
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from .objective import PolicyObjective, loss_and_statistics, token_weights
 from .philox import gumbel_noise, random_words
 
+#: A target that is not counted, as PyTorch's own losses have it: as if its token were not there.
+IGNORED = -100
+
 
 class Sample(NamedTuple):
     """One token drawn for each of B rows, and what is known of it from the same pass.
@@ -74,9 +77,12 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs [N], entropy [N]) of targets [N] under the head; differentiable."""
+    """(logprobs [N], entropy [N]) of targets [N] under the head, both 0 where one is IGNORED; differentiable."""
     z = scaled_logits(head_logits(hidden, weight, bias), temperature, softcap, logit_scale)
-    return logprobs_and_entropy(z, targets)
+    counted = (targets != IGNORED).nonzero()[:, 0]
+    logprobs, entropy = logprobs_and_entropy(z[counted], targets[counted])
+    zeros = z.new_zeros(len(z))
+    return zeros.index_copy(0, counted, logprobs), zeros.index_copy(0, counted, entropy)
 
 
 def policy_loss(

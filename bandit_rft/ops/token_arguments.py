@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import TokenInputs
+from .counted import ignored, zeroed
 from .objective import Kind, KLEstimator, PolicyObjective, token_weights
 from .reference import computing_dtype
 
@@ -60,10 +61,14 @@ class Selection(NamedTuple):
 
 
 def token_arguments(
-    objective: PolicyObjective, advantages: Tensor, cu_seqlens: Tensor,
-    behavior: Tensor | None, reference: Tensor | None, normalizer: float | Tensor | None, like: Tensor, n: int,
+    objective: PolicyObjective, targets: Tensor, advantages: Tensor, cu_seqlens: Tensor,
+    behavior: Tensor | None, reference: Tensor | None, normalizer: float | Tensor | None, like: Tensor,
 ) -> tuple[TokenInputs, Sequences]:  # fmt: skip
-    """Check what describes the tokens and bring it to one entry a token."""
+    """Check what describes the tokens and bring it to one entry a token.
+
+    A target that is not counted leaves its sequence's length and the normalizer; its token has only zeros.
+    """
+    n = like.shape[0]
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective must be a PolicyObjective; got {type(objective).__name__}")
     dtype = computing_dtype(like)
@@ -88,8 +93,14 @@ def token_arguments(
     sequence_of = torch.repeat_interleave(lengths, output_size=n)
     adv = adv.detach().to(dtype)
     adv = _one_a_token(adv, lengths, sequence_of)
-    weights = token_weights(objective, lengths, sequence_of, checks.normalizer(normalizer)).to(dtype)
-    inputs = TokenInputs(adv.contiguous(), weights.contiguous(), vectors[0], vectors[1])
+    divisor, mask = checks.normalizer(normalizer), ignored(targets)
+    if mask is not None:
+        lengths = torch.zeros_like(lengths).index_add(0, sequence_of, (~mask).long())
+        if divisor is None and objective.aggregation == "token-mean":
+            divisor = lengths.sum().clamp(min=1)
+    weights = token_weights(objective, lengths, sequence_of, divisor).to(dtype)
+    vectors = [None if vector is None else zeroed(vector, mask) for vector in vectors]
+    inputs = TokenInputs(zeroed(adv, mask).contiguous(), zeroed(weights, mask).contiguous(), vectors[0], vectors[1])
     return inputs, Sequences(sequence_of, lengths, cu)
 
 

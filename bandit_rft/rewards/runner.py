@@ -1,7 +1,8 @@
 """Run reward functions where they can do no harm: in worker processes with a time and a memory limit, killed at need.
 
 A worker is a lean Python process (no fork of the trainer and its threads, no torch), started once and reused; it is
-replaced after it had to be killed. Limits are kept by the parent's clock, not by signals, so they hold from any thread.
+replaced after it had to be killed. Only where a function cannot be imported, as one of a notebook's cell, it is a fork.
+Limits are kept by the parent's clock, not by signals, so they hold from any thread.
 """
 
 import logging
@@ -61,7 +62,9 @@ class RewardRunner:
         on_error: what a failure leads to: a function that raised, hung, died, or returned the wrong count, NaN,
             infinity or something that is no number. "raise": RewardError. "none": None for the completions of that
             call, counted.
-        isolation: "process", or "none" to call the functions here, without limits: for trusted and cheap functions.
+        isolation: "process": fresh processes, which import the functions. "fork": copies of this process, for functions
+            that cannot be imported; the limits hold there too. "none": the functions are called here, without limits:
+            for trusted and cheap functions.
         columns: names of the columns score() will get. If given, a function that needs another one is refused at the
             start.
 
@@ -79,7 +82,7 @@ class RewardRunner:
         memory_mb: int = 2048,
         workers: int = 1,
         on_error: Literal["raise", "none"] = "raise",
-        isolation: Literal["process", "none"] = "process",
+        isolation: Literal["process", "fork", "none"] = "process",
         columns: Sequence[str] | None = None,
     ) -> None:
         if isinstance(functions, str) or not functions:
@@ -96,21 +99,22 @@ class RewardRunner:
             raise ValueError(f"workers: expected at least 1, got {workers}")
         if on_error not in ("raise", "none"):
             raise ValueError(f'on_error: expected "raise" or "none", got {on_error!r}')
-        if isolation not in ("process", "none"):
-            raise ValueError(f'isolation: expected "process" or "none", got {isolation!r}')
+        if isolation not in ("process", "fork", "none"):
+            raise ValueError(f'isolation: expected "process", "fork" or "none", got {isolation!r}')
         self.timeout_s, self.memory_mb, self.on_error, self.isolation = timeout_s, memory_mb, on_error, isolation
         self.columns = None if columns is None else list(columns)
         self.names = _unique([function.name for function in self.functions])
         self._loaded: list[Callable[..., Any]] | None = None
         self._workers: list[Worker] = []
-        if isolation == "process":
+        if isolation != "none":
+            forked = self.functions if isolation == "fork" else []
             set_up = {
                 "memory_mb": memory_mb,
                 "columns": self.columns,
-                "functions": [_fields(f) for f in self.functions],
+                "functions": [] if forked else [_fields(f) for f in self.functions],
             }
             label = ", ".join(function.target for function in self.functions)
-            self._workers = [Worker(set_up, label) for _ in range(workers)]
+            self._workers = [Worker(set_up, label, forked) for _ in range(workers)]
         self._killed: list[list[str]] = []  # a function: why calls were killed that a killed_score settles
         self._lock = threading.Lock()
 
@@ -306,7 +310,8 @@ def _fields(function: RewardFunction) -> dict[str, Any]:
     if function.function is not None:
         raise TypeError(
             f"reward {function.name!r} is a lambda, a closure, an object or built interactively, which a worker "
-            'process cannot import: define it with def at the top level of a file, or set isolation="none"'
+            'process cannot import: define it with def at the top level of a file, or set isolation="fork" (a copy of '
+            'this process, with the same limits) or isolation="none"'
         )
     keep = ("target", "kind", "options", "name")
     return {name: getattr(function, name) for name in keep}

@@ -14,7 +14,7 @@ import math
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -53,8 +53,8 @@ class RewardFunction:
             such form. A task scores the answers of its data in this form when it is loaded, and refuses data that
             cannot earn anything.
         name: what metrics call it; the function's name unless given.
-        function: the callable itself, for what cannot be imported by name (a lambda, a closure); needs
-            isolation="none".
+        function: the callable itself, for what cannot be imported by name (a lambda, a closure, a notebook's cell);
+            needs isolation="fork" or "none".
     """
 
     target: str
@@ -101,7 +101,10 @@ class RewardFunction:
 
     @classmethod
     def of(cls, reward: "RewardFunction | Callable[..., Any] | str") -> "RewardFunction":
-        """Take a RewardFunction as it is, a text by parse(), and a callable as a function of kind "batch"."""
+        """Take a RewardFunction as it is, a text by parse(), and a callable as what its signature says.
+
+        One that takes a `completion` (and no `completions`) is of kind "sample", any other of kind "batch".
+        """
         if isinstance(reward, RewardFunction):
             return reward
         if isinstance(reward, str):
@@ -109,14 +112,27 @@ class RewardFunction:
         if not callable(reward):
             raise TypeError(f"reward: expected a function, a RewardFunction or a text, got {reward!r}")
         name = getattr(reward, "__name__", type(reward).__name__)
+        taken = _keywords(reward, 0)
+        kind: Kind = "sample" if "completion" in taken and "completions" not in taken else "batch"
         qualified = getattr(reward, "__qualname__", "")
         module = sys.modules.get(getattr(reward, "__module__", None) or "")
         file = getattr(module, "__file__", None)
         if not inspect.isfunction(reward) or "<" in qualified or module is None or not file:
-            return cls(target=f"{getattr(module, '__name__', 'unknown')}:{name}", name=name, function=reward)
+            return cls(f"{getattr(module, '__name__', 'unknown')}:{name}", kind, name=name, function=reward)
         # A script or a loose file is found by its path: its module name means nothing in another process.
         spec = module.__spec__
-        return cls(target=f"{spec.name if spec and spec.parent else Path(file).resolve()}:{qualified}", name=name)
+        return cls(f"{spec.name if spec and spec.parent else Path(file).resolve()}:{qualified}", kind, name=name)
+
+    @classmethod
+    def of_session(cls, reward: "RewardFunction | Callable[..., Any] | str") -> "RewardFunction":
+        """As `of`, for functions of the session at hand: what `__main__` defines is kept, not imported again.
+
+        Importing a script once more would run all of it, and a notebook has no file to import.
+        """
+        made = cls.of(reward)
+        if made.function is None and callable(reward) and getattr(reward, "__module__", None) == "__main__":
+            return replace(made, target=f"__main__:{made.name}", function=reward)
+        return made
 
     @property
     def per_sample(self) -> bool:

@@ -1,6 +1,7 @@
 """The parent's side of one reward worker: a process with a private pair of pipes, asked, timed, and killed at need.
 
-Data cross the pipes as JSON: nothing is ever unpickled. `worker_main.py` is the other side.
+Data cross the pipes as JSON: nothing is ever unpickled. `worker_main.py` is the other side, a fresh interpreter, or a
+fork of this process where a function cannot be imported.
 """
 
 import codecs
@@ -13,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from bandit_rft.rewards.spec import OUT_OF_MEMORY, RewardError
+from bandit_rft.rewards.spec import OUT_OF_MEMORY, RewardError, RewardFunction
 from bandit_rft.text import printable
 
 # A worker's limit to import its functions: a large library's first import from a cold disk is slow.
@@ -27,16 +29,37 @@ LONGEST_WAIT_S = 1e6  # 11 days; poll() takes no more than 24
 _ROOT = str(Path(__file__).parents[2])  # where this package lies
 
 
+_making = threading.Lock()  # pipes and a fork are made one after another, so that a fork knows which ends are ours
+_our_ends: set[int] = set()  # of the pipes of every worker: a fork that held one would keep a worker from ending
+
+
 class WorkerLost(Exception):
     """A worker did not answer in time, or is gone; the text continues "reward 'name' "."""
 
 
-class Worker:
-    """The parent's side of one worker process."""
+class _Fork:
+    """A forked child, with as much of Popen as a Worker needs."""
 
-    def __init__(self, set_up: dict[str, Any], label: str) -> None:
-        self._set_up, self._label = set_up, label
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def wait(self) -> int:
+        """Reap it; the exit status, negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class Worker:
+    """The parent's side of one worker process.
+
+    Args:
+        set_up: what the process is told first.
+        label: what it imports, for messages.
+        inherited: functions that cannot be imported: the process is a fork of this one, which has them.
+    """
+
+    def __init__(self, set_up: dict[str, Any], label: str, inherited: Sequence[RewardFunction] = ()) -> None:
+        self._set_up, self._label, self._inherited = set_up, label, list(inherited)
+        self._process: subprocess.Popen[bytes] | _Fork | None = None
         self._pipes: tuple[FileIO, FileIO]  # our ends: to read replies from, to write requests to
         self._received = bytearray()
         self._output: threading.Thread  # shows what is printed
@@ -51,32 +74,20 @@ class Worker:
         if self._process is not None and not self._exited():
             return
         self.kill()
-        path = [entry or os.getcwd() for entry in sys.path]
-        environment = {
-            "PYTHONHASHSEED": "0",  # the order of sets, on which sympy's results can depend
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([*path, *([] if _ROOT in path else [_ROOT])]),
-        }
-        child_read, write = os.pipe()
-        read, child_write = os.pipe()
-        self._pipes = FileIO(read, "rb"), FileIO(write, "wb")
-        printed, output = os.pipe()
+        with _making:
+            child_read, write = os.pipe()
+            read, child_write = os.pipe()
+            self._pipes = FileIO(read, "rb"), FileIO(write, "wb")
+            _our_ends.update((read, write))
+            printed, output = os.pipe()
+            try:
+                make = self._fork if self._inherited else self._spawn
+                self._process = make(child_read, child_write, output)
+            finally:
+                for end in (child_read, child_write, output):
+                    os.close(end)
         self._output = threading.Thread(target=_show, args=(printed,), daemon=True)
         self._output.start()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bandit_rft.rewards.worker_main", str(child_read), str(child_write)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,  # whoever prints, the reward or what it starts, only `_show` reaches the terminal
-                stderr=output,
-                pass_fds=(child_read, child_write),
-                start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
-                env=environment,
-            )
-        finally:
-            os.close(child_read)
-            os.close(child_write)
-            os.close(output)
         os.set_blocking(write, False)
         deadline = time.monotonic() + STARTUP_S
         try:
@@ -88,6 +99,38 @@ class Worker:
         if "error" in answer:
             self.kill()
             raise RewardError(answer["error"])
+
+    def _spawn(self, read: int, write: int, output: int) -> "subprocess.Popen[bytes]":
+        """A fresh interpreter, which imports the functions."""
+        path = [entry or os.getcwd() for entry in sys.path]
+        environment = {
+            "PYTHONHASHSEED": "0",  # the order of sets, on which sympy's results can depend
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*path, *([] if _ROOT in path else [_ROOT])]),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "bandit_rft.rewards.worker_main", str(read), str(write)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,  # whoever prints, the reward or what it starts, only `_show` reaches the terminal
+            stderr=output,
+            pass_fds=(read, write),
+            start_new_session=True,  # Ctrl-C is the trainer's to handle, and what a reward starts is killed with it
+            env=environment,
+        )
+
+    def _fork(self, read: int, write: int, output: int) -> _Fork:
+        """A copy of this process, which has the functions; of its threads only the one that forks goes on."""
+        from bandit_rft.rewards.worker_main import main_of_fork
+
+        with warnings.catch_warnings():  # that a process with threads forks is known, and the child starts none of them
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:  # a reward may have rewards of its own: what was ours is not its, and the lock is open
+            not_ours = list(_our_ends)
+            _our_ends.clear()
+            _making.release()
+            main_of_fork(read, write, output, self._inherited, not_ours)
+        return _Fork(pid)
 
     def ask(self, request: dict[str, Any], deadline: float) -> None:
         """Send a request under a new number.
@@ -143,11 +186,14 @@ class Worker:
         if process is None:
             return 0
         # Only here is the process reaped: its number cannot belong to another one before.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # the second for a fork that was not yet the leader of its group
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(process.pid, signal.SIGKILL)
         status = process.wait()
-        for pipe in self._pipes:
-            pipe.close()
+        with _making:
+            for pipe in self._pipes:
+                _our_ends.discard(pipe.fileno())
+                pipe.close()
         self._output.join(1.0)  # a process that left the group may hold it open
         return status
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bandit_rft import ops
 from bandit_rft.model import Policy
@@ -54,7 +55,7 @@ class Sampling:
         return Sampling(top_k=1)
 
 
-def sequence_ids(*parts: int | Sequence[int] | np.ndarray) -> Tensor:
+def sequence_ids(*parts: int | Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """A 64-bit id for each combination of the parts (stream, round, query, rollout), int64 [B]; parts broadcast.
 
     splitmix64 (Steele, Lea, Flood 2014) applied part by part: equal parts give equal ids, whatever else is drawn.
@@ -62,6 +63,7 @@ def sequence_ids(*parts: int | Sequence[int] | np.ndarray) -> Tensor:
     mixed = np.zeros(1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
+            part = part.cpu() if isinstance(part, Tensor) else part
             mixed = mixed + np.asarray(part, dtype=np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -97,7 +99,7 @@ class RolloutEngine:
     """Draws completions from a policy.
 
     Args:
-        policy: the wrapped model; its current weights are used at every call.
+        policy: a Policy, or a Hugging Face causal LM, which is wrapped; its current weights are used at every call.
         max_completion_length: tokens after which a completion is cut off.
         batch_size: sequences decoded together (the KV cache holds this many).
         static_cache: whether decoding goes over a KV cache of fixed size in steps that a GPU replays (graphs.py), where
@@ -107,7 +109,7 @@ class RolloutEngine:
     @plain_surroundings()
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | PreTrainedModel,
         *,
         max_completion_length: int,
         batch_size: int = 256,
@@ -117,6 +119,7 @@ class RolloutEngine:
             raise ValueError(
                 f"max_completion_length and batch_size must be >= 1; got {max_completion_length} and {batch_size}"
             )
+        policy = Policy.of(policy)
         self.policy, self.max_completion_length, self.batch_size = policy, max_completion_length, batch_size
         self._stop_on_host = torch.zeros(policy.vocab_size, dtype=torch.bool)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]

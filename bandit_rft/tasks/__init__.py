@@ -1,7 +1,7 @@
 """Tasks: prompts, splits and rewards, by name. The libraries a task needs are imported when it is loaded."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load_task(
     *,
     data_path: str | None = None,
     seed: int = 0,
-    reward: list[str] | None = None,
+    reward: Sequence[RewardFunction | Callable[..., Any] | str] | None = None,
     options: dict[str, Any] | None = None,
     evaluation_files: Sequence[str] = (),
 ) -> Task:
@@ -56,7 +56,8 @@ def load_task(
         data_path: a file, or a folder with train.jsonl and test.jsonl (or .json, .parquet, .csv); for "dataset" a
             dataset of the hub, too. Without it gsm8k, math and summarize are loaded from the hub.
         seed: of what a task draws: made examples, held-out rows.
-        reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
+        reward: replaces the task's rewards; each a function, or a text for RewardFunction.parse, such as
+            "module.py:function".
         options: the task's own, see its module.
         evaluation_files: further splits to evaluate on, each a text "name=path". The task reads them as it reads its
             own files; one that makes its own examples reads them as "dataset" does.
@@ -75,7 +76,7 @@ def load_task(
         raise ValueError(unknown_name("task", name, TASKS))
     if isinstance(reward, str):
         reward = [reward]
-    rewards = [RewardFunction.parse(text) for text in reward or []]
+    rewards = [RewardFunction.of(one) for one in reward or []]
     if key in GENERATED:
         if data_path is not None:
             raise ValueError(f"data_path: task {key!r} makes its own examples, got {data_path!r}")

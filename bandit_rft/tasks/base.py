@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bandit_rft.options import OptionError, OptionModel, option_problems
-from bandit_rft.rewards.spec import RewardFunction, unknown_name
+from bandit_rft.rewards.spec import RewardFunction, text_of, unknown_name
+from bandit_rft.text import html_table, printable
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Example:
     columns: dict[str, Any]
 
 
-@dataclass
+@dataclass(repr=False)
 class Task:
     """A named set of examples and how completions of them are rewarded.
 
@@ -48,6 +49,23 @@ class Task:
             )
         if empty := [name for name, examples in self.splits.items() if not examples]:
             raise ValueError(f"task {self.name!r}: the splits {empty} hold no examples")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in self.splits.items())
+        return f"Task({self.name!r}: {sizes}; rewards {', '.join(self._reward_names)})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (split, f"{len(examples):,}", printable(text_of(examples[0].prompt, whole=True), 200))
+            for split, examples in self.splits.items()
+        ]
+        columns = ", ".join(self.columns) or "none"
+        caption = f"{self.name}: rewards {', '.join(self._reward_names)}; columns {columns}"
+        return html_table(("split", "examples", "the first prompt"), rows, caption)
+
+    @property
+    def _reward_names(self) -> list[str]:
+        return [reward.name for reward in self.rewards if isinstance(reward, RewardFunction)] or ["none"]
 
     @property
     def columns(self) -> list[str]:

@@ -7,6 +7,7 @@ own names.
 """
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import unknown_name
 from bandit_rft.tasks.base import Example, Task, read_options
 from bandit_rft.tasks.files import SUFFIXES, Row, read_hub, read_splits
+from bandit_rft.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,30 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
         rows = read_splits(data_path, **held)
     else:
         rows = read_hub(data_path, chosen.config, chosen.revision, **held)
+    return Task("dataset", _splits(rows, chosen), [])
+
+
+def examples_of(rows: Mapping[str, Iterable[Any]], options: dict[str, Any]) -> dict[str, list[Example]]:
+    """Examples from rows that are in memory: a datasets.Dataset, or a list of dicts, for each split.
+
+    Raises:
+        ValueError: naming the split, the row and the columns.
+    """
+    chosen = read_options("dataset", Options, options)
+    read = {split: [_row(row, f"dataset {split} row {i}") for i, row in enumerate(of)] for split, of in rows.items()}
+    if empty := [split for split, of_split in read.items() if not of_split]:
+        raise ValueError(f"dataset {empty[0]}: there are no rows")
+    return _splits(read, chosen)
+
+
+def _row(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected a dict with a prompt, got {printable(repr(row), 100)}")
+    return dict(row)
+
+
+def _splits(rows: dict[str, list[Row]], chosen: Options) -> dict[str, list[Example]]:
+    """The examples of each split; one whose answers are all null is left out, unless it is trained on."""
     splits, answers = {}, {}
     for split, split_rows in rows.items():
         prompts = chosen.prompt_column or _first(PROMPT, split_rows)
@@ -73,7 +99,7 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
                 "%s: the split is left out", message
             )  # public data often keep the answers of a test to themselves
             del splits[split]
-    return Task("dataset", splits, [])
+    return splits
 
 
 def _example(row: Row, where: str, prompt_column: str | None, answer_column: str | None, options: Options) -> Example:

@@ -342,3 +342,18 @@ def test_bad_arguments(policy: Policy) -> None:
         engine.generate([[1], []], sequence_ids(0, 1, [0, 1], 0), seed=0)
     with pytest.raises(ValueError, match="max_completion_length"):
         RolloutEngine(policy, max_completion_length=0)
+
+
+def test_the_engine_wraps_a_transformers_model() -> None:
+    model = tiny_llama()
+    policy = Policy(tiny_llama())
+    ids = sequence_ids(0, [0, 1])
+    batches = [RolloutEngine(m, max_completion_length=5).generate([[4, 5], [6]], ids, seed=3) for m in (model, policy)]
+    assert batches[0].token_lists() == batches[1].token_lists()
+    assert RolloutEngine(policy, max_completion_length=5).policy is policy
+    for wrong, hint in (
+        (torch.nn.Linear(2, 2), "got Linear"),
+        ("a/b", "got str; Policy.load takes a name or a folder"),
+    ):
+        with pytest.raises(TypeError, match=f"model must be a Policy or a transformers model; {hint}"):
+            RolloutEngine(wrong, max_completion_length=5)  # type: ignore[arg-type]

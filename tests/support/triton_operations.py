@@ -590,3 +590,30 @@ def test_rows_far_from_zero(level: float) -> None:
     logp, entropy = logprob_rows(z, torch.tensor([3, 39], device=DEVICE), 1.0, None, None, 1.0)
     for found in (-logp, entropy):
         torch.testing.assert_close(found, torch.full_like(found, 40.0).log())
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo-kl3-entropy", "gspo"])
+def test_targets_that_are_not_counted(name: str) -> None:
+    """A target of -100: loss, gradients and log-probabilities are those of the call without these tokens."""
+    case, counted = Case.make(24, 12, 301), torch.arange(24) % 3 != 1
+    lengths = torch.stack([part.sum() for part in counted.split(case.cu_seqlens.diff().tolist())])
+    without = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+
+    def everything(rows: Tensor, targets: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+        hidden, weight = (t.detach().to(DEVICE).requires_grad_() for t in (case.hidden[rows], case.weight))
+        told = [t.to(DEVICE) for t in (targets[rows], case.advantages, cu_seqlens)]
+        old, initial = case.behavior[rows].to(DEVICE), case.reference[rows].to(DEVICE)
+        options = {"objective": OBJECTIVES[name], "behavior_logprobs": old, "reference_logprobs": initial}
+        result = linear_policy_loss(hidden, weight, *told, **options)
+        of_logits = policy_loss_from_logits(hidden @ weight.T, *told, **options)
+        logp = linear_logprobs(hidden, weight, told[0])
+        (result.loss + of_logits.loss + logp.sum()).backward()
+        return [result.loss.detach(), of_logits.loss.detach(), weight.grad, hidden.grad, result.logprobs, logp.detach()]
+
+    every = torch.ones_like(counted)
+    got = everything(every, case.targets.masked_fill(~counted, -100), case.cu_seqlens)
+    want = everything(counted, case.targets, without)
+    assert all(not per_token[~counted].any() for per_token in got[3:])
+    got[3:] = [per_token[counted] for per_token in got[3:]]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=2e-5, atol=2e-6)

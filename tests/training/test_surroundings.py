@@ -39,7 +39,7 @@ def configure(tmp_path: Path) -> Callable[..., Config]:
 
 
 def run(config: Config, policy: Policy | None = None) -> Path:
-    trainer = Trainer(config, task=sums(), policy=policy)
+    trainer = Trainer(config, task=sums(), model=policy)
     trainer.run()
     return trainer.folder
 

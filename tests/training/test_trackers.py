@@ -64,7 +64,7 @@ def test_a_training_run_in_tensorboard_is_its_metrics_jsonl(tmp_path: Path) -> N
     )  # fmt: skip
     config.reward.workers = 1
     policy = Policy(tiny_llama(), character_tokenizer())
-    lines = Trainer(config, policy=policy, task=sums()).run()
+    lines = Trainer(config, model=policy, task=sums()).run()
     written = scalars(tmp_path / "run")
     expected = {(key, line["round"]): value for line in lines for key, value in line.items() if value is not None}
     assert len(lines) == 3 and {("reward", 1), ("reward", 2), ("eval/test/pass@1", 0)} <= set(expected)

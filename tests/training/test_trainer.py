@@ -462,7 +462,7 @@ def test_bare_prompts_to_a_chat_model_are_warned_of_loudly(
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     trainer = Trainer(
-        configure(max_rounds=0, chat_template="never"), policy=Policy(tiny_llama(), tokenizer), task=sums()
+        configure(max_rounds=0, chat_template="never"), model=Policy(tiny_llama(), tokenizer), task=sums()
     )
     with caplog.at_level("WARNING"):
         trainer.run()
