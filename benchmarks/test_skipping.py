@@ -39,10 +39,10 @@ def test_looking_for_rows_to_skip(tmp_path: Path, benchmark: Any, monkeypatch: p
     def a_step(self: PolicyUpdater, batch: Any, rows: Any, *rest: Any) -> None:
         looking.append(0.0)
         # the selection of whole rollouts, which the step makes as well
-        timed(lambda: rows[batch.trained[rows] & (batch.advantage[rows] != 0)])()
+        timed(lambda: rows[batch.trained.numpy()[rows] & (batch.advantage.numpy()[rows] != 0)])()
         step(self, batch, rows, *rest)
 
-    for name in ("rows_that_count",):
+    for name in ("may_have_gradient", "rows_that_count"):
         monkeypatch.setattr(operations, name, timed(getattr(operations, name)))
     monkeypatch.setattr(PolicyUpdater, "_step", a_step)
     task = load_task("arithmetic")
