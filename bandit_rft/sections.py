@@ -53,7 +53,7 @@ class Section:
 class ObjectiveConfig(Section):
     """What the update minimizes (bandit_rft.ops.PolicyObjective)."""
 
-    kind: Literal["reinforce", "importance", "ppo", "cispo", "gspo"] = Key(
+    kind: Literal["reinforce", "importance", "importance_mask", "ppo", "cispo", "gspo"] = Key(
         "reinforce", "form of the policy loss", also=("loss_type",)
     )
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Key(
@@ -70,7 +70,10 @@ class ObjectiveConfig(Section):
         0.2, "the ratio is clipped above at 1 + clip_high (ppo, cispo, gspo)", also=("epsilon_high",), ge=0
     )
     dual_clip: float | None = Key(None, "bound on the loss of negative advantages (ppo, gspo)", gt=1)
-    importance_cap: float = Key(2.0, "largest importance ratio (importance)", gt=0)
+    importance_floor: float = Key(0.5, "tokens of a smaller ratio are dropped (importance_mask)", ge=0, le=1)
+    importance_cap: float = Key(
+        2.0, "largest importance ratio (importance); tokens of a larger one are dropped (importance_mask)", gt=0
+    )
     kl: Literal["none", "k1", "k2", "k3"] = Key("none", "estimator of the KL to the initial model")
     kl_coef: float = Key(0.0, "its coefficient (TRL's beta); 0 loads no reference model", also=("beta",), ge=0)
     entropy_coef: float = Key(0.0, "coefficient of the entropy bonus", also=("entropy_coeff",))
@@ -85,6 +88,11 @@ class ObjectiveConfig(Section):
         if (self.aggregation == "seq-mean-token-sum-norm") != (self.norm_length is not None):
             raise ValueError(
                 "objective.norm_length belongs to objective.aggregation=seq-mean-token-sum-norm, which needs one"
+            )
+        if self.kind == "importance_mask" and self.importance_cap < 1:
+            raise ValueError(
+                "objective.importance_cap must be >= 1 with objective.kind=importance_mask, which keeps the tokens of "
+                f"an unchanged policy (ratio 1); got {self.importance_cap:g}"
             )
         if self.dual_clip is not None and self.kind not in ("ppo", "gspo"):
             raise ValueError(
