@@ -70,10 +70,13 @@ def budget(config: Config) -> str:
 def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
     o, replayed = config.objective, config.replay.capacity > 0
     uncorrected = replayed and config.replay.correction == "none"
-    if o.kind in ("ppo", "gspo", "cispo") and steps == 1 and not uncorrected:
+    of_others = bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
+    if o.kind in ("ppo", "gspo", "cispo") and steps == 1 and not uncorrected and not of_others:
         yield "note", "one update a round: the ratio is 1, so clipping never acts"
     if o.kind == "reinforce" and steps > 1:
         yield "note", "reinforce has no ratio: after a round's first step its gradient is that of an older policy"
+    if o.kind == "reinforce" and config.rollout.ahead:
+        yield "note", "rollout.ahead with reinforce: rollouts of the policy one round older are trained on uncorrected"
     if o.kind == "reinforce" and uncorrected:
         yield "note", "replay.correction=none with reinforce: old rollouts are trained on as if drawn today; biased"
     if ADVANTAGES[config.advantage].unit_interval:

@@ -130,7 +130,7 @@ def evaluate(given: argparse.Namespace) -> int:
 
         refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in given)
     _quiet_libraries()
-    from bandit_rft.assemble import load_policy, make_engine, make_scorer
+    from bandit_rft.assemble import embedded_engine, load_policy, make_scorer
     from bandit_rft.data import PromptSet
     from bandit_rft.evaluate import evaluate as evaluate_split
     from bandit_rft.tasks import load_task
@@ -141,7 +141,7 @@ def evaluate(given: argparse.Namespace) -> int:
     )  # fmt: skip
     policy = load_policy(config.model_name_or_path, config)
     assert policy.tokenizer is not None
-    engine = make_engine(policy, config)
+    engine = embedded_engine(policy, config)
     e = config.evaluation
     names = e.splits or list(task.splits)
     if missing := [name for name in names if name not in task.splits]:

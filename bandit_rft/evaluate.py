@@ -17,7 +17,7 @@ import numpy as np
 from bandit_rft.data import PromptSet, completion_texts, prompt_text, score
 from bandit_rft.metrics import Metrics
 from bandit_rft.rewards import RewardRunner
-from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout import RolloutEngine, Sampling, ServerEngine, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 
 EVALUATION_STREAM = 1  # training rollouts are drawn from stream 0
@@ -32,7 +32,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: RolloutEngine | ServerEngine,
     runner: RewardRunner,
     prompts: PromptSet,
     *,
@@ -117,7 +117,7 @@ def answer_text(example: Any) -> str | None:
     return None if answer is None else str(answer)
 
 
-def _tokenizer(engine: RolloutEngine) -> Any:
+def _tokenizer(engine: RolloutEngine | ServerEngine) -> Any:
     if engine.policy.tokenizer is None:
         raise ValueError("the policy has no tokenizer: evaluation needs one to turn completions into text")
     return engine.policy.tokenizer

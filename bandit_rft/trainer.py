@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     load_policy,
     load_reference,
+    logprob_gap_limit,
     make_engine,
     make_optimizer,
     make_scorer,
     make_updater,
     new_policy,
     resolve_dtype,
+    takes_ratios,
 )
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, advantage_options, check_config, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
 from bandit_rft.evaluate import answer_text, evaluate
-from bandit_rft.gates import GateError, SpotCheck
+from bandit_rft.gates import CanaryError, GateError, SpotCheck, check_canaries
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import (
@@ -50,7 +53,7 @@ from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
-from bandit_rft.rollout import Sampling, sequence_ids
+from bandit_rft.rollout import Ahead, RolloutError, Sampling, ServerEngine, sequence_ids, staleness
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
@@ -96,7 +99,9 @@ class Trainer:
         self.advantage = ADVANTAGES[config.advantage]
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
+        self.ahead = Ahead() if config.rollout.ahead else None
         self._saving: Metrics = {}
+        self._pushed: Metrics = {}
         options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
         self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
         if task is not None:
@@ -126,7 +131,14 @@ class Trainer:
             if self.round == 0 and not read_metrics(self.folder):
                 self._finish_round(Stopwatch(), {"round": 0, **self.data.metrics()})
             while not self.finished and not self.stop_requested:
-                self.train_round()
+                start = self.position
+                try:
+                    self.train_round()
+                except (RolloutError, CanaryError):  # the policy is as it was: nothing that was drawn is trained on
+                    if self.round and self._saved_round != self.round:
+                        self.position = start
+                        self._save()
+                    raise
             if self._saved_round != self.round:
                 self._save()
         self.listener.finished(self)
@@ -147,13 +159,14 @@ class Trainer:
         clock, number = Stopwatch(), self.round + 1
         self._tokens_scored = 0
         batch, texts, rewards = self.draw(number, clock)
+        self.draw_ahead(number + 1)
         with clock.phase("update"):
             self.listener.phase("update")
             shaped, shaping = self.shape_rewards(batch)
             batch = self.compare(batch, shaped)
             training, replayed = self.with_replay(batch, number)
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
-            update = self.updater(training, number, off_policy=uncorrected)
+            update = self.updater(training, number, off_policy=uncorrected or takes_ratios(self.config))
             self.kl.update(shaping.get("kl", update.kl), len(batch))
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
@@ -166,6 +179,8 @@ class Trainer:
             **shaping, **replayed, **checked, "learning_rate": self.optimizer.learning_rate,
             "tokens/scored": update.tokens_scored + self._tokens_scored,
         }  # fmt: skip
+        if self.ahead is not None:
+            metrics |= staleness(batch, number - 1)
         if self.config.rollout.dynamic_sampling:
             dropped = constant_groups(batch.reward.numpy(), batch.query.numpy())
             metrics |= {"rollout/queries": len(batch.query.unique()), "rollout/dropped": len(dropped)}
@@ -178,13 +193,21 @@ class Trainer:
 
         With dynamic sampling, queries whose rollouts all earned the same are replaced by the ones that come next.
         """
+        with clock.phase("rollout"):
+            self.refresh_engine()
         config, taken, missing = self.config, set[int](), self.config.batch_size
         batches, texts, rewards = list[RolloutBatch](), list[str](), list[RewardResult]()
         for _ in range(1 + config.rollout.dynamic_sampling):
-            queries = self._next_queries(missing, taken)
-            if not queries:
+            drawn = self.ahead.take() if self.ahead is not None else None
+            if drawn is not None:
+                queries, self.position, batch = drawn
+            elif queries := self._next_queries(missing, taken):
+                with clock.phase("rollout"):
+                    self.listener.phase("rollout")
+                    batch = self._generate(queries, number)
+            else:
                 break
-            batch, completions, result = self._draw_queries(queries, number, clock)
+            batch, completions, result = self._score_rollouts(batch, queries, clock)
             constant = set[int]()
             if config.rollout.dynamic_sampling:
                 constant = constant_groups(batch.reward.numpy(), batch.query.numpy())
@@ -201,6 +224,28 @@ class Trainer:
                 f"policy has diverged. {self._before_divergence}"
             )
         return batch, texts, RewardResult.join(rewards)
+
+    def draw_ahead(self, number: int) -> None:
+        """Begin to draw the next round, where that is chosen, with the policy that drew nothing yet."""
+        if self.ahead is None or number > self.config.max_rounds:
+            return
+        start = self.position
+        positions = self._next_queries(self.config.batch_size, set())
+        end, self.position = self.position, start  # they count as taken when they are
+        self.ahead.begin(positions, end, partial(self._generate, positions, number))
+
+    def refresh_engine(self) -> None:
+        """Have the engine draw with the policy as it is now; a server, too, and see that it does."""
+        if self.engine.version == self.round:
+            return
+        if self.ahead is not None:
+            self.ahead.settle()  # by the policy that it was begun with
+        r, config = self.config.rollout, self.config
+        self._pushed |= check_canaries(
+            self.engine.push(self.round), lambda batch: score_rollouts(
+                self.policy, batch, temperature=config.temperature, tokens_per_microbatch=config.tokens_per_microbatch),
+            logprob_gap_limit(self.policy, config), correct=r.on_logprob_gap == "correct", where=f"round {self.round}",
+        )  # fmt: skip
 
     def shape_rewards(self, batch: RolloutBatch) -> tuple[NDArray[np.float64], Metrics]:
         """Rewards [B], less the length penalty and the KL to the initial model where chosen; what these came to."""
@@ -277,19 +322,22 @@ class Trainer:
                 queries.append(position)
         return queries
 
-    def _draw_queries(
-        self, positions: Sequence[int], number: int, clock: Stopwatch
-    ) -> tuple[RolloutBatch, list[str], RewardResult]:
+    def _generate(self, positions: Sequence[int], number: int) -> RolloutBatch:
+        """A round's rollouts of queries at some positions; nothing here changes the trainer (`draw_ahead`'s thread)."""
         prompts, n = self.data.train, self.config.num_generations
-        rows = [i for i in positions for _ in range(n)]  # one a rollout, as everything below
-        queries = np.array([prompts.indices[i] for i in rows])
+        queries = np.array([prompts.indices[i] for i in positions for _ in range(n)])  # one a rollout
         attempts = np.tile(np.arange(n), len(positions))
+        return self.engine.generate(
+            [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
+            seed=self.config.seed, sampling=self.sampling, n=n,
+        ).with_columns(query=queries, attempt=attempts, round=number)  # fmt: skip
+
+    def _score_rollouts(
+        self, batch: RolloutBatch, positions: Sequence[int], clock: Stopwatch
+    ) -> tuple[RolloutBatch, list[str], RewardResult]:
+        """The rollouts with their rewards, their texts, and what the reward functions said."""
+        prompts, rows = self.data.train, [i for i in positions for _ in range(self.config.num_generations)]
         with clock.phase("rollout"):
-            self.listener.phase("rollout")
-            batch = self.engine.generate(
-                [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
-                seed=self.config.seed, sampling=self.sampling, n=n,
-            ).with_columns(query=queries, attempt=attempts, round=number, weight_version=self.round)  # fmt: skip
             texts = completion_texts(batch.token_lists(), self.policy.tokenizer, self.policy.stop_tokens)  # type: ignore[arg-type]
         with clock.phase("reward"):
             self.listener.phase("reward")
@@ -322,10 +370,13 @@ class Trainer:
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
         self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
         self.engine = make_engine(self.policy, config)
+        stack.callback(self.engine.close)
         self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed, self.updater.objective)
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
+        if isinstance(self.engine, ServerEngine):
+            self.engine.canary_prompts = [list(x) for x in self.data.train.tokens[: config.rollout.canary_prompts]]
         if self.memory is not None:
             self.data.explain_history()
         if found is not None:
@@ -353,23 +404,30 @@ class Trainer:
 
     def _remembering(self) -> dict[str, Any]:
         """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
-        parts = {"history": self.memory, "replay": self.replay}
+        parts = {"history": self.memory, "replay": self.replay, "ahead": self.ahead}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
         config, number = self.config, self.round
         self.seconds += float(clock.metrics()["seconds/round"] or 0.0) if number else 0.0
-        last = self.finished or self.stop_requested
+        last, failed = self.finished or self.stop_requested, None
         if number == 0 or self.finished or (config.eval_steps and number % config.eval_steps == 0):
             with clock.phase("evaluate"):
                 self.listener.phase("evaluate")
-                metrics |= self.evaluate()
-        metrics |= clock.metrics() | self._saving  # a checkpoint claims its round's line, so its time is in the next
-        self._saving = {}
+                try:
+                    self.refresh_engine()
+                    metrics |= self.evaluate()
+                except (RolloutError, CanaryError) as error:  # the round is done: its line and checkpoint come first
+                    failed = error
+        # A checkpoint claims its round's line, so its time is in the next.
+        metrics |= clock.metrics() | self.engine.metrics() | self._pushed | self._saving
+        self._saving, self._pushed = {}, {}
         self.log.write(metrics)
-        if number and (last or (config.save_steps and number % config.save_steps == 0)):
+        if number and (last or failed or (config.save_steps and number % config.save_steps == 0)):
             self._save()
+        if failed is not None:
+            raise failed
         self.listener.round_done(metrics)
 
     def evaluate(self) -> Metrics:
