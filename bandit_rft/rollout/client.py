@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import math
 import socket
 import ssl
 import threading
@@ -304,15 +303,15 @@ def read_answer(answer: Any, request: Request) -> Answer:
     assert isinstance(content, list)
     values = list[float]()
     for token, entry in zip(tokens, content, strict=True):
-        given = entry.get("logprob") if isinstance(entry, Mapping) else None
-        need(isinstance(given, int | float) and not isinstance(given, bool), f"a logprob is {_short(given)}")
-        value = float(given or 0.0)
-        # What is a little above 0 was rounded; -9999 is what vLLM writes for -inf.
-        need(math.isfinite(value) and -9000 < value <= 1e-3, f"a log-probability of {value}")
+        value = entry.get("logprob") if isinstance(entry, Mapping) else None
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # What is a little above 0 was rounded; -9999 is what vLLM writes for -inf. NaN is in no range.
+        if not number or not -9000 < value <= 1e-3:
+            raise GarbledError(f"/inference/v1/generate: a log-probability is {_short(value)}")
         need(
             entry.get("token_id", token) == token, f"the log-probability of token {entry.get('token_id')}, not {token}"
         )
-        values.append(min(value, 0.0))
+        values.append(min(float(value), 0.0))
     need(isinstance(spans, list) and bool(spans), f"no weight_versions say what drew it: {_short(spans)}")
     end, versions = 0, list[str]()
     for span in spans:
