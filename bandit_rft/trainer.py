@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     load_policy,
     load_reference,
-    logprob_gap_limit,
     make_engine,
     make_optimizer,
     make_scorer,
@@ -35,7 +33,7 @@ from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, 
 from bandit_rft.config import Config, advantage_options, check_config, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
 from bandit_rft.evaluate import answer_text, evaluate
-from bandit_rft.gates import CanaryError, GateError, SpotCheck, check_canaries
+from bandit_rft.gates import CanaryError, GateError, SpotCheck
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import (
@@ -53,18 +51,17 @@ from bandit_rft.model import Policy
 from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
-from bandit_rft.rollout import Ahead, RolloutError, Sampling, ServerEngine, sequence_ids, staleness
+from bandit_rft.rollout import Ahead, RolloutError, staleness
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
+from bandit_rft.sampler import Sampler
 from bandit_rft.selection import constant_groups, most_varied
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.tasks.checks import check_task
 from bandit_rft.update import score_rollouts
 
 logger = logging.getLogger(__name__)
-
-TRAINING_STREAM = 0
 
 
 class Trainer:
@@ -101,7 +98,6 @@ class Trainer:
         self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
         self.ahead = Ahead() if config.rollout.ahead else None
         self._saving: Metrics = {}
-        self._pushed: Metrics = {}
         options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
         self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
         if task is not None:
@@ -194,20 +190,17 @@ class Trainer:
         With dynamic sampling, queries whose rollouts all earned the same are replaced by the ones that come next.
         """
         with clock.phase("rollout"):
-            self.refresh_engine()
+            self.sampler.refresh(self.round)
         config, taken, missing = self.config, set[int](), self.config.batch_size
         batches, texts, rewards = list[RolloutBatch](), list[str](), list[RewardResult]()
         for _ in range(1 + config.rollout.dynamic_sampling):
-            drawn = self.ahead.take() if self.ahead is not None else None
-            if drawn is not None:
-                queries, self.position, batch = drawn
-            elif queries := self._next_queries(missing, taken):
-                with clock.phase("rollout"):
-                    self.listener.phase("rollout")
-                    batch = self._generate(queries, number)
-            else:
+            with clock.phase("rollout"):
+                self.listener.phase("rollout")
+                drawn = self._draw_queries(missing, taken, number)
+            if drawn is None:
                 break
-            batch, completions, result = self._score_rollouts(batch, queries, clock)
+            queries, batch = drawn
+            batch, completions, result = self._score_rewards(batch, queries, clock)
             constant = set[int]()
             if config.rollout.dynamic_sampling:
                 constant = constant_groups(batch.reward.numpy(), batch.query.numpy())
@@ -226,26 +219,13 @@ class Trainer:
         return batch, texts, RewardResult.join(rewards)
 
     def draw_ahead(self, number: int) -> None:
-        """Begin to draw the next round, where that is chosen, with the policy that drew nothing yet."""
+        """Begin to draw the next round, where that is chosen, with the policy as it is before this one's update."""
         if self.ahead is None or number > self.config.max_rounds:
             return
         start = self.position
         positions = self._next_queries(self.config.batch_size, set())
         end, self.position = self.position, start  # they count as taken when they are
-        self.ahead.begin(positions, end, partial(self._generate, positions, number))
-
-    def refresh_engine(self) -> None:
-        """Have the engine draw with the policy as it is now; a server, too, and see that it does."""
-        if self.engine.version == self.round:
-            return
-        if self.ahead is not None:
-            self.ahead.settle()  # by the policy that it was begun with
-        r, config = self.config.rollout, self.config
-        self._pushed |= check_canaries(
-            self.engine.push(self.round), lambda batch: score_rollouts(
-                self.policy, batch, temperature=config.temperature, tokens_per_microbatch=config.tokens_per_microbatch),
-            logprob_gap_limit(self.policy, config), correct=r.on_logprob_gap == "correct", where=f"round {self.round}",
-        )  # fmt: skip
+        self.sampler.begin(positions, end, number)
 
     def shape_rewards(self, batch: RolloutBatch) -> tuple[NDArray[np.float64], Metrics]:
         """Rewards [B], less the length penalty and the KL to the initial model where chosen; what these came to."""
@@ -322,17 +302,15 @@ class Trainer:
                 queries.append(position)
         return queries
 
-    def _generate(self, positions: Sequence[int], number: int) -> RolloutBatch:
-        """A round's rollouts of queries at some positions; nothing here changes the trainer (`draw_ahead`'s thread)."""
-        prompts, n = self.data.train, self.config.num_generations
-        queries = np.array([prompts.indices[i] for i in positions for _ in range(n)])  # one a rollout
-        attempts = np.tile(np.arange(n), len(positions))
-        return self.engine.generate(
-            [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
-            seed=self.config.seed, sampling=self.sampling, n=n,
-        ).with_columns(query=queries, attempt=attempts, round=number)  # fmt: skip
+    def _draw_queries(self, count: int, taken: set[int], number: int) -> tuple[list[int], RolloutBatch] | None:
+        """The next queries and their rollouts, or the round that was drawn ahead; None when no query is left."""
+        if self.ahead is not None and (drawn := self.ahead.take()) is not None:
+            queries, self.position, batch = drawn
+            return queries, batch
+        queries = self._next_queries(count, taken)
+        return (queries, self.sampler.draw(queries, number)) if queries else None
 
-    def _score_rollouts(
+    def _score_rewards(
         self, batch: RolloutBatch, positions: Sequence[int], clock: Stopwatch
     ) -> tuple[RolloutBatch, list[str], RewardResult]:
         """The rollouts with their rewards, their texts, and what the reward functions said."""
@@ -368,15 +346,13 @@ class Trainer:
         reference, in_loss = load_reference(self.policy, config), config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
-        self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
         self.engine = make_engine(self.policy, config)
         stack.callback(self.engine.close)
         self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed, self.updater.objective)
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
-        if isinstance(self.engine, ServerEngine):
-            self.engine.canary_prompts = [list(x) for x in self.data.train.tokens[: config.rollout.canary_prompts]]
+        self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead)
         if self.memory is not None:
             self.data.explain_history()
         if found is not None:
@@ -416,13 +392,13 @@ class Trainer:
             with clock.phase("evaluate"):
                 self.listener.phase("evaluate")
                 try:
-                    self.refresh_engine()
+                    self.sampler.refresh(number)
                     metrics |= self.evaluate()
                 except (RolloutError, CanaryError) as error:  # the round is done: its line and checkpoint come first
                     failed = error
         # A checkpoint claims its round's line, so its time is in the next.
-        metrics |= clock.metrics() | self.engine.metrics() | self._pushed | self._saving
-        self._saving, self._pushed = {}, {}
+        metrics |= clock.metrics() | self.sampler.metrics() | self._saving
+        self._saving = {}
         self.log.write(metrics)
         if number and (last or failed or (config.save_steps and number % config.save_steps == 0)):
             self._save()

@@ -303,7 +303,7 @@ def read_answer(answer: Any, request: Request) -> Answer:
     assert isinstance(content, list)
     values = list[float]()
     for token, entry in zip(tokens, content, strict=True):
-        value = entry.get("logprob") if isinstance(entry, Mapping) else None
+        value: Any = entry.get("logprob") if isinstance(entry, Mapping) else None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         # What is a little above 0 was rounded; -9999 is what vLLM writes for -inf. NaN is in no range.
         if not number or not -9000 < value <= 1e-3:

@@ -27,7 +27,8 @@ def main(command: list[str]) -> int:
 
 
 def _watch(process: subprocess.Popen[bytes]) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # unbuffered: a buffer's lock, held by this thread, would abort the interpreter's end
+        pass
     _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
