@@ -25,6 +25,8 @@ def design_audit(config: Config) -> Iterator[tuple[str, str]]:
     steps = config.update.epochs * config.update.minibatches
     yield "one round", f"{each} = {rollouts} rollouts, {steps} optimizer step{'s' if steps > 1 else ''}"
     yield "trained on", trained_on(config)
+    if config.rollout.engine == "vllm":
+        yield "drawn by", drawn_by(config)
     yield "whole run", f"{config.max_rounds:,} rounds, {config.max_rounds * rollouts:,} rollouts{budget(config)}"
     advantage = ADVANTAGES[config.advantage]
     yield "advantage", f"{config.advantage}: {(advantage.function.__doc__ or '').splitlines()[0]}".rstrip(": ")
@@ -59,6 +61,16 @@ def trained_on(config: Config) -> str:
         r = config.replay
         parts.append(f"{r.ratio:g} replayed for each, {r.sampling} from {r.capacity:,}, correction {r.correction}")
     return "; ".join(parts)
+
+
+def drawn_by(config: Config) -> str:
+    """Which servers draw, and how weights get there."""
+    r = config.rollout
+    where = ", ".join(r.urls) or "a vLLM server that the run starts"
+    push = ("lora" if config.lora.rank else "folder") if r.push == "auto" else r.push
+    past = "the run stops" if r.on_logprob_gap == "stop" else "ratios correct for it"
+    ahead = "; one round ahead: rollouts are one version old" if r.ahead else ""
+    return f"{where}; weights pushed by {push}, {r.canary_prompts} canaries a push, past the gap {past}{ahead}"
 
 
 def budget(config: Config) -> str:
@@ -116,6 +128,7 @@ def memory_estimate(config: Config) -> str:
     each = size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef else 0)
     fixed = parameters * (size if config.lora.rank else each)
     rows = min(config.rollout.batch_size, config.batch_size * config.num_generations)
+    rows = rows if config.rollout.engine == "embedded" else 0
     cache = 2 * layers * heads * head * size * rows * (config.max_prompt_length + config.max_completion_length)
     what = "weights, gradients, optimizer" + (" and reference" if config.objective.kl_coef else "")
     if config.lora.rank:

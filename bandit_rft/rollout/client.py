@@ -162,12 +162,12 @@ class VllmClient:
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """POST /v1/load_lora_adapter (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)."""
-        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, plain=True)
 
     def unload_adapter(self, name: str) -> None:
         """POST /v1/unload_lora_adapter."""
         try:
-            self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, plain=True)
         except RefusedError as error:
             if " 404 " not in f" {error} ":
                 raise
@@ -205,9 +205,9 @@ class VllmClient:
 
     def _call(
         self, method: str, route: str, body: Any = None, *, query: Mapping[str, str] | None = None,
-        timeout: float | None = None,
+        timeout: float | None = None, plain: bool = False,
     ) -> Any:  # fmt: skip
-        """What the server answers, from JSON; None where it answers nothing."""
+        """What the server answers, from JSON; None where it answers nothing, or (plain) in words."""
         seconds = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
         target = self._parts.path.rstrip("/") + route + (f"?{urlencode(query)}" if query else "")
@@ -231,6 +231,8 @@ class VllmClient:
             raise kind(f"{self.url}{route} answered {response.status} {response.reason}: {_short(text)}")
         if response.status >= 300:
             raise RefusedError(f"{self.url}{route} answered {response.status} {response.reason}: not followed")
+        if plain:
+            return None
         try:
             return json.loads(text) if text.strip() else None
         except (ValueError, RecursionError) as error:

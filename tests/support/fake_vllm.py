@@ -125,9 +125,12 @@ class Handler(BaseHTTPRequestHandler):
                 server.paused = path == "/pause"
             elif path == "/v1/load_lora_adapter":
                 server.load_adapter(body["lora_name"], Path(body["lora_path"]))
-            elif path == "/v1/unload_lora_adapter" and server.adapters.pop(body["lora_name"], None) is None:
-                self.answer(404, {"error": "no such adapter"})
-                return
+                answer = "Success: LoRA adapter added"
+            elif path == "/v1/unload_lora_adapter":
+                if server.adapters.pop(body["lora_name"], None) is None:
+                    self.answer(404, {"error": "no such adapter"})
+                    return
+                answer = "Success: LoRA adapter removed"
         self.answer(200, answer)
 
     def generate(self, body: Json) -> None:

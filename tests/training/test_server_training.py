@@ -21,6 +21,7 @@ from fake_vllm import FakeVllm
 from paths import SUPPORT
 from tiny_models import sums
 
+from bandit_rft.audit import design_audit
 from bandit_rft.checkpoint import list_checkpoints, read_state
 from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.gates import CanaryError
@@ -340,3 +341,15 @@ def test_adapters(configure: Callable[..., Config], server: FakeVllm) -> None:
     lines = read_metrics(trainer.folder)
     assert all(line["canary/logprob_gap"] < 1e-4 for line in lines) and len(server.adapters) == 2
     assert json.loads((trainer.folder / "weights" / "step-3" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_the_audit_says_who_draws() -> None:
+    config = build_config({"preset": "single-rollout", "task": "arithmetic", "model_name_or_path": "arithmetic-base",
+                           **VLLM, "rollout.ahead": 1})  # fmt: skip
+    lines = list(design_audit(config))
+    told = dict(lines)["drawn by"]
+    assert "http://localhost:8000; weights pushed by folder" in told and "one version old" in told
+    notes = [text for name, text in lines if name == "note"]
+    assert not any("clipping never acts" in note for note in notes) and "0 B of KV cache" in dict(lines)["memory"]
+    config.objective.kind, config.objective.dual_clip = "reinforce", None
+    assert any("trained on uncorrected" in text for _, text in design_audit(config))
