@@ -5,7 +5,7 @@ CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMak
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/native/*.h tests/native/*.cpp)
 
-.PHONY: help demo test test-fast lint pytest docs bench sanitize fuzz test-torch test-lowest test-vllm gpu-check wheel wheels clean
+.PHONY: help demo test test-fast lint pytest docs bench sanitize fuzz test-torch test-lowest test-vllm triton-versions gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-torch TORCH=2.8.0   the tests with another torch, in an environment of its own (gigabytes)"
 	@echo "make test-lowest   the tests with the lowest versions that pyproject.toml names, likewise"
 	@echo "make test-vllm     rollouts from a real vLLM server on this CPU, in an environment of its own (gigabytes)"
+	@echo "make triton-versions TRITON=\"3.4.0 3.6.0\"   compile all kernels with these versions of Triton, each in a folder of its own"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
 	@echo "make fuzz SECONDS=60 SEED=0   random calls of every operation, and of the compiled core under the sanitizers"
@@ -82,6 +83,11 @@ test-lowest:
 
 test-vllm: .venv/.built .venv-vllm/.installed
 	$(BIN)/python -m pytest tests/vllm
+
+# What torch 2.8 (Triton 3.4) to the newest bring; hundreds of megabytes each, in build/triton.
+TRITON ?= 3.4.0 3.5.1 3.6.0 3.9.0
+triton-versions: .venv/.built
+	$(BIN)/python tools/check_triton.py --versions $(TRITON) --write
 
 bench: .venv/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

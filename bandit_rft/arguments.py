@@ -12,11 +12,14 @@ EXAMPLES = """
   bandit-rft train --preset demo
   bandit-rft train --preset minimal --task gsm8k --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --seed 1
   bandit-rft train --help      lists every key
-  bandit-rft eval runs/gsm8k/checkpoints/checkpoint-100
+  bandit-rft train --preset demo --dry_run    checks what would fail, and says what it amounts to
+  bandit-rft eval runs/gsm8k   evaluates the newest checkpoint of a run
   bandit-rft study run studies/tiny.yaml --dry_run
+  eval "$(bandit-rft completion bash)"
 """
 #: Commands that take keys of the configuration.
 WITH_KEYS = ("train", "eval")
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 class UsageError(Exception):
@@ -59,17 +62,37 @@ def make_parser(keys: bool = True) -> Parser:
         sub: Parser = into.add_parser(name, help=help, description=help, usage=f"bandit-rft {usage}")
         return sub
 
+    def loudness(sub: Parser, more: str) -> None:
+        group = sub.add_mutually_exclusive_group()
+        group.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+        group.add_argument("-v", "--verbose", action="store_true", help=f"print {more}")
+
     train = command(
-        "train", "train a policy", "train [--preset NAME] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run] [--quiet]"
-    )
-    train.add_argument("--dry_run", action="store_true", help="print the configuration and what it amounts to")
-    train.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
-    evaluate = command(
-        "eval", "evaluate a checkpoint with its run's settings, or any model; JSON lines",
-        "eval [CHECKPOINT] [--config FILE.yaml] [--KEY VALUE ...] [--allow_code]",
+        "train", "train a policy",
+        "train [--preset NAME] [--config FILE.yaml] [--KEY VALUE ...] [--dry_run [probe]] [--quiet | -v]",
     )  # fmt: skip
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder checkpoint-<round>")
+    train.add_argument(
+        "--dry_run", metavar="probe", nargs="?", const="", type=_probe,
+        help="print the configuration and what it amounts to, and check what would fail; probe: time two rounds, too",
+    )  # fmt: skip
+    loudness(train, "what the parts decide, the libraries' messages, and where an error comes from")
+    evaluate = command(
+        "eval", "evaluate a run, a checkpoint with its run's settings, or any model",
+        "eval [RUN | CHECKPOINT] [--best] [--config FILE.yaml] [--KEY VALUE ...] [--json] [--allow_code] "
+        "[--quiet | -v]",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "target",
+        metavar="RUN|CHECKPOINT",
+        nargs="?",
+        help="a run's folder: its newest checkpoint; or checkpoint-<round>",
+    )
+    evaluate.add_argument(
+        "--best", action="store_true", help="of a run, the checkpoint of highest Pass@1 on test, not the newest"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print a JSON object a split instead of a table")
     evaluate.add_argument("--allow_code", action="store_true", help="run rewards that the checkpoint's own run names")
+    loudness(evaluate, "what the parts decide, the libraries' messages, and where an error comes from")
     for sub in (train, evaluate):
         sub.add_argument("--config", metavar="FILE.yaml", action=_Once, help="keys and values, nested or dotted")
         if keys:
@@ -78,6 +101,9 @@ def make_parser(keys: bool = True) -> Parser:
     report.add_argument("folder", metavar="RUN_FOLDER", help="the run's output_dir")
     report.missing = "which run?"
     command("env", "print what a bug report should contain", "env")
+    completion = command("completion", "print what makes a shell complete these commands", "completion SHELL")
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=" | ".join(SHELLS))
+    completion.missing = f"which shell? {' | '.join(SHELLS)}"
 
     study = command("study", "plan, run, watch or report a study (docs/study.md)", "study ACTION STUDY.yaml ...")
     actions = study.add_subparsers(dest="action", metavar="ACTION", title="actions")
@@ -86,7 +112,7 @@ def make_parser(keys: bool = True) -> Parser:
     run = command(
         "run", "run the cells of a study, or continue",
         "study run STUDY.yaml [--output_dir OUT] [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...] [--dry_run] "
-        "[--quiet]",
+        "[--quiet | -v]",
         actions,
     )  # fmt: skip
     run.add_argument("--jobs", metavar="N", type=_at_least(1), action=_Once, help="cells at a time [one a GPU, or 1]")
@@ -94,7 +120,7 @@ def make_parser(keys: bool = True) -> Parser:
     run.add_argument("--retry", metavar="N", type=_at_least(0), action=_Once, help="further attempts at a cell [0]")
     run.add_argument("--gpus", metavar="0,1,...", type=_names, action=_Once, help="GPUs to deal the cells out to")
     run.add_argument("--dry_run", action="store_true", help="print the cells and their price; run nothing")
-    run.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    loudness(run, "a line as a cell starts, and where an error comes from")
     status = command("status", "print how far a study is", "study status STUDY.yaml [--output_dir OUT]", actions)
     of = command("report", "analyse what a study has so far", "study report STUDY.yaml [--output_dir OUT]", actions)
     for sub in (plan, run, status, of):
@@ -119,7 +145,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         UsageError: with what is wrong and what would do.
         SystemExit: after `--help` was printed.
     """
-    parser, rest = make_parser(keys=arguments[0] in WITH_KEYS), list(arguments)
+    rest = list(arguments)
+    if rest[0] == "help":  # help study run: study run --help
+        rest = [*rest[1:], "--help"]
+    parser = make_parser(keys=rest[0] in WITH_KEYS)
     leaf, words = parser, list[str]()
     while (known := subcommands(leaf)) and rest and rest[0] not in ("-h", "--help"):
         if rest[0] not in known:
@@ -135,6 +164,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     values, unexpected = parser.parse_known_args(words + _in_order(leaf, rest))
     if unexpected:
         hint = "; keys are written --key value" if words[0] in WITH_KEYS else ""
+        if hint and "=" in unexpected[0]:  # as Hydra takes them
+            from bandit_rft.peer_names import answer_to_name
+
+            answer = answer_to_name(unexpected[0].lstrip("+").partition("=")[0])
+            hint += "" if answer is None else f": {answer[1]}"
         raise UsageError(f"unexpected argument {unexpected[0]!r}{hint}")
     own = {action.dest for action in leaf._actions if not isinstance(action, _Key)}
     values.overrides = {k: v for k, v in vars(values).items() if k not in own | {"command", "action"}}
@@ -175,6 +209,7 @@ def _in_order(parser: Parser, arguments: Iterable[str]) -> list[str]:
         item = rest.pop(0)
         if item in ("-h", "--help"):
             return ["--help"]
+        item = "--verbose" if item == "-v" else item
         if not item.startswith("--"):
             positional.append(item)
             continue
@@ -198,6 +233,12 @@ def _in_order(parser: Parser, arguments: Iterable[str]) -> list[str]:
                 raise UsageError(f"{name} needs a value")
         ordered.append(name + has_value + value)
     return positional + ordered
+
+
+def _probe(text: str) -> str:
+    if text not in ("", "probe"):
+        raise argparse.ArgumentTypeError(f"ignored explicit argument {text!r}: it stands alone, or takes probe")
+    return text
 
 
 def _at_least(least: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import socket
@@ -13,9 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft import ops
+from bandit_rft.budget import schedule_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
 from bandit_rft.gates import LOGPROB_GAP
+from bandit_rft.hub import asking, check_place
+from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardRunner
@@ -23,15 +27,20 @@ from bandit_rft.rollout import RolloutEngine, ServerEngine
 from bandit_rft.rollout.client import VllmClient
 from bandit_rft.rollout.process import ServerProcess, vllm_command, vllm_environment
 from bandit_rft.rollout.push import FolderPush, LoraPush, NcclPush, WeightPush
-from bandit_rft.tasks import Task
+from bandit_rft.tasks import Task, load_task
 from bandit_rft.text import LIMIT, printable
 from bandit_rft.update import PolicyUpdater
 
 logger = logging.getLogger(__name__)
 
 
-def load_policy(name_or_path: str, config: Config) -> Policy:
+def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -> Policy:
     """The policy a config names; arithmetic-base is the model that comes with the package.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        config: says where and in what precision.
+        base: of an adapter whose own config names a folder that is not there any more.
 
     Raises:
         ConfigError: for a device that torch does not know or have.
@@ -42,10 +51,12 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
             torch.empty(0, device=config.device)
         except Exception as error:
             raise ConfigError(f"device={config.device!r} cannot be used: {_first_line(error)}") from error
-    if name_or_path == "arithmetic-base":
-        name_or_path = str(Path(__file__).parent / "assets" / "arithmetic-base")
+    name_or_path = model_place(name_or_path)
+    check_place("model_name_or_path", name_or_path)
+    moved = _moved_base(Path(name_or_path), model_place(base or config.model_name_or_path))
     try:
-        policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device)
+        with asking(name_or_path):
+            policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device, base=moved)
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
@@ -55,6 +66,23 @@ def load_policy(name_or_path: str, config: Config) -> Policy:
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
+
+
+def model_place(name_or_path: str) -> str:
+    """A model's folder or hub name."""
+    return (
+        str(Path(__file__).parent / "assets" / "arithmetic-base") if name_or_path == "arithmetic-base" else name_or_path
+    )
+
+
+def _moved_base(adapter: Path, base: str) -> str | None:
+    """`base`, for an adapter that names a folder as its base where there is none; None: what it names will do."""
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    usable = Path(base).is_dir() and not (Path(base) / "adapter_config.json").is_file()
+    return base if usable and isinstance(named, str) and not Path(named).is_dir() else None
 
 
 def resolve_dtype(config: Config) -> Literal["float32", "bfloat16", "float64"]:
@@ -86,6 +114,8 @@ def _first_line(error: Exception) -> str:
 def new_policy(config: Config, given: Policy | None = None) -> Policy:
     """The policy that a new run trains: `given` or the configured one, with an adapter where the config has one."""
     policy = given or load_policy(config.model_name_or_path, config)
+    if given is not None and given.tokenizer is not None and not given.padding_token_ids:
+        _mask_padding(given, given.tokenizer)  # as load_policy does, which a continued run goes through
     if not config.lora.rank:
         return policy
     from bandit_rft.model.lora import add_adapter
@@ -101,6 +131,42 @@ def make_optimizer(policy: Policy, config: Config) -> PolicyOptimizer:
         betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
+
+
+def make_learning_rate(config: Config, rounds: int) -> LearningRate:
+    """The learning rate of each round, in a run of so many rounds.
+
+    Raises:
+        ConfigError: for a warm-up that leaves nothing to fall from.
+    """
+    course, warmup = schedule_rounds(config, rounds)
+    if warmup >= course and rounds:
+        message = f"warmup_rounds={warmup} leaves none of the {course} rounds at the full learning rate"
+        if config.lr_scheduler_type != "constant":
+            raise ConfigError(f"{message}; lower it")
+        logger.warning("%s", message)  # the run may be continued with more rounds
+    return LearningRate(
+        config.learning_rate, config.lr_scheduler_type, rounds=max(course, warmup + 1), warmup=warmup,
+        end=config.min_lr_ratio,
+    )  # fmt: skip
+
+
+def check_course(checkpoint: Path, saved: dict[str, int] | None, now: LearningRate) -> None:
+    """Refuse to go on with another course of the learning rate than a checkpoint was made with (ConfigError).
+
+    Args:
+        checkpoint: its folder.
+        saved: `LearningRate.course` as the checkpoint keeps it; None: of a version that knew a constant rate alone.
+        now: of the run that is about to continue.
+    """
+    before = saved or {"rounds": 0, "warmup": 0}
+    if before != now.course:
+        raise ConfigError(
+            f"{checkpoint} was made with a learning rate planned for {before['rounds'] or 'any number of'} rounds, "
+            f"{before['warmup']} of warm-up; now it would be {now.course['rounds'] or 'any number'} and "
+            f"{now.course['warmup']}: this would be neither run. To train on after the end of that course, give "
+            f"lr_scheduler_rounds={before['rounds'] or 1}"
+        )
 
 
 def load_reference(policy: Policy, config: Config) -> Policy | None:
@@ -141,12 +207,20 @@ def takes_ratios(config: Config) -> bool:
     return bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
 
 
+def configured_task(config: Config) -> Task:
+    """The task that a configuration names, with its further evaluation files."""
+    return load_task(
+        config.task, data_path=config.data_path, seed=config.seed, reward=config.reward.functions or None,
+        options=config.task_options, evaluation_files=config.evaluation.files,
+    )  # fmt: skip
+
+
 def make_scorer(task: Task, config: Config) -> RewardRunner:
     """The worker processes that score a task's completions."""
     r = config.reward
     return RewardRunner(
         task.rewards, r.weights or task.reward_weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, workers=r.workers,
-        on_error=r.on_error,
+        on_error=r.on_error, columns=task.columns,
     )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from bandit_rft.advantages import ADVANTAGES
+from bandit_rft.budget import evaluation_count, evaluation_rollouts, planned_rounds, schedule_rounds
 from bandit_rft.config import Config
 
 NORMALIZERS = {
@@ -18,8 +19,14 @@ NORMALIZERS = {
 }
 
 
-def design_audit(config: Config) -> Iterator[tuple[str, str]]:
-    """(what, its value) lines describing a run; warnings are called "note"."""
+def design_audit(config: Config, sizes: Mapping[str, int] | None = None) -> Iterator[tuple[str, str]]:
+    """(what, its value) lines describing a run; warnings are called "note".
+
+    Args:
+        config: checked.
+        sizes: rows of each split, as far as they are known.
+    """
+    sizes = sizes or {}
     o, rollouts = config.objective, config.batch_size * config.num_generations
     each = f"{config.batch_size} queries x {config.num_generations} rollouts"
     steps = config.update.epochs * config.update.minibatches
@@ -27,7 +34,14 @@ def design_audit(config: Config) -> Iterator[tuple[str, str]]:
     yield "trained on", trained_on(config)
     if config.rollout.engine == "vllm":
         yield "drawn by", drawn_by(config)
-    yield "whole run", f"{config.max_rounds:,} rounds, {config.max_rounds * rollouts:,} rollouts{budget(config)}"
+    rounds = planned_rounds(config, sizes.get("train"))
+    yield "whole run", f"{rounds:,} rounds, {rounds * rollouts:,} rollouts{budget(config)}"
+    yield from _evaluations(config, sizes, rounds, rounds * rollouts)
+    course, warmup = schedule_rounds(config, rounds)
+    if warmup or config.lr_scheduler_type != "constant":
+        falls = f"{config.lr_scheduler_type} to {config.min_lr_ratio:g} of it after round {course:,}"
+        held = "constant" if config.lr_scheduler_type == "constant" else falls
+        yield "learning rate", f"{config.learning_rate:g} after {warmup:,} rounds of warm-up, then {held}"
     advantage = ADVANTAGES[config.advantage]
     yield "advantage", f"{config.advantage}: {(advantage.function.__doc__ or '').splitlines()[0]}".rstrip(": ")
     yield "normalizer", NORMALIZERS[o.aggregation]
@@ -44,6 +58,24 @@ def design_audit(config: Config) -> Iterator[tuple[str, str]]:
         yield "reference model", f"{model}; every {what} token is scored by it ({o.kl} in the {config.kl.where})"
     yield "memory", memory_estimate(config)
     yield from _notes(config, steps)
+
+
+def _evaluations(config: Config, sizes: Mapping[str, int], rounds: int, trained: int) -> Iterator[tuple[str, str]]:
+    """What evaluation costs beside training."""
+    names = config.evaluation.splits or list(sizes)
+    if not names or not sizes or any(name not in sizes for name in names):
+        yield "evaluation", f"{evaluation_count(config, rounds):,} times; the questions are not counted here"
+        return
+    once = evaluation_rollouts(config, (sizes[name] for name in names))
+    times = evaluation_count(config, rounds)
+    each = config.evaluation.num_samples + config.evaluation.greedy
+    questions = f"{once // max(1, each):,} questions of {', '.join(names)}"
+    total = times * once
+    ratio = f", {total / trained:.1f} times the {trained:,} of training" if trained else ""
+    yield "evaluation", f"{times:,} times {questions} x {each} = {total:,} rollouts{ratio}"
+    if total > trained > 0:
+        less = "evaluation.max_queries, evaluation.splits and a larger eval_steps make it less"
+        yield "note", f"evaluation draws more than training: {less}"
 
 
 def trained_on(config: Config) -> str:
@@ -109,9 +141,7 @@ def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
 
 def memory_estimate(config: Config) -> str:
     """Bytes of weights, gradients, AdamW moments, reference and KV cache, from the files of a local model."""
-    folder = Path(config.model_name_or_path)
-    if config.model_name_or_path == "arithmetic-base":
-        folder = Path(__file__).parent / "assets" / "arithmetic-base"
+    folder = model_folder(config) or Path(config.model_name_or_path)
     try:
         model = json.loads((folder / "config.json").read_text())
         model = model.get("text_config", model)
@@ -134,9 +164,45 @@ def memory_estimate(config: Config) -> str:
     if config.lora.rank:
         what = "frozen weights, adapters on top"
     return (
-        f"{parameters / 1e6:,.1f}M parameters: {_bytes(fixed)} for {what}; up to {_bytes(cache)} of KV cache while "
-        "drawing; activations of one micro-batch come on top, logits do not"
+        f"{parameters / 1e6:,.1f}M parameters: {shown_bytes(fixed)} for {what}; up to {shown_bytes(cache)} of KV cache "
+        "while drawing; activations of one micro-batch come on top, logits do not"
     )
+
+
+def model_folder(config: Config) -> Path | None:
+    """The folder of the configured model; None where it is a name of the hub."""
+    if config.model_name_or_path == "arithmetic-base":
+        return Path(__file__).parent / "assets" / "arithmetic-base"
+    folder = Path(config.model_name_or_path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def disk_estimate(config: Config, rounds: int, sizes: Iterable[int]) -> tuple[float, int, float] | None:
+    """(bytes of a checkpoint, how many there are at once, bytes of rollouts and evaluations at most).
+
+    A checkpoint holds the weights and, in float32, two moments and, of bfloat16 weights, a master copy; of a run with
+    adapters these alone, which is taken for nothing. A logged token takes 12 bytes and its text.
+
+    Returns:
+        None where the model is not here.
+    """
+    folder = model_folder(config)
+    try:
+        parameters = sum(_parameters(file) for file in folder.glob("*.safetensors")) if folder else 0
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+    if not parameters:
+        return None
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and (config.device or "").startswith("cuda"))
+    each = 0.0 if config.lora.rank else parameters * float(2 + 8 + 4 if low else 4 + 8)
+    saved = 1 + (rounds // config.save_steps if config.save_steps else 0)
+    # a new one is whole before the oldest goes
+    kept = min(saved, config.save_total_limit + 1) if config.save_total_limit else saved
+    logged = rounds // config.log_rollouts_steps if config.log_rollouts_steps else 0
+    drawn = logged * config.batch_size * config.num_generations * config.max_completion_length * 16
+    text = 4 * config.max_completion_length + 4 * config.max_prompt_length
+    evaluated = evaluation_count(config, rounds) * evaluation_rollouts(config, sizes) * text
+    return each, kept, float(drawn + evaluated)
 
 
 def _parameters(file: Path) -> int:
@@ -152,7 +218,8 @@ def _parameters(file: Path) -> int:
     return total
 
 
-def _bytes(count: float) -> str:
+def shown_bytes(count: float) -> str:
+    """A number of bytes in a unit of its size."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

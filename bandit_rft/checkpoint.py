@@ -4,8 +4,8 @@ Beside the model (peft's layout for adapters) lie optimizer.safetensors, replay.
 earlier rounds, where something is) and state.json.
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed: a name `checkpoint-<round>` never stands for
-half a checkpoint. state.json holds the checksums of the other files, so a torn or flipped one is noticed when resuming.
-Nothing is pickled.
+half a checkpoint. state.json holds the checksums of the other files and of what it says itself, so a torn or flipped
+one is noticed when resuming. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def save_checkpoint(
     state: dict[str, Any],
     arrays: dict[str, NDArray[Any]] | None = None,
     keep: int = 0,
+    card: str = "",
 ) -> Path:
     """Write `folder`/checkpoint-<round_index> and remove what is older than the newest ones.
 
@@ -67,6 +68,7 @@ def save_checkpoint(
         state: what JSON can hold; goes to state.json.
         arrays: what is remembered of earlier rounds, by name; goes to replay.safetensors.
         keep: how many of the checkpoints written last stay; 0: all.
+        card: goes to README.md, which may be edited afterwards: it has no checksum.
 
     Returns:
         The checkpoint's folder.
@@ -86,11 +88,14 @@ def save_checkpoint(
         save_file(tensors, partial / "optimizer.safetensors")
         if arrays:
             safetensors.numpy.save_file(arrays, partial / "replay.safetensors")
+        if card:  # in place of peft's
+            (partial / "README.md").write_text(card, encoding="utf-8")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(partial)): _sha256(path) for path in files}
+        sums = {str(path.relative_to(partial)): _sha256(path) for path in files if path.name != "README.md"}
         # Later than every other one, also after the clock was set back: the newest are kept, and continued from.
         written = max([time.time_ns(), *(1 + _written(path) for path in list_checkpoints(folder))])
         state = {**state, "layout": LAYOUT, "round": round_index, "written_ns": written, "sha256": sums}
+        state["state_sha256"] = state_checksum(state)
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in [*files, partial / "state.json", partial]:
             _sync(path)
@@ -172,6 +177,12 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def state_checksum(state: dict[str, Any]) -> str:
+    """SHA-256 of what state.json says, its own checksum left out, however it is laid out."""
+    said = {name: value for name, value in state.items() if name != "state_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after comparing every file with its checksum.
 
@@ -181,10 +192,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if state.get("state_sha256", checksum := state_checksum(state)) != checksum:  # an earlier version has none
+            raise CheckpointError(f"{path / 'state.json'} does not have the checksum it was saved with")
         sums = dict(state["sha256"])
         if wrong := [name for name, fits in _FIELDS.items() if not fits(state.get(name))]:
             raise ValueError(f"{wrong[0]} is {str(state.get(wrong[0]))[:80]!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable state.json ({error})") from None
     for name, expected in sums.items():
         file = path / name

@@ -1,4 +1,4 @@
-"""`bandit-rft train | eval | report | study | env`. Nothing heavy is imported before the arguments are known good."""
+"""The commands of `bandit-rft`. Nothing heavy is imported before the arguments are known good."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bandit_rft.arguments import UsageError, make_parser, parse
+from bandit_rft.threads import choose_wait
+
+if TYPE_CHECKING:
+    from bandit_rft.config import Config
+
+#: Extras by the library that is missing without them; all others come with "train".
+EXTRAS = {"shtab": "completion", "scipy": "study", "peft": "lora"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments in (["-h"], ["--help"], ["help"]):
         make_parser(keys=False).print_help()
         return 0
     if arguments[0] == "--version":
@@ -33,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report,
         "study": study,
         "env": env,
+        "completion": completion,
     }
+    given = argparse.Namespace()
     try:
         given = parse(arguments)
         return commands[given.command](given)
@@ -42,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "bandit_rft":
             raise
-        return _fail(f"{error.name} is not installed; this needs an extra: pip install 'bandit_rft[train]'", 1)
+        extra = EXTRAS.get((error.name or "").split(".")[0], "train")
+        return _fail(f"{error.name} is not installed; this needs an extra: pip install 'bandit_rft[{extra}]'", 1)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        if "BANDIT_RFT_TRACEBACK" in os.environ:
+        if "BANDIT_RFT_TRACEBACK" in os.environ or "verbose" in given:
             raise
         wrong = any(kind.__name__ == "ConfigError" for kind in type(error).__mro__)  # not imported unless raised
         return _fail(str(error) or repr(error), 2 if wrong else 1)
@@ -58,26 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(given: argparse.Namespace) -> int:
     """Train a policy as configured."""
-    from bandit_rft.config import build_config, to_yaml
+    from bandit_rft.config import build_config
 
     config = build_config(given.overrides, getattr(given, "config", None))
     if "dry_run" in given:
-        from bandit_rft.audit import design_audit
-
-        print(to_yaml(config), end="")
-        print("\n# design audit")
-        for what, value in design_audit(config):
-            print(f"# {what + ':':<17}{value}")
-        return 0
+        return _dry_run(config, probe=given.dry_run == "probe")
+    choose_wait(config.thread_wait)
     from rich.console import Console
 
     from bandit_rft.listener import Listeners
     from bandit_rft.progress import ConsoleListener, show_result
     from bandit_rft.report import ReportWriter
 
-    quiet = "quiet" in given
-    _quiet_libraries(logging.WARNING if quiet else logging.INFO)
-    console = Console(highlight=False, quiet=quiet)
+    _set_loudness(given)
+    console = Console(highlight=False, quiet="quiet" in given)
     listener, report = ConsoleListener(config, console), ReportWriter()
     with listener.loading():
         from bandit_rft.trainer import Trainer
@@ -100,65 +103,88 @@ def train(given: argparse.Namespace) -> int:
     show_result(trainer.folder, lines, report.path, console)
     if not trainer.finished:
         listener.say(
-            f"stopped after round {trainer.round} of {config.max_rounds}; saved. Continue with\n"
+            f"stopped after round {trainer.round} of {trainer.data.rounds}; saved. Continue with\n"
             f"  bandit-rft train --config {trainer.folder / 'config.yaml'}"
         )
         return 130
     return 0
 
 
+def _dry_run(config: Config, probe: bool) -> int:
+    """Print the configuration as YAML and, as comments in it, what it amounts to and what would fail."""
+    from bandit_rft.audit import design_audit
+    from bandit_rft.config import to_yaml
+    from bandit_rft.preflight import preflight
+    from bandit_rft.text import printable
+
+    def say(what: str, text: str) -> None:
+        print(f"# {what + ':':<17}{printable(text, 2000, one_line=True)}", flush=True)
+
+    found = preflight(config)
+    print(to_yaml(config), end="")
+    print("\n# design audit")
+    for what, value in design_audit(config, found.sizes):
+        say(what, value)
+    print("\n# checks")
+    for what, well, text in found.lines:
+        say(what, ("" if well else "FAILS: " if well is False else "not checked: ") + text)
+    if found.failed:
+        return _fail(f"this would fail: {', '.join(dict.fromkeys(found.failed))}", 1)
+    if probe:
+        from bandit_rft.wall_time import probe_round
+
+        print("\n# probe")
+        for what, value in probe_round(config):
+            say(what, value)
+    return 0
+
+
 def evaluate(given: argparse.Namespace) -> int:
-    """Evaluate a checkpoint (with its run's settings) or any model, and print the metrics as JSON lines."""
+    """Evaluate a run's checkpoint (with its settings) or any model; print a table with intervals, or JSON lines."""
     from bandit_rft.config import build_config
 
     overrides, file = given.overrides, getattr(given, "config", None)
-    found = ""  # the run's own configuration, which came with the checkpoint
-    if "checkpoint" in given:
-        checkpoint = Path(given.checkpoint)
-        if not any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
+    found, title = "", ""  # the run's own configuration, which came with the checkpoint; what is evaluated
+    base = None  # what the run began with
+    if "target" in given:
+        target = Path(given.target)
+        if not any((target / name).exists() for name in ("config.json", "adapter_config.json", "checkpoints")):
             raise UsageError(
-                f"{checkpoint} is no model folder: it has neither config.json nor adapter_config.json (name "
-                "checkpoint-<round>)"
+                f"{target} is no run folder (it has no checkpoints) and no model folder (neither config.json nor "
+                "adapter_config.json)"
             )
+        from bandit_rft.run_folder import checkpoint_of
+
+        checkpoint, title = checkpoint_of(target, best="best" in given)
         overrides["model_name_or_path"] = str(checkpoint)
-        run = checkpoint.absolute().parent.parent / "config.yaml"
+        run = Path(os.path.relpath(checkpoint.absolute().parent.parent)) / "config.yaml"
         if file is None and run.is_file():
             file = found = str(run)
+            base = build_config({}, file, check=False).model_name_or_path or None
+    elif "best" in given:
+        raise UsageError("--best chooses among the checkpoints of a run: give its folder")
     config = build_config(overrides, file)
+    choose_wait(config.thread_wait)
     if found and "reward.functions" not in overrides:
         from bandit_rft.rewards.spec import refuse_foreign_code
 
         refuse_foreign_code(config.reward.functions, source=found, allowed="allow_code" in given)
-    _quiet_libraries()
-    from bandit_rft.assemble import embedded_engine, load_policy, make_scorer
-    from bandit_rft.data import PromptSet
-    from bandit_rft.evaluate import evaluate as evaluate_split
-    from bandit_rft.tasks import load_task
+    _set_loudness(given)
+    from rich.console import Console
 
-    task = load_task(
-        config.task, data_path=config.data_path, seed=config.seed, reward=config.reward.functions or None,
-        options=config.task_options,
-    )  # fmt: skip
-    policy = load_policy(config.model_name_or_path, config)
-    assert policy.tokenizer is not None
-    engine = embedded_engine(policy, config)
-    e = config.evaluation
-    names = e.splits or list(task.splits)
-    if missing := [name for name in names if name not in task.splits]:
-        raise UsageError(f"evaluation.splits: {missing[0]!r} is none of {', '.join(task.splits)}")
-    with make_scorer(task, config) as scorer:
-        for name in names:
-            prompts = PromptSet(
-                name, task.splits[name], policy.tokenizer, chat_template=config.chat_template,
-                max_prompt_length=config.max_prompt_length, limit=e.max_queries,
-            )  # fmt: skip
-            start = time.perf_counter()
-            result = evaluate_split(
-                engine, scorer, prompts,
-                seed=config.seed, num_samples=e.num_samples, temperature=e.temperature, greedy=e.greedy,
-            )  # fmt: skip
-            line = {"split": name, "questions": len(prompts), "filtered": prompts.filtered, **result.metrics}
-            print(json.dumps({**line, "seconds": round(time.perf_counter() - start, 3)}), flush=True)
+    from bandit_rft.progress import EvaluationProgress, evaluation_line, show_evaluations
+
+    console = Console(stderr=True, highlight=False, quiet="quiet" in given)  # a table's or JSON's reader sees only that
+    with EvaluationProgress(console) as progress:
+        from bandit_rft.evaluate import evaluate_splits
+
+        evaluations = evaluate_splits(config, progress.drawn, base=base)
+        if "json" in given:
+            for evaluation in evaluations:
+                print(json.dumps(evaluation_line(evaluation)), flush=True)
+            return 0
+        done = list(evaluations)
+    show_evaluations(title or config.model_name_or_path, done, Console(highlight=False))
     return 0
 
 
@@ -202,11 +228,13 @@ def study(given: argparse.Namespace) -> int:
 
 
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
+    choose_wait("bounded")
+    from bandit_rft.study.plan import seed_warning
     from bandit_rft.study.run import Runner
     from bandit_rft.study.status import StudyProgress, show_plan, show_status
 
     gpus = getattr(given, "gpus", [])
-    listener = StudyProgress(plan, folder, console)
+    listener = StudyProgress(plan, folder, console, verbose="verbose" in given)
     runner = Runner(
         plan, folder, jobs=getattr(given, "jobs", len(gpus) or 1), threads=getattr(given, "threads", 1),
         retry=getattr(given, "retry", 0), gpus=gpus, listener=listener,
@@ -214,6 +242,9 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
     if "dry_run" in given:
         show_plan(plan, console)
         return 0
+
+    if (warning := seed_warning(plan)) is not None:
+        console.print(f"note: {warning}", markup=False, style="yellow")
 
     def stop(number: int, frame: object) -> None:
         console.print("stopping: cells finish their round and save; once more to kill them")
@@ -257,10 +288,22 @@ def env(given: argparse.Namespace) -> int:
     return 0
 
 
-def _quiet_libraries(level: int = logging.INFO) -> None:
-    """Warnings of ours to stderr, chatter of the libraries to nowhere."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+def completion(given: argparse.Namespace) -> int:
+    """Print the script that makes a shell complete these commands."""
+    from bandit_rft.completion import completion_script
+
+    print(completion_script(given.shell))
+    return 0
+
+
+def _set_loudness(given: argparse.Namespace) -> None:
+    """Messages of ours to stderr, chatter of the libraries to nowhere; with --verbose all of it."""
+    verbose = "verbose" in given
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    level = logging.WARNING if "quiet" in given else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("bandit_rft").setLevel(level)
+    if verbose:
+        return
     try:
         from transformers.utils import logging as transformers_logging
 

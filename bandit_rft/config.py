@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from bandit_rft.advantages import ADVANTAGES
+from bandit_rft.budget import check_schedule
 from bandit_rft.options import (
     STRICT,
     OptionModel,
@@ -31,6 +32,8 @@ from bandit_rft.options import (
     read_yaml,
     shown,
 )
+from bandit_rft.paths import from_folder, relative_to, saved_tree
+from bandit_rft.peer_names import answer_to_name, answer_to_value
 from bandit_rft.presets import PRESETS
 from bandit_rft.sections import (
     EvaluationConfig,
@@ -78,12 +81,31 @@ class Config(Section):
         "", "the run folder; empty: runs/<task>", also=("logging_dir",), may_change=True, design=False
     )
     seed: int = Key(0, "seed of data order, sampling and evaluation", ge=0, le=2**63 - 1)
-    max_rounds: int = Key(
-        1000, "rounds of training", also=("max_steps", "num_train_epochs"), may_change=True, design=False, ge=0
+    max_rounds: int = Key(1000, "rounds of training", also=("max_steps",), may_change=True, design=False, ge=0)
+    num_train_epochs: float | None = Key(
+        None,
+        "passes over the training prompts, if they come before max_rounds; 0.5: half a pass; null: any",
+        also=("total_epochs",),
+        may_change=True,
+        design=False,
+        gt=0,
     )
     batch_size: int = Key(32, "queries a round", also=("per_device_train_batch_size",), design=False, ge=1)
     num_generations: int = Key(1, "rollouts a query", also=("n",), design=False, ge=1)
-    learning_rate: float = Key(1e-6, "constant learning rate of AdamW", also=("lr",), ge=0)
+    learning_rate: float = Key(1e-6, "learning rate of AdamW after the warm-up", also=("lr",), ge=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Key(
+        "constant", "how the learning rate falls after the warm-up"
+    )
+    warmup_rounds: int = Key(
+        0, "rounds in which the learning rate rises in equal steps", also=("warmup_steps", "lr_warmup_steps"), ge=0
+    )
+    warmup_ratio: float = Key(
+        0.0, "the same as a share of the learning rate's whole course", also=("lr_warmup_steps_ratio",), ge=0, lt=1
+    )
+    min_lr_ratio: float = Key(0.0, "what a falling learning rate ends at, relative to learning_rate", ge=0, le=1)
+    lr_scheduler_rounds: int | None = Key(
+        None, "rounds of the learning rate's whole course; null: those of the run", may_change=True, ge=1
+    )
     weight_decay: float = Key(0.01, "weight decay of AdamW", ge=0)
     adam_beta1: float = Key(0.9, "first moment decay of AdamW", ge=0, le=1)
     adam_beta2: float = Key(0.999, "second moment decay of AdamW", ge=0, le=1)
@@ -153,6 +175,13 @@ class Config(Section):
     device: str | None = Key(
         None, "cpu, cuda, cuda:1, ...; null: cuda where there is one", may_change=True, design=False
     )
+    thread_wait: Literal["bounded", "active", "passive"] = Key(
+        "bounded",
+        "how idle CPU threads wait: bounded (spin briefly, then sleep) | active (spin: for a machine of one's own) | "
+        "passive (sleep). OMP_WAIT_POLICY and GOMP_SPINCOUNT of the environment go first",
+        may_change=True,
+        design=False,
+    )
     save_steps: int = Key(100, "rounds between checkpoints; 0: only at the end", may_change=True, design=False, ge=0)
     save_total_limit: int = Key(2, "checkpoints kept, the newest; 0: all", may_change=True, design=False, ge=0)
     eval_steps: int = Key(
@@ -174,7 +203,9 @@ class Config(Section):
     @classmethod
     def _registered(cls, value: str) -> str:
         if value not in ADVANTAGES:  # looked up now: more may be registered than when this class was made
-            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{nearest(value, ADVANTAGES)}")
+            theirs = answer_to_value("advantage", value)
+            hint = f": {theirs}" if theirs else nearest(value, ADVANTAGES)
+            raise ValueError(f"must be one of {', '.join(ADVANTAGES)}; got {shown(value)}{hint}")
         return value
 
     @field_validator("report_to")
@@ -188,6 +219,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         _check_advantage(self)
+        check_schedule(self)
         if (model := task_option_model(self.task)) is not None:
             _check_options("task_options", f"task={self.task}", model, self.task_options, {})
         for section in (self.replay, self.rollout, self.update, self.kl, self.reward, self.evaluation, self.objective):
@@ -289,7 +321,12 @@ def unknown_key(dotted: str) -> str:
     if of_section := [name for name in keys() if name.startswith(f"{dotted}.")]:
         return f"unknown key {dotted!r}: it is a section of keys, such as {of_section[0]}"
     meant = [key.name for key in keys().values() if dotted in key.also]
-    meant += [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    own = [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    in_section = any(name.startswith(dotted.partition(".")[0] + ".") for name in keys())
+    if (row := answer_to_name(dotted, alike=not in_section)) is not None and ("." in dotted or meant or not own):
+        meant += [row[0]] if row[0] else []
+        return f"unknown key {dotted!r}" + (f" (did you mean {meant[0]}?)" if meant else "") + f": {row[1]}"
+    meant += own
     return f"unknown key {dotted!r}" + (f" (did you mean {meant[0]}?)" if meant else nearest(dotted, keys()))
 
 
@@ -303,13 +340,14 @@ def build_config(
 
     Args:
         overrides: {"objective.clip_low": 0.3, ...}; texts are read as their key's type.
-        file: a YAML file of keys, nested or dotted.
+        file: a YAML file of keys, nested or dotted; paths in it start at its folder.
         check: whether model and task must be given; everything else is checked in any case.
 
     Raises:
         ConfigError: for every value that cannot work, a line each.
     """
     in_file = list(_flatten(_read_file(file)))
+    in_file = [(key, from_folder(Path(file or "").parent, key, value)) for key, value in in_file]
     from_file, given = dict(in_file), dict(_flatten(overrides or {}))
     if twice := {key for key, _ in in_file if sum(key == other for other, _ in in_file) > 1}:
         raise ConfigError(f"--config {file}: {min(twice)} is given twice, dotted and nested")
@@ -410,7 +448,16 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield name, value
 
 
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML that `--config` reads back to the same values."""
-    text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, folder: Path | None = None) -> str:
+    """The configuration as YAML that `--config` reads back to the same values.
+
+    Args:
+        config: any.
+        folder: the run folder, where the YAML is to be saved in it: paths then start there, and the run stays the same
+            wherever the folder is moved.
+    """
+    tree = asdict(config)
+    if folder is not None:
+        tree = {**saved_tree(tree, relative_to(folder)), "output_dir": ".", "resume": "auto"}
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return text

@@ -17,12 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.rewards import RewardResult, RewardRunner
 from bandit_rft.tasks import Example, collate
+from bandit_rft.tasks.checks import check_filtered
 from bandit_rft.text import LIMIT, lone_surrogate, printable
 
 logger = logging.getLogger(__name__)
 
-#: The share of a split's prompts that may be left out for their length; above it the data are not what was meant.
-MAX_FILTERED = 0.5
 BLOCKS = 64  # of rows whose digests a fingerprint keeps
 
 
@@ -36,8 +35,8 @@ class PromptSet:
         filtered: how many were left out, for a length of 0 or more than max_prompt_length tokens.
 
     Raises:
-        ValueError: where more than MAX_FILTERED of the prompts would be left out, or a row has a prompt that cannot be
-            tokenized; the message names it.
+        ValueError: where most of the prompts would be left out (tasks.checks.MAX_FILTERED), or a row has a prompt that
+            cannot be tokenized; the message names it.
     """
 
     def __init__(
@@ -70,13 +69,7 @@ class PromptSet:
             self.indices.append(index)
             self.tokens.append(ids)
             self.examples.append(example)
-        if self.filtered > MAX_FILTERED * len(lengths):
-            half, most = np.quantile(lengths, [0.5, 0.95], method="higher").tolist()
-            raise ValueError(
-                f"max_prompt_length={max_prompt_length} leaves out {self.filtered:,} of {len(lengths):,} prompts of "
-                f"{name}, more than {MAX_FILTERED:.0%}. Raise it: half of them have up to {half} tokens, 95% up to "
-                f"{most}; or take the long ones out of the data"
-            )
+        check_filtered(name, max_prompt_length, lengths)
         if self.filtered:
             logger.warning(
                 "%s: %d of %d prompts are longer than max_prompt_length=%d (or empty) and were left out",
@@ -88,7 +81,7 @@ class PromptSet:
 
 
 def prompt_tokens(
-    prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template: str
+    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat_template: str
 ) -> list[int]:
     """Token ids of a prompt: chat messages, or text that becomes a user message where the model is a chat model.
 
@@ -128,7 +121,7 @@ def prompt_tokens(
 
 def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Leave out the special tokens that the tokenizer, not the text, has put behind the text."""
-    if not ids or ids[-1] not in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+    if not tokenizer.num_special_tokens_to_add():
         return ids
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for end in range(len(ids), len(bare) - 1, -1):
@@ -174,7 +167,7 @@ def completion_texts(
     return list(tokenizer.batch_decode(bare, skip_special_tokens=True))
 
 
-def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 

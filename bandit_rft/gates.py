@@ -17,6 +17,7 @@ from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
 from bandit_rft.model.verify import verify_sequence
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ def logprob_gaps(batch: RolloutBatch, difference: Tensor) -> Tensor:
     The batch is in host memory, the result where `difference` is; nothing here waits for the device.
     """
     device = difference.device
-    row = batch.per_token(torch.arange(len(batch))).to(device, non_blocking=True)
+    row = to_device(batch.per_token(torch.arange(len(batch))), device)
     total = torch.zeros(len(batch), device=device).index_add_(0, row, difference.float())
-    return total / batch.lengths.clamp(min=1).to(device, non_blocking=True)
+    return total / to_device(batch.lengths.clamp(min=1), device)
 
 
 def check_logprob_gap(gap: float, limit: float, where: str) -> None:
@@ -111,15 +112,19 @@ class SpotCheck:
         steps: rounds between checks; 0: never.
         limit: largest relative error; None: by dtype, VERIFY_ERROR.
         seed: chooses the rollouts, with the round.
-        objective: whose loss is checked; its terms that need another policy (ratio, KL) are left out.
+        objective: whose loss is checked, with all its terms.
     """
 
     def __init__(self, steps: int, limit: float | None, seed: int, objective: ops.PolicyObjective):
-        self.steps, self.limit, self.seed = steps, limit, seed
-        self.objective = ops.PolicyObjective(objective.kind, objective.aggregation, norm_length=objective.norm_length)
+        self.steps, self.limit, self.seed, self.objective = steps, limit, seed, objective
 
-    def __call__(self, policy: Policy, batch: RolloutBatch, temperature: float, number: int) -> Metrics:
+    def __call__(
+        self, policy: Policy, batch: RolloutBatch, temperature: float, number: int, *, off_policy: bool = False
+    ) -> Metrics:
         """Check one rollout of round `number`, chosen by seed and round; {} where there is nothing to check.
+
+        Its advantage is taken as it is; where that is 0, -1 and 1 by turns. Of ratios and a KL term the formulas are
+        checked, on made-up policies (verify_sequence): `off_policy` says whether the round's updates had ratios.
 
         Raises:
             GateError: when an error is above the limit, or NaN.
@@ -130,8 +135,9 @@ class SpotCheck:
         one = batch.select([row])
         try:
             found = verify_sequence(
-                policy, one.prompt_lists()[0], one.token_lists()[0], objective=self.objective, temperature=temperature
-            )
+                policy, one.prompt_lists()[0], one.token_lists()[0], objective=self.objective, temperature=temperature,
+                advantage=float(one.advantage[0]) or (-1.0) ** number, off_policy=off_policy,
+            )  # fmt: skip
         except torch.OutOfMemoryError:
             logger.warning("verify_steps: no memory to compute one rollout by plain PyTorch: no more checks")
             self.steps = 0

@@ -18,6 +18,9 @@ class Listener:
     def phase(self, name: str) -> None:
         """A phase ("rollout", "evaluate", ...) begins."""
 
+    def evaluated(self, count: int, total: int) -> None:
+        """So many more of an evaluation's completions are drawn and scored; the phase "evaluate" begins with none."""
+
     def round_done(self, metrics: Metrics) -> None:
         """A round's line was written (round 0: the evaluation before training)."""
 
@@ -40,6 +43,11 @@ class Listeners(Listener):
         """Tell everyone."""
         for listener in self.listeners:
             listener.phase(name)
+
+    def evaluated(self, count: int, total: int) -> None:
+        """Tell everyone."""
+        for listener in self.listeners:
+            listener.evaluated(count, total)
 
     def round_done(self, metrics: Metrics) -> None:
         """Tell everyone."""

@@ -19,8 +19,9 @@ _HOOKS: Any = WeakTensorKeyDictionary()
 class PolicyOptimizer:
     """Gradients, their clipping, and one AdamW step.
 
-    Every parameter owns a float32 gradient buffer from the start, zeros included: the fused head adds its weight
-    gradient straight into it, and a round in which no rollout counts is still a step (moments and weights decay).
+    Every parameter owns a gradient buffer from the start, zeros included, float32 (float64 for float64): the fused head
+    adds its weight gradient straight into it, and a round in which no rollout counts is still a step (moments and
+    weights decay).
 
     Args:
         named_parameters: what is trained, at least one, by name.
@@ -48,7 +49,10 @@ class PolicyOptimizer:
             raise ValueError("named_parameters is empty: the policy has no trainable parameter")
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.masters = [
+            p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
+            for p in self.parameters
+        ]
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         # A lower-precision gradient goes into the float32 buffer as soon as autograd has it: summed over micro-batches
@@ -59,20 +63,24 @@ class PolicyOptimizer:
                     earlier.remove()
                 _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
         self.max_grad_norm = max_grad_norm
-        #: Whether a step is refused on the device, and the host hears of it in `check`; elsewhere `step` raises.
+        #: Whether a step is refused on the device, and the host hears of it from `refused`; elsewhere `step` raises.
         self.asynchronous = self.masters[0].device.type != "cpu"
-        self._refused = torch.zeros((), device=self.masters[0].device)  # 1: no step is applied until `check`
+        self._refused = torch.zeros((), device=self.masters[0].device)  # 1: no step is applied until `refused`
         self._adamw = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
 
     @property
     def learning_rate(self) -> float:
-        """Today's learning rate."""
+        """Of the next step."""
         return float(self._adamw.param_groups[0]["lr"])
 
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._adamw.param_groups[0]["lr"] = rate
+
     def grad_buffer(self, parameter: Tensor) -> Tensor:
-        """The float32 gradient buffer [as parameter] into which a gradient of this parameter may be added."""
+        """The gradient buffer [as parameter], into which a gradient of this parameter may be added."""
         grad = self.masters[next(i for i, p in enumerate(self.parameters) if p is parameter)].grad
         assert grad is not None
         return grad
@@ -81,7 +89,7 @@ class PolicyOptimizer:
         """Clip, update, and clear the gradients.
 
         A norm that is not finite leaves weights and moments untouched. On a CPU it raises at once; elsewhere nothing
-        here waits for the device, which refuses this step and all later ones until `check`.
+        here waits for the device, which refuses this step and all later ones until `refused`.
 
         Returns:
             The gradients' norm before clipping, 0-d.
@@ -107,14 +115,14 @@ class PolicyOptimizer:
         return norm
 
     def refuse(self, condition: Tensor) -> None:
-        """Where condition (0-d bool) holds, no step is applied from here to the next `check`; waits for nothing."""
+        """Where condition (0-d bool) holds, no step is applied from here to the next `refused`; waits for nothing."""
         self._refused.logical_or_(condition)
 
-    def check(self) -> bool:
-        """Whether every step since the last check was applied; waits for the device."""
-        refused = bool(self._refused)
+    def refused(self) -> Tensor:
+        """1 where a step since the last call was not applied, 0-d on the device; steps are taken again from here."""
+        refused = self._refused.clone()
         self._refused.zero_()
-        return not refused
+        return refused
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue bit for bit, as tensors by name."""

@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.fields import FieldInfo
 
+from bandit_rft.peer_names import answer_to_value
 from bandit_rft.text import LIMIT
 
 #: Nothing is converted silently, and no number is infinite or NaN.
@@ -63,7 +64,9 @@ class Problem(NamedTuple):
             return self.name + (" " if predicate else ": ") + self.message if self.name else self.message
         if self.given is None:
             return f"{self.name} must be given; got null"
-        return f"{self.name} must be {self.wanted}; got {shown(self.given)}{nearest(self.given, self._names())}"
+        theirs = answer_to_value(self.name, self.given)
+        hint = f": {theirs}" if theirs else nearest(self.given, self._names())
+        return f"{self.name} must be {self.wanted}; got {shown(self.given)}{hint}"
 
     def expectation(self) -> str:
         """The same in the words of an error about an argument: "expected 1 to 9, got 0"."""

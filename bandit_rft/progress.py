@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,34 @@ from bandit_rft.text import printable
 
 if TYPE_CHECKING:
     from bandit_rft.config import Config
+    from bandit_rft.evaluate import EvaluatedSplit
     from bandit_rft.trainer import Trainer
 
+#: Names in the table of an evaluation, so that three splits fit beside each other.
+SHORT = {"mean_length": "length", "truncated_fraction": "truncated"}
 SMOOTHING = 0.9  # of the shown reward and length, a round
+
+
+class Count:
+    """How much of something is done, and how long the rest will take at that rate."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._begun = self._shown = time.monotonic()
+
+    def add(self, count: int, total: int) -> str:
+        """So much more is done; "512 of 8,792, 0:41 left"."""
+        self.done += count
+        left = (time.monotonic() - self._begun) / max(1, self.done) * (total - self.done)
+        return f"{self.done:,} of {total:,}" + (f", {duration(left)} left" if 0 < self.done < total else "")
+
+    def due(self, every: float = 10.0) -> bool:
+        """Whether a line about it is due where lines stay: one every ten seconds."""
+        now = time.monotonic()
+        if now - self._shown < every:
+            return False
+        self._shown = now
+        return True
 
 
 class ConsoleListener(Listener):
@@ -37,6 +62,8 @@ class ConsoleListener(Listener):
         self._pass_at_1: dict[str, float] = {}
         self._last_line = -1e9
         self._line = ""
+        self._count = Count()
+        self._rounds = config.max_rounds  # until the trainer knows better
         self._progress: Progress | None = None
         self._live: Live
 
@@ -82,13 +109,23 @@ class ConsoleListener(Listener):
         self.say(
             "A loss near 0 is normal here: it is a weighted log-probability, not an error. Watch reward and Pass@1."
         )
+        self._rounds = trainer.data.rounds
         if self._progress is not None:
-            self._progress.update(self._task, completed=trainer.round)
+            self._progress.update(self._task, completed=trainer.round, total=self._rounds)
 
     def phase(self, name: str) -> None:
         """Show the current phase."""
+        self._count = Count()
         if self._progress is not None:
             self._progress.update(self._task, description=f"{name:<8}")
+
+    def evaluated(self, count: int, total: int) -> None:
+        """Show how far an evaluation is, and how long it will take."""
+        text = self._count.add(count, total)
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"evaluate {text}")
+        elif self._count.due():
+            self.say(f"evaluation: {text}")
 
     def round_done(self, metrics: dict[str, Any]) -> None:
         """Show a round's numbers."""
@@ -104,14 +141,14 @@ class ConsoleListener(Listener):
             self._line = numbers
             self._progress.update(self._task, completed=number)
         now = time.monotonic()
-        due = now - self._last_line > 2 or number == self.config.max_rounds
+        due = now - self._last_line > 2 or number == self._rounds
         if evaluated or (self._progress is None and due):
             self._last_line = now
             left = ""
             seconds = (metrics.get("seconds/round") or 0.0) - (metrics.get("seconds/evaluate") or 0.0)
             if self._progress is None and number:
-                left = f"  {_duration((self.config.max_rounds - number) * seconds)} left"
-            self.say(f"round {number}/{self.config.max_rounds}  {numbers}{left}")
+                left = f"  {duration((self._rounds - number) * seconds)} left"
+            self.say(f"round {number}/{self._rounds}  {numbers}{left}")
 
     def _numbers(self, metrics: dict[str, Any]) -> str:
         parts = []
@@ -125,6 +162,74 @@ class ConsoleListener(Listener):
         if busy:
             parts.append(f"{metrics['tokens/generated'] / busy:,.0f} tok/s")
         return "  ".join(parts)
+
+
+class EvaluationProgress:
+    """How far `bandit-rft eval` is: a live line in a terminal, else a line every ten seconds."""
+
+    def __init__(self, console: Console):
+        self.console, self._count = console, Count()
+        self._status = console.status("loading") if console.is_terminal else None
+
+    def __enter__(self) -> EvaluationProgress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def drawn(self, count: int, total: int) -> None:
+        """So many more completions are drawn and scored; the first time none, once everything is loaded."""
+        if not count:
+            self._count = Count()
+        text = f"evaluation: {self._count.add(count, total)}"
+        if self._status is not None:
+            self._status.update(Text(text))
+        elif self._count.due():
+            self.console.print(Text(text))
+
+
+def evaluation_line(split: EvaluatedSplit) -> dict[str, Any]:
+    """One split as `bandit-rft eval --json` prints it."""
+    result = split.evaluation
+    intervals = {f"eval/{split.name}/{name}": list(interval) for name, interval in result.intervals.items()}
+    return {
+        "split": split.name, "questions": split.questions, "filtered": split.filtered, **result.metrics,
+        "intervals": intervals, "seconds": split.seconds,
+    }  # fmt: skip
+
+
+def show_evaluations(title: str, splits: Sequence[EvaluatedSplit], console: Console) -> None:
+    """Print what was measured, a column a split, with 95% intervals over questions where they can be given."""
+    console.print(Text(printable(title, one_line=True)), soft_wrap=True)
+    table = Table("", box=None, pad_edge=False)
+    for split in splits:
+        table.add_column(Text(split.name))
+    of_split = [(split, {k.split("/", 2)[2]: v for k, v in split.evaluation.metrics.items()}) for split in splits]
+    table.add_row("questions", *(f"{split.questions:,}" for split in splits))
+    if any(split.filtered for split in splits):
+        table.add_row("too long", *(f"{split.filtered:,}" for split in splits))
+    binary = all(split.evaluation.binary for split in splits)
+    for name in dict.fromkeys(name for _, values in of_split for name in values):
+        if name == "unscored" and not any(values.get(name) for _, values in of_split):
+            continue
+        shown = SHORT.get(name, name.replace("pass@", "Pass@"))
+        if not binary:
+            shown = shown.replace("Pass@1", "mean reward").replace("Pass@", "best of ")
+        cells = [_with_interval(values.get(name), split.evaluation.intervals.get(name)) for split, values in of_split]
+        table.add_row(shown, *cells)
+    table.add_row("seconds", *(f"{split.seconds:.1f}" for split in splits))
+    console.print(table)
+    console.print(Text("[ ]: 95% interval over questions, one draw of the samples"))
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> Text:
+    if value is None:
+        return Text("-")
+    number = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    return Text(number if interval is None else f"{number} [{interval[0]:.3f}, {interval[1]:.3f}]")
 
 
 def show_result(folder: Path, lines: list[dict[str, Any]], report: Path | None, console: Console | None = None) -> None:
@@ -165,7 +270,8 @@ def _short(text: str, limit: int = 600) -> str:
     return printable(text, limit)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

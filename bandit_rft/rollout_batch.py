@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bandit_rft.transfer import to_device
+
 
 class PaddedRollouts(NamedTuple):
     """B rollouts as rectangles: prompts padded on the left to L_p, completions on the right to L_c (TRL's layout)."""
@@ -228,9 +230,11 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The batch on another device; itself where it is there already. Copies to a device do not wait for it."""
-        if self.tokens.device == torch.device(device):
+        if self.tokens.device == (device := torch.device(device)):
             return self
-        return RolloutBatch(**{name: x.to(device, non_blocking=True) for name, x in self.columns().items()})
+        if device.type == "cpu":
+            return RolloutBatch(**{name: x.cpu() for name, x in self.columns().items()})
+        return RolloutBatch(**{name: to_device(x, device) for name, x in self.columns().items()})
 
     def with_columns(self, **columns: Any) -> RolloutBatch:
         """The batch with other values in some per-rollout columns: tensors, arrays, lists [B], or one value for all.

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from bandit_rft.budget import last_position, planned_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import Fingerprint, PromptSet, data_difference, fingerprint, prompt_text, query_order
 from bandit_rft.metrics import Metrics
@@ -23,6 +24,8 @@ class RunData:
     Attributes:
         train: the prompts trained on.
         evaluation: the prompts of each split evaluated on.
+        rounds: how many the run takes, at most.
+        last_position: in the order of queries, at which num_train_epochs are over; None without that limit.
         fingerprints: of every split in use, by name, as a checkpoint keeps them.
 
     Raises:
@@ -44,6 +47,8 @@ class RunData:
                 raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
         self.train = self._prompts("train")
         query_order(len(self.train), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
+        self.rounds = planned_rounds(config, len(self.train))
+        self.last_position = last_position(config, len(self.train))
         self.evaluation = [self._prompts(name, config.evaluation.max_queries) for name in names]
         self.fingerprints = {name: asdict(fingerprint(task.splits[name])) for name in {"train", *names}}
 
@@ -75,6 +80,25 @@ class RunData:
             if difference:
                 logger.warning("evaluation before and after %s is on different data (%s)", checkpoint, difference)
 
+    def explain_overlap(self) -> None:
+        """Say so where an evaluation other than of "train" asks questions that are trained on."""
+        trained = {prompt_text(example.prompt) for example in self.train.examples}
+        for prompts in self.evaluation:
+            shared = sum(prompt_text(example.prompt) in trained for example in prompts.examples)
+            if shared and prompts.name != "train":
+                logger.warning(
+                    "%d of %d prompts of %s are training prompts, too: it says little of new questions",
+                    shared, len(prompts), prompts.name,
+                )  # fmt: skip
+
+    def explain_budget(self) -> None:
+        """Say so where max_rounds ends the run before the passes that were asked for."""
+        if self.last_position is not None and self.config.max_rounds * self.config.batch_size < self.last_position:
+            logger.warning(
+                "max_rounds=%d ends the run before num_train_epochs=%g, which take %d rounds",
+                self.config.max_rounds, self.config.num_train_epochs, -(-self.last_position // self.config.batch_size),
+            )  # fmt: skip
+
     def explain_history(self) -> None:
         """Say so, before anything runs, when a query's past can never be compared with."""
         prompts = [prompt_text(example.prompt) for example in self.train.examples]
@@ -83,8 +107,8 @@ class RunData:
                 "advantage=%s: %d training prompts are repeated; each repetition keeps a past of its own",
                 self.config.advantage, repeated,
             )  # fmt: skip
-        if self.config.max_rounds * self.config.batch_size <= len(prompts):
+        if self.rounds * self.config.batch_size <= len(prompts):
             logger.warning(
                 "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
-                self.config.advantage, len(prompts), self.config.max_rounds, self.config.batch_size,
+                self.config.advantage, len(prompts), self.rounds, self.config.batch_size,
             )  # fmt: skip

@@ -12,6 +12,7 @@ report.html
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ from typing import Any
 
 import filelock
 
-from bandit_rft.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import MAY_CHANGE, ConfigError
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
+from bandit_rft.paths import same_place
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.text import printable
 
@@ -87,7 +89,7 @@ class RunFolder:
             return None
         found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
         if found is not None:
-            _refuse_other_run(found[1].get("config", {}), config, found[0])
+            _refuse_other_run(found[1], config, found[0], self.path)
         if resume != "auto" and used and Path(resume).resolve().parent != self.checkpoints.resolve():
             raise ConfigError(
                 f"resume={resume} lies outside of {self.checkpoints}, and output_dir={self.path} holds a run already: "
@@ -197,6 +199,56 @@ class RunFolder:
         path.unlink()
 
 
+def checkpoint_of(path: Path, *, best: bool = False) -> tuple[Path, str]:
+    """The checkpoint that is meant by a run's folder or by a checkpoint's own, and what it is called.
+
+    Args:
+        path: a run's folder, or any folder with a model.
+        best: of a run, the kept checkpoint whose evaluation had the highest Pass@1 (on "test" where there is one, else
+            on the first split that is not "train"), not the one that was written last.
+
+    Raises:
+        ConfigError: the run has no intact checkpoint, or none that was evaluated.
+    """
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        if best:
+            raise ConfigError(f"{path} is a model, not a run: there is no best checkpoint to choose")
+        return path, str(path)
+    kept = list[Path]()
+    for checkpoint in list_checkpoints(path / "checkpoints"):
+        try:
+            read_state(checkpoint)
+        except LayoutError:  # of use for continuing a run alone
+            pass
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            continue
+        kept.append(checkpoint)
+    if not kept:
+        raise ConfigError(f"{path / 'checkpoints'} holds no intact checkpoint")
+    if not best:
+        return kept[-1], f"{kept[-1]}, the newest of {len(kept)}"
+    lines = {f"checkpoint-{line['round']}": line for line in read_metrics(path)}
+    measured = [(checkpoint, passes) for checkpoint in kept if (passes := _pass_at_1(lines.get(checkpoint.name, {})))]
+    if not measured:
+        raise ConfigError(f"no checkpoint in {path / 'checkpoints'} is of a round that was evaluated: see eval_steps")
+    splits = [split for _, passes in measured for split in passes if split != "train"] or ["train"]
+    split = "test" if "test" in splits else splits[0]
+    chosen, passes = max(measured, key=lambda found: found[1].get(split, -math.inf))
+    return chosen, (
+        f"{chosen}, the best of {len(measured)} on {split} ({passes[split]:.3f} while training; chosen by that number, "
+        "which flatters it)"
+    )
+
+
+def _pass_at_1(line: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key.split("/")[1]: value
+        for key, value in line.items()
+        if key.startswith("eval/") and key.endswith("/pass@1") and value is not None
+    }
+
+
 def _read_row_groups(path: Path) -> list[Any] | None:
     """A file's Arrow tables, one a round; None for a damaged file, which gets another name and is out of the way."""
     import pyarrow
@@ -233,7 +285,7 @@ def _round_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_run(state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path) -> None:
     """Raise ConfigError when the checkpoint was made under settings that make this another run."""
 
     def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -245,8 +297,14 @@ def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], path: P
             out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
         return out
 
-    old, new = flat(before), flat(now)
-    changed = [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)]
+    old, new = flat(state.get("config", {})), flat(now)
+    saved_in = state.get("folder")
+    before = Path(saved_in) if isinstance(saved_in, str) else None
+    changed = [
+        f"{key}: {old[key]!r} -> {new.get(key)!r}"
+        for key in old
+        if old[key] != new.get(key) and not same_place(key, old[key], before, new.get(key), folder)
+    ]
     if changed:
         raise ConfigError(
             f"{path} was made with other settings ({'; '.join(changed)}): this would be neither run. Choose another "

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.options import STRICT, fields_of, read_value
+from bandit_rft.tasks.files import named_files
 
 if TYPE_CHECKING:
     from bandit_rft.config import Config
@@ -48,6 +49,13 @@ class Section:
 
     def fits(self, config: Config) -> None:
         """Raise ValueError where this section contradicts another. What is merely questionable, audit.py explains."""
+
+
+#: Which kinds of objective these keys act on; elsewhere only their default is taken.
+CLIPPED_BY = {
+    "clip_low": ("ppo", "cispo", "gspo"), "clip_high": ("ppo", "cispo", "gspo"),
+    "importance_floor": ("importance_mask",), "importance_cap": ("importance", "importance_mask"),
+}  # fmt: skip
 
 
 @dataclass(config=STRICT)
@@ -101,6 +109,14 @@ class ObjectiveConfig(Section):
                 f"kind={self.kind}"
             )
         return self
+
+    def fits(self, config: Config) -> None:
+        for name, kinds in CLIPPED_BY.items():
+            if self.kind not in kinds and (value := getattr(self, name)) != fields_of(type(self))[name].default:
+                raise ValueError(
+                    f"objective.{name}={value:g} cannot act with objective.kind={self.kind}: it belongs to "
+                    f"{', '.join(kinds)}"
+                )
 
 
 @dataclass(config=STRICT)
@@ -373,7 +389,8 @@ class RewardConfig(Section):
 class EvaluationConfig(Section):
     """What is measured before training, every eval_steps rounds, and at the end."""
 
-    splits: list[str] = Key([], "splits to evaluate; empty: all the task has", may_change=True)
+    splits: list[str] = Key([], "splits to evaluate; empty: all the task has, and the files", may_change=True)
+    files: list[str] = Key([], "further splits, name=path each, read as the task reads its own files", may_change=True)
     num_samples: int = Key(
         1, "samples a question at evaluation.temperature; pass@1 needs one, pass@k needs k", may_change=True, ge=0
     )
@@ -382,3 +399,9 @@ class EvaluationConfig(Section):
     max_queries: int | None = Key(
         None, "use only the first so many questions of each split; null: all", may_change=True, ge=1
     )
+
+    @field_validator("files")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        named_files(value)
+        return value

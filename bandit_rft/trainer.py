@@ -10,18 +10,23 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
+    check_course,
+    configured_task,
     load_policy,
     load_reference,
     make_engine,
+    make_learning_rate,
     make_optimizer,
     make_scorer,
     make_updater,
@@ -29,6 +34,7 @@ from bandit_rft.assemble import (
     resolve_dtype,
     takes_ratios,
 )
+from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, advantage_options, check_config, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
@@ -48,7 +54,10 @@ from bandit_rft.metrics import (
     write_parquet,
 )
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
+from bandit_rft.model_card import model_card
 from bandit_rft.ops.objective import kl_estimate
+from bandit_rft.paths import absolute, saved_tree
 from bandit_rft.replay import TrajectoryReplay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import Ahead, RolloutError, staleness
@@ -57,7 +66,7 @@ from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
 from bandit_rft.sampler import Sampler
 from bandit_rft.selection import constant_groups, most_varied
-from bandit_rft.tasks import Task, load_task
+from bandit_rft.tasks import Task
 from bandit_rft.tasks.checks import check_task
 from bandit_rft.update import score_rollouts
 
@@ -98,8 +107,7 @@ class Trainer:
         self.replay = TrajectoryReplay(config.replay.capacity) if config.replay.capacity else None
         self.ahead = Ahead() if config.rollout.ahead else None
         self._saving: Metrics = {}
-        options = dict(data_path=config.data_path, seed=config.seed, options=config.task_options)
-        self.task = task or load_task(config.task, reward=config.reward.functions or None, **options)  # type: ignore[arg-type]
+        self.task = task or configured_task(config)
         if task is not None:
             check_task(task)
         self._given_policy = policy
@@ -121,6 +129,7 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Train until the budget is used up or `stop_requested`; returns the lines of metrics.jsonl."""
         with ExitStack() as stack:
+            stack.enter_context(plain_surroundings())
             stack.enter_context(self.run_folder.lock())
             self._start(stack)
             self.listener.started(self)
@@ -142,10 +151,11 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is used up: rounds, or generated tokens, or seconds, whichever comes first."""
-        tokens, seconds = self.config.max_generated_tokens, self.config.max_seconds
+        """Whether the budget is used up: rounds, passes, generated tokens or seconds, whichever comes first."""
+        tokens, seconds, last = self.config.max_generated_tokens, self.config.max_seconds, self.data.last_position
         return (
             self.round >= self.config.max_rounds
+            or (last is not None and self.position >= last)
             or (tokens is not None and self.generated_tokens >= tokens)
             or (seconds is not None and self.seconds >= seconds)
         )
@@ -161,13 +171,14 @@ class Trainer:
             shaped, shaping = self.shape_rewards(batch)
             batch = self.compare(batch, shaped)
             training, replayed = self.with_replay(batch, number)
+            self.optimizer.learning_rate = self.learning_rate(number)
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
             update = self.updater(training, number, off_policy=uncorrected or takes_ratios(self.config))
             self.kl.update(shaping.get("kl", update.kl), len(batch))
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.config.temperature, number)
+            checked = self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=update.off_policy)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {
@@ -355,13 +366,17 @@ class Trainer:
         self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead)
         if self.memory is not None:
             self.data.explain_history()
+        self.data.explain_budget()
+        self.data.explain_overlap()
+        self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
+            check_course(found[0], found[1].get("course"), self.learning_rate)
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
         self.run_folder.set_aside(None if found is None else self.round)
-        (self.folder / "config.yaml").write_text(to_yaml(config))
+        (self.folder / "config.yaml").write_text(to_yaml(config, self.folder))
         self.log = MetricsLog(
             self.folder, from_round=None if found is None else self.round,
             trackers=open_trackers(config.report_to, self.folder, asdict(config)),
@@ -409,11 +424,12 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """Measure every evaluation split with the current weights and keep the completions."""
         metrics: Metrics = {}
+        e, total = self.config.evaluation, evaluation_rollouts(self.config, map(len, self.data.evaluation))
         for prompts in self.data.evaluation:
-            e = self.config.evaluation
             result = evaluate(
                 self.engine, self.scorer, prompts,
                 seed=self.config.seed, num_samples=e.num_samples, temperature=e.temperature, greedy=e.greedy,
+                drawn=partial(self.listener.evaluated, total=total),
             )  # fmt: skip
             metrics |= result.metrics
             write_parquet(
@@ -429,19 +445,25 @@ class Trainer:
             )
         self.log.sync()
         state = {
-            "config": asdict(self.config), "data": self.data.fingerprints, "torch": torch.__version__,
-            "position": self.position, "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens,
-            "seconds": self.seconds,
+            "config": saved_tree(asdict(self.config), absolute), "folder": str(self.folder.resolve()),
+            "data": self.data.fingerprints, "torch": torch.__version__, "position": self.position,
+            "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
+            "course": self.learning_rate.course,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
         clock = Stopwatch()
         with clock.phase("checkpoint"):
             save_checkpoint(
                 self.run_folder.checkpoints, self.round, self.policy, self.optimizer, state, arrays,
-                self.config.save_total_limit,
+                self.config.save_total_limit, self._card(),
             )  # fmt: skip
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self._saved_round = self.round
+
+    def _card(self) -> str:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        lines = read_metrics(self.folder)
+        return model_card(self.config, self.task, lines, self.run_folder.evaluations, versions)
 
     def _log_rollouts(self, batch: RolloutBatch, texts: Sequence[str]) -> None:
         examples = [self.task.splits["train"][query] for query in batch.query.tolist()]

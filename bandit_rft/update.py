@@ -24,6 +24,7 @@ from bandit_rft.gates import check_logprob_gap, logprob_gaps
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,19 @@ class PolicyUpdater:
         for rows in self._minibatches(len(batch), round_index):
             self._step(batch, rows, sums, round_index, off_policy)
         # The one wait of an update on a GPU: what its steps came to.
-        if self.optimizer.asynchronous and not self.optimizer.check():
+        nothing = sums.losses[0].new_zeros(0)
+        refused, losses, norms, differences, gap, ratios, *totals = to_host(
+            self.optimizer.refused(), torch.stack(sums.losses), torch.stack(sums.norms),
+            torch.cat(sums.differences or [nothing]), nothing if sums.gap is None else sums.gap,
+            nothing if sums.ratios is None else sums.ratios, *sums.statistics.values(),
+        )  # fmt: skip
+        if refused:
             self._raise_first(sums, round_index)
-        losses, norms = ([float(x) for x in values] for values in (sums.losses, sums.norms))
-        means = {name: float(total) / max(sums.trained, 1) for name, total in sums.statistics.items()}
-        differences = torch.cat(sums.differences).float().cpu() if sums.differences else torch.zeros(0)
+        means = {n: float(total) / max(sums.trained, 1) for n, total in zip(sums.statistics, totals, strict=True)}
+        differences = differences.float()
         return Update(
-            loss=float(np.mean(losses)),
-            grad_norm=float(np.mean(norms)),
+            loss=float(np.mean(losses.tolist())),
+            grad_norm=float(np.mean(norms.tolist())),
             steps=len(losses),
             kl=means.get("kl_k3") if self.reference is not None else None,
             tokens_trained=sums.trained,
@@ -119,8 +125,8 @@ class PolicyUpdater:
             off_policy=off_policy,
             statistics=means,
             logprob_differences=differences[~differences.isnan()],
-            logprob_gap=None if sums.gap is None else float(sums.gap),
-            ratio_by_length={} if sums.ratios is None else _by_length(sums.ratios.tolist()),
+            logprob_gap=None if sums.gap is None else float(gap),
+            ratio_by_length={} if sums.ratios is None else _by_length(ratios.tolist()),
         )
 
     def _minibatches(self, size: int, round_index: int) -> Iterator[NDArray[np.int64]]:
@@ -217,7 +223,7 @@ def _largest_gap(micros: list[RolloutBatch], differences: list[Tensor], round_in
         fresh = (micro.round == round_index).nonzero()[:, 0]
         if len(fresh):
             gap = logprob_gaps(micro, difference)
-            gaps.append(gap.index_select(0, fresh.to(gap.device, non_blocking=True)))
+            gaps.append(gap.index_select(0, to_device(fresh, gap.device)))
     return torch.cat(gaps).max() if gaps else None
 
 
@@ -275,9 +281,7 @@ def training_inputs(batch: RolloutBatch, device: torch.device) -> TrainingInputs
     lengths = batch.prompt_lengths + batch.lengths - 1
     first = lengths.cumsum(0) - lengths + batch.prompt_lengths - 1  # the row that predicts a completion's first token
     predicting = torch.arange(len(batch.tokens)) + batch.per_token(first - batch.cu_seqlens[:-1])
-    return TrainingInputs(
-        input_ids.to(device, non_blocking=True), lengths.tolist(), predicting.to(device, non_blocking=True)
-    )
+    return TrainingInputs(to_device(input_ids, device), lengths.tolist(), to_device(predicting, device))
 
 
 def longest_first(batch: RolloutBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:

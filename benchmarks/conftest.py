@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from bandit_rft.ops import backends
+
 RESULTS: list[tuple[str, float, float, float]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shape", type=_shape, default=(1024, 896, 32000), metavar="N,H,V",
+        help="tokens, hidden size and vocabulary of test_operations.py [1024,896,32000]; bars are for the default",
+    )  # fmt: skip
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be three positive numbers, as in 1024,896,32000; got {text!r}")
+    return tuple(map(int, parts))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever is measured through a backend is measured through every registered one as well."""
+    if "backend" in metafunc.fixturenames:
+        own = backends.registered(backends.Call("cpu", torch.float32))
+        metafunc.parametrize("backend", [None, *own], ids=lambda name: name or "chosen")
+
+
+@pytest.fixture
+def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    return request.config.getoption("--shape")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def _forced(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    with backends.use_backend(name) if name else nullcontext():
+        yield
 
 
 @pytest.fixture

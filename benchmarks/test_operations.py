@@ -19,19 +19,25 @@ from bandit_rft import (
 from bandit_rft.ops import backends, rows
 from bandit_rft.ops.rows import Scaling, TokenInputs
 
-N, H, V, B = 1024, 896, 32000, 32
+B = 32
 Versus = Callable[..., float]
 pytestmark = pytest.mark.skipif(backends.native is None, reason="measures the compiled core")
 
 
-class Batch:
-    """A batch of 32 sequences of 32 tokens and its head; with `zeros`, 70% of the sequences have advantage 0."""
+def through(backend: str | None) -> str:
+    return f" through {backend}" if backend else ""
 
-    def __init__(self) -> None:
-        self.hidden = torch.randn(N, H, requires_grad=True)
-        self.weight = (torch.randn(V, H) * 0.03).requires_grad_()
-        self.targets = torch.randint(V, (N,))
-        self.cu_seqlens = torch.arange(0, N + 1, N // B, dtype=torch.int32)
+
+class Batch:
+    """A batch of 32 sequences of equal length and its head; in `sparse`, 70% of the sequences have advantage 0."""
+
+    def __init__(self, tokens: int, hidden_size: int, vocabulary: int) -> None:
+        self.length = max(1, tokens // B)
+        n = B * self.length
+        self.hidden = torch.randn(n, hidden_size, requires_grad=True)
+        self.weight = (torch.randn(vocabulary, hidden_size) * 0.03).requires_grad_()
+        self.targets = torch.randint(vocabulary, (n,))
+        self.cu_seqlens = torch.arange(0, n + 1, self.length, dtype=torch.int32)
         self.advantages = torch.randn(B)
         self.sparse = self.advantages.clone()
         self.sparse[torch.randperm(B)[: int(0.7 * B)]] = 0
@@ -42,7 +48,7 @@ class Batch:
     def plain(self, advantages: torch.Tensor) -> None:
         self.clear()
         logprobs = torch.log_softmax(self.hidden @ self.weight.T, -1).gather(1, self.targets[:, None])[:, 0]
-        (-(advantages.repeat_interleave(N // B) * logprobs).mean()).backward()
+        (-(advantages.repeat_interleave(self.length) * logprobs).mean()).backward()
 
     def fused(self, advantages: torch.Tensor) -> None:
         self.clear()
@@ -51,15 +57,14 @@ class Batch:
         ).loss.backward()
 
 
-@pytest.fixture(scope="module")
-def batch() -> Batch:
-    torch.manual_seed(0)
-    return Batch()
+@pytest.fixture
+def batch(shape: tuple[int, int, int]) -> Batch:
+    return Batch(*shape)
 
 
-def test_policy_loss(versus: Versus, batch: Batch) -> None:
+def test_policy_loss(versus: Versus, batch: Batch, backend: str | None) -> None:
     versus(
-        "linear_policy_loss, forward + backward / plain PyTorch",
+        f"linear_policy_loss, forward + backward{through(backend)} / plain PyTorch",
         lambda: batch.fused(batch.advantages), lambda: batch.plain(batch.advantages), bar=1.0,
     )  # fmt: skip
 
@@ -90,7 +95,7 @@ def test_policy_loss_against_bare_products(versus: Versus, batch: Batch) -> None
     )  # fmt: skip
 
 
-def test_logprobs(versus: Versus, batch: Batch) -> None:
+def test_logprobs(versus: Versus, batch: Batch, backend: str | None) -> None:
     @torch.no_grad()
     def product() -> Any:
         return batch.hidden @ batch.weight.T
@@ -99,7 +104,7 @@ def test_logprobs(versus: Versus, batch: Batch) -> None:
     def ours() -> Any:
         return linear_logprobs(batch.hidden, batch.weight, batch.targets)
 
-    versus("linear_logprobs forward / bare product", ours, product, bar=1.05, rounds=15)
+    versus(f"linear_logprobs forward{through(backend)} / bare product", ours, product, bar=1.05, rounds=15)
 
 
 def sampling(rows: int) -> dict[str, Any]:
@@ -107,8 +112,8 @@ def sampling(rows: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rows", [1, 32])
-def test_sample(versus: Versus, batch: Batch, rows: int) -> None:
-    hidden, weight, stream = torch.randn(rows, H), batch.weight.detach(), sampling(rows)
+def test_sample(versus: Versus, batch: Batch, rows: int, backend: str | None) -> None:
+    hidden, weight, stream = torch.randn(rows, batch.hidden.shape[1]), batch.weight.detach(), sampling(rows)
 
     def plain() -> Any:
         logits = hidden @ weight.T
@@ -116,7 +121,7 @@ def test_sample(versus: Versus, batch: Batch, rows: int) -> None:
         return torch.log_softmax(logits, -1).gather(1, token)
 
     versus(
-        f"linear_sample, {rows} rows / matmul + softmax + multinomial + log_softmax + gather",
+        f"linear_sample, {rows} rows{through(backend)} / matmul + softmax + multinomial + log_softmax + gather",
         lambda: linear_sample(hidden, weight, **stream), plain, bar=0.8, rounds=25,
     )  # fmt: skip
 
@@ -162,11 +167,15 @@ class TestBandwidth:
     count = 512
 
     @pytest.fixture
-    def logits(self) -> torch.Tensor:
-        return torch.randn(self.count, V)
+    def logits(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        return torch.randn(self.count, shape[2])
 
     def test_policy_rows(self, versus: Versus, logits: torch.Tensor) -> None:
-        targets, work, copy = torch.randint(V, (self.count,)), torch.empty_like(logits), torch.empty_like(logits)
+        targets, work, copy = (
+            torch.randint(logits.shape[1], (self.count,)),
+            torch.empty_like(logits),
+            torch.empty_like(logits),
+        )
         inputs = TokenInputs(torch.randn(self.count), torch.ones(self.count), None, None)
         versus(
             "policy rows in place / copy (equal traffic)",
@@ -175,7 +184,7 @@ class TestBandwidth:
         )  # fmt: skip
 
     def test_logprob_rows(self, versus: Versus, logits: torch.Tensor) -> None:
-        targets, half = torch.randint(V, (self.count,)), torch.empty_like(logits[: self.count // 2])
+        targets, half = torch.randint(logits.shape[1], (self.count,)), torch.empty_like(logits[: self.count // 2])
         versus(
             "log-probability rows / copy of half the rows (equal traffic)",
             lambda: logprobs_from_logits(logits, targets), lambda: half.copy_(logits[: self.count // 2]),

@@ -1,15 +1,17 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
 """What the two fused heads share: the tile of logits, its softmax state, how states merge, and which kernel serves.
 
-    tile[v, n] = sum_h weight[v, h] hidden[n, h] + bias[v], in float32; h ascending in one accumulator
-    state of a tile = (m, s, t) of each row n;  states merge 512 tiles at a time, tiles ascending (row_math.py)
+    tile[n, v] = sum_h hidden[n, h] weight[v, h] + bias[v], in float32; h ascending in one accumulator
+    state of 128 logits (64 in float32) = (m, s, t) of each row n;  states merge 512 at a time, ascending (row_math.py)
 
-The vocabulary lies along the product's M: its instructions take at least 64 there, which the weight always fills, while
-N can be as small as the batch. Programs are persistent: each computes many tiles, loading the next while it reduces
-the last. How many vocabulary entries a tile has, how many warps share them, and so in which order sums are taken,
-depends on the dtype and the architecture, never on how many rows there are: one hidden state gets the same bits alone
-(a decoding step) and among thousands (scoring a batch). Of a row of logits only states exist in memory: 12 bytes a
-tile, 1-2% of float32 logits.
+Rows lie along the product's M, the vocabulary along N: there a thread has 32 of 128 logits of a row, the other 96 are
+its three neighbours', so a row is reduced in registers and by two shuffles, without a barrier. (The other way round, 64
+threads in 8 warps share a row, and reducing takes more instructions than all the rest.) Few rows are padded to 64,
+whose softmax and noise the multiprocessor computes while other programs load the weight. Programs are persistent: each
+computes many tiles, loading the next while it reduces the last. In which order sums are taken does not depend on the
+tile: halves of a row's logits are added to one another, element by element, down to 16. One hidden state gets the same
+bits alone (a decoding step) and among thousands (scoring a batch). Of a row of logits only states exist in memory: 12
+bytes each, 1-2% of float32 logits.
 """
 
 from __future__ import annotations
@@ -21,53 +23,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_math import LOWEST, weighted
+from .row_math import LOWEST, fast_exp
 
-EIGHT_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 INTERPRETED_PROGRAMS = 3  # fewer than tiles, so that the interpreter also goes around the loop
 
 
 class Tile(NamedTuple):
     """BLOCK_V logits of each of BLOCK_N rows, BLOCK_H of the hidden size at a time; and how Triton compiles it."""
 
-    BLOCK_V: int
     BLOCK_N: int
+    BLOCK_V: int
     BLOCK_H: int
     num_warps: int
     num_stages: int
     #: Whether a * b + c becomes one instruction would be decided for each kernel anew, and change bits between them.
     enable_fp_fusion: bool = False
-    #: Left to itself, Triton bounds sm_100's registers by 128 a thread, and a draw spills.
-    maxnreg: int | None = None
+
+
+def state_width(dtype: torch.dtype) -> int:
+    """Logits of a row that have a state of their own, for scoring and drawing alike."""
+    return 64 if dtype == torch.float32 else 128
 
 
 def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = False) -> Tile:
     """Which kernel serves: the tile for this many rows on sm_80, sm_90 or sm_100, for scoring or for drawing.
 
-    BLOCK_V and the warps, hence all sums over the vocabulary, depend on the dtype and the architecture alone, so that
-    scoring a drawn token gives its bits again. The vendor's product with the CUDA row kernel would score large hidden
-    sizes a little faster (H = 4096: about 1.12 of the bare product, by estimate, against 1.2), but sums in an order of
-    its own for every shape: the pair stays together here.
+    The vendor's product with the CUDA row kernel would score about as fast (docs/performance.md predicts both), but
+    sums in an order of its own for every shape; these two give a drawn token the same bits when it is scored.
 
-    Few rows: reading an entry of the weight, 2 H bytes, takes H / 2150 ns at 4.3 TB/s, and its noise 40 instructions a
-    padded row, 1.9 ps at 21 T instructions a second. So padding 8 rows to 64 would cost 107 ps where reading takes
-    417 ps (H = 896): N is the least of 8, 16, 32, 64 (no 8 on sm_100, whose instruction has no less than 16, nor before
-    Triton 3.9, which turns to another instruction there).
-    Many rows: a tile of V x N reads (V + N) 2 H bytes of shared memory for 2 V N H FLOP; 128 x 256 has 171 FLOP a byte,
-    128 x 128 128, and 6 TFLOP/s a multiprocessor from 33 TB/s / 132 of shared memory need 24. What decides is how often
-    hidden states and weight come from L2: 128 x 256 halves that again. The draw keeps 128 x 128: noise needs registers.
-    Stages fill the shared memory (164 KiB a multiprocessor on sm_80, 228 KiB from sm_90 on) with loads in flight.
+    Few rows: reading an entry of the weight, 2 H bytes, takes H / 2150 ns at 4.3 TB/s: 417 ps where H = 896. Softmax
+    and noise of 64 rows, padding included, take 64 x 55 instructions, 164 ps at 21 T instructions a second: 40% of
+    that. So two programs share a multiprocessor (4 warps and 100 KiB each on sm_90): one loads, the other computes.
+    Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 64 x 128
+    has 43. Scoring takes the former. A draw has as much to compute as to multiply, and keeps to two programs side by
+    side. On sm_80 and sm_100 larger tiles than 64 x 128 spill.
+    Stages fill the shared memory (164 KiB a multiprocessor on sm_80, 228 KiB from sm_90 on) with loads in flight. What
+    the compiler makes of each tile stands in docs/building.md.
     """
     if dtype == torch.float32:  # exact products on the ordinary arithmetic units
-        return Tile(64, 32, 32, 4, 3)
-    least = 8 if capability // 10 == 9 and EIGHT_WIDE else 16
-    few = max(least, triton.next_power_of_2(max(1, min(rows, 64))))
-    if capability < 90:  # up to N = 32 the four warps all lie along M; beyond, they would share out the sums anew
-        return Tile(128, min(few, 32), 64, 4, 4)
-    registers = 168 if draws and capability >= 100 else None
-    if rows <= 64:
-        return Tile(128, few, 64, 8, 5, maxnreg=registers)
-    return Tile(128, 128, 64, 8, 4, maxnreg=registers) if draws else Tile(128, 256, 64, 8, 4)
+        return Tile(32, 64, 32, 4, 3)
+    if capability < 90:
+        return Tile(64, 128, 64, 8, 3)
+    if capability >= 100:
+        return Tile(64, 128, 64, 8, 4)
+    return Tile(64, 128, 64, 4, 4) if draws or rows <= 64 else Tile(128, 256, 64, 8, 4)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -78,12 +77,13 @@ def capability_of(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
-def programs_for(tiles: int, tile: Tile, tensor: Tensor) -> int:
-    """Persistent programs: as many as reside on the GPU at once, two a multiprocessor where registers allow."""
+def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor) -> int:
+    """Persistent programs: as many as reside on the GPU at once, of 4 warps two a multiprocessor (255 registers)."""
+    tiles: int = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
     if not tensor.is_cuda:
         return min(tiles, INTERPRETED_PROGRAMS)
-    multiprocessors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return min(tiles, multiprocessors * (2 if tile.BLOCK_N <= 16 else 1))
+    multiprocessors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return min(tiles, multiprocessors * (2 if tile.num_warps == 4 else 1))
 
 
 def describable(matrix: Tensor, capability: int) -> bool:
@@ -127,88 +127,138 @@ def place(index, rows, vocabulary, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr)
 def logits_tile(
     hidden, weight, bias, first_row, first_column, rows, vocabulary, hidden_stride, weight_stride,
     H: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits float32 [BLOCK_V, BLOCK_N] from vocabulary entry first_column and row first_row on, int32 both.
+    """Raw logits float32 [BLOCK_N, BLOCK_V] from row first_row and vocabulary entry first_column on, int32 both.
 
     DESCRIBED: hidden and weight are tensor descriptors, whose loads are bulk copies and give zeros past the end; else
     pointers. WIDEN makes float32 of the operands: Triton's interpreter multiplies bfloat16 as the integers that encode
     it (the products are the same).
     """
-    tile = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     column = first_column + tl.arange(0, BLOCK_V)
     if DESCRIBED:
         for start in range(0, H, BLOCK_H):
-            w = weight.load([first_column, start])
             x = hidden.load([first_row, start])
+            w = weight.load([first_column, start])
             if WIDEN:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
-            tile = tl.dot(w, tl.trans(x), tile, input_precision="ieee")
+            tile = tl.dot(x, tl.trans(w), tile, input_precision="ieee")
     else:
         h = tl.arange(0, BLOCK_H)
         row = first_row + tl.arange(0, BLOCK_N)
-        hiddens = hidden + row.to(tl.int64)[None, :] * hidden_stride + h[:, None]
-        weights = weight + column.to(tl.int64)[:, None] * weight_stride + h[None, :]
-        row_exists = (row < rows)[None, :]
-        column_exists = (column < vocabulary)[:, None]
+        hiddens = hidden + row.to(tl.int64)[:, None] * hidden_stride + h[None, :]
+        weights = weight + column.to(tl.int64)[None, :] * weight_stride + h[:, None]
+        row_exists = (row < rows)[:, None]
+        column_exists = (column < vocabulary)[None, :]
         for start in range(0, H, BLOCK_H):
             if H % BLOCK_H == 0:
                 x = tl.load(hiddens, mask=row_exists, other=0.0)
                 w = tl.load(weights, mask=column_exists, other=0.0)
             else:
-                x = tl.load(hiddens, mask=row_exists & (h < H - start)[:, None], other=0.0)
-                w = tl.load(weights, mask=column_exists & (h < H - start)[None, :], other=0.0)
+                x = tl.load(hiddens, mask=row_exists & (h < H - start)[None, :], other=0.0)
+                w = tl.load(weights, mask=column_exists & (h < H - start)[:, None], other=0.0)
             if WIDEN:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
-            tile = tl.dot(w, x, tile, input_precision="ieee")
+            tile = tl.dot(x, w, tile, input_precision="ieee")
             hiddens += BLOCK_H
             weights += BLOCK_H
     if bias is not None:
-        tile += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[:, None]
+        tile += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
     return tile
 
 
 @triton.jit
 def halves(z):
-    """The left and the right half of z [v, n]: registers change names, nothing moves."""
+    """The left and the right half of z [n, v]: registers change names, nothing moves."""
     return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def piece_of(z, number: tl.constexpr, PIECES: tl.constexpr):
-    """Piece `number` of z [v, n] cut into PIECES (1 to 16, a power of 2) of n / PIECES columns each.
+    """Piece `number` of z [n, v] cut into PIECES (1, 2 or 4) of v / PIECES columns each.
 
-    The heads reduce 16 columns at a time: what a reduction keeps beside the tile must fit the registers.
+    What a reduction keeps beside the tile must fit the registers.
     """
     if PIECES > 1:
         left, right = halves(z)
         z = left if number < PIECES // 2 else right
         if PIECES > 2:
             left, right = halves(z)
-            z = left if number % (PIECES // 2) < PIECES // 4 else right
-            if PIECES > 4:
-                left, right = halves(z)
-                z = left if number % (PIECES // 4) < PIECES // 8 else right
-                if PIECES > 8:
-                    left, right = halves(z)
-                    z = left if number % (PIECES // 8) < PIECES // 16 else right
+            z = left if (number == 0) | (number == 2) else right
     return z
 
 
 @triton.jit
-def store_state(z, states, tile, tiles, row, rows):
-    """The state of z [BLOCK_V, n] (-inf past the end) into states [3, tiles, rows]; row int64 [n]."""
-    m = tl.maximum(tl.max(z, 0), LOWEST)
-    d = z - m[None, :]
-    p = tl.exp(d)
+def largest(z):
+    """The maximum of each row of z [n, 128] or [n, 64]; a NaN is passed over."""
+    left, right = halves(z)
+    z = tl.maximum(left, right)
+    if z.shape[1] > 32:
+        left, right = halves(z)
+        z = tl.maximum(left, right)
+    return tl.max(z, 1)
+
+
+@triton.jit
+def relative(z, m, FAST: tl.constexpr):
+    """p = exp(z - m) and (z - m) p of z [n, v].
+
+    A logit of -inf has p = 0, and -inf * 0 must not become NaN; a NaN has p = NaN and stays one.
+    """
+    d = z - m[:, None]
+    p = fast_exp(d, FAST)
+    return p, tl.maximum(d, LOWEST) * p
+
+
+@triton.jit
+def added(x):
+    """The sum of each row of x [n, 32]: left and right half added, down to one column, wherever threads have them."""
+    n: tl.constexpr = x.shape[0]
+    x = tl.sum(tl.reshape(x, (n, 2, 16)), 1)
+    x = tl.sum(tl.reshape(x, (n, 2, 8)), 1)
+    x = tl.sum(tl.reshape(x, (n, 2, 4)), 1)
+    x = tl.sum(tl.reshape(x, (n, 2, 2)), 1)
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def sums(z, m, FAST: tl.constexpr):
+    """The sums of `relative` over each row of z [n, 128] or [n, 64]: left and right half added, down to one column.
+
+    Written so that few numbers are alive at a time.
+    """
+    left, right = halves(z)
+    if z.shape[1] == 128:
+        left, second = halves(left)
+        third, fourth = halves(right)
+        s, t = relative(left, m, FAST)
+        p, dp = relative(third, m, FAST)
+        s += p
+        t += dp
+        p, dp = relative(second, m, FAST)
+        q, dq = relative(fourth, m, FAST)
+        p += q
+        dp += dq
+    else:
+        s, t = relative(left, m, FAST)
+        p, dp = relative(right, m, FAST)
+    return added(s + p), added(t + dp)
+
+
+@triton.jit
+def store_state(z, states, tile, tiles, row, rows, FAST: tl.constexpr):
+    """The state of z [n, v] (-inf past the end) into states [3, tiles, rows], if the tile exists; row int64 [n]."""
+    m = tl.maximum(largest(z), LOWEST)
+    s, t = sums(z, m, FAST)
     plane = tiles.to(tl.int64) * rows
     at = states + tile.to(tl.int64) * rows + row
-    inside = row < rows
+    inside = row < tl.where(tile < tiles, rows, 0)
     tl.store(at, m, mask=inside)
-    tl.store(at + plane, tl.sum(p, 0), mask=inside)
-    tl.store(at + 2 * plane, tl.sum(weighted(d, p), 0), mask=inside)
+    tl.store(at + plane, s, mask=inside)
+    tl.store(at + 2 * plane, t, mask=inside)
 
 
 @triton.jit(do_not_specialize=["vocabulary", "tiles", "rows"])

@@ -4,7 +4,7 @@
     z = softcap(logit_scale (hidden . weight^T + bias)) / temperature
     logp = z_target - logsumexp(z);  entropy = logsumexp(z) - sum_j p_j z_j
 
-No logit is ever in memory; of each row 12 bytes a tile of 128 logits are (head_tile.py). Products of bfloat16 and
+No logit is ever in memory; of each row 12 bytes for 128 logits are (head_tile.py). Products of bfloat16 and
 float16 accumulate in float32 (float32 products are exact, without TF32), and so does everything after them: the error
 is that of a float32 softmax over unrounded logits. 2NHV FLOP.
 """
@@ -27,6 +27,7 @@ from .head_tile import (
     place,
     programs_for,
     row_chunks,
+    state_width,
     store_state,
 )
 from .row_math import scaled
@@ -36,31 +37,34 @@ from .row_math import scaled
 def score_tiles(
     hidden, weight, bias, targets, temperatures, states, target_logit, rows, vocabulary, hidden_stride, weight_stride,
     logit_scale, softcap, temperature, H: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIBED: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    WIDEN: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """States [3, tiles, rows] of every tile, and the target's logit [rows] from the tile that has it."""
-    tiles = tl.cdiv(vocabulary, BLOCK_V)
-    for index in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N) * tiles, tl.num_programs(0), flatten=True):
+    """States [3, tiles, rows] of every WIDTH logits, and the target's logit [rows] from where it is."""
+    tiles = tl.cdiv(vocabulary, WIDTH)
+    blocks = tl.cdiv(rows, BLOCK_N) * tl.cdiv(vocabulary, BLOCK_V)
+    for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0), flatten=True):
         row_block, tile = place(index, rows, vocabulary, BLOCK_N, BLOCK_V)
         x = logits_tile(
             hidden, weight, bias, row_block * BLOCK_N, tile * BLOCK_V, rows, vocabulary, hidden_stride, weight_stride,
-            H, DESCRIBED, WIDEN, BLOCK_V, BLOCK_N, BLOCK_H,
+            H, DESCRIBED, WIDEN, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        pieces: tl.constexpr = (BLOCK_N + 15) // 16
-        width: tl.constexpr = BLOCK_N // pieces
-        for piece in tl.static_range(pieces):
-            row = row_block.to(tl.int64) * BLOCK_N + piece * width + tl.arange(0, width)
-            divisor = temperature
-            if temperatures is not None:
-                divisor = tl.load(temperatures + row, mask=row < rows, other=1.0)[None, :]
-            z = scaled(piece_of(x, piece, pieces), logit_scale, softcap, divisor, SOFTCAP)
-            z = tl.where((column < vocabulary)[:, None], z, -float("inf"))
-            store_state(z, states, tile, tiles, row, rows)
-            # Whoever holds the target's logit stores it: at most one a row, nothing to reduce.
-            target = tl.load(targets + row, mask=row < rows, other=-1)
-            here = (column[:, None] == target[None, :]) & (column < vocabulary)[:, None]
-            tl.store(target_logit + row[None, :] + tl.zeros((BLOCK_V, 1), tl.int64), z, mask=here)
+        row = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        divisor = temperature
+        if temperatures is not None:
+            divisor = tl.load(temperatures + row, mask=row < rows, other=1.0)[:, None]
+        target = tl.load(targets + row, mask=row < rows, other=-1)
+        for part in tl.static_range(BLOCK_V // WIDTH):
+            first = tile * BLOCK_V + part * WIDTH
+            column = first + tl.arange(0, WIDTH)
+            z = scaled(piece_of(x, part, BLOCK_V // WIDTH), logit_scale, softcap, divisor, SOFTCAP)
+            z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+            # Whoever holds the target's logit gives it; few tiles have any row's.
+            here = (target >= first) & (target < tl.minimum(first + WIDTH, vocabulary))
+            if tl.max(here.to(tl.int32), 0) > 0:
+                chosen = tl.where(column[None, :] == target[:, None], z, -float("inf"))
+                tl.store(target_logit + row, tl.max(chosen, 1), mask=here)
+            store_state(z, states, first // WIDTH, tiles, row, rows, not WIDEN)
 
 
 def linear_logprobs(
@@ -87,7 +91,8 @@ def linear_logprobs(
     temperatures = temperature.contiguous() if isinstance(temperature, Tensor) else None
     bias = None if bias is None else bias.contiguous()
     capability = capability_of(hidden)
-    tiles = triton.cdiv(vocabulary, configuration(rows, hidden.dtype, capability).BLOCK_V)
+    width = state_width(hidden.dtype)
+    tiles = triton.cdiv(vocabulary, width)
     chunks = row_chunks(rows, tiles, 12, workspace)
     with on_device_of(hidden):
         for start in chunks:
@@ -95,13 +100,13 @@ def linear_logprobs(
             h = hidden[part]
             states = torch.empty((3, tiles, len(h)), dtype=torch.float32, device=hidden.device)
             tile = configuration(len(h), hidden.dtype, capability)
-            programs = programs_for(triton.cdiv(len(h), tile.BLOCK_N) * tiles, tile, h)
+            programs = programs_for(len(h), vocabulary, tile, h)
             hiddens, weights, described = operands(h, weight, tile, capability)
             score_tiles[(programs,)](
                 hiddens, weights, bias, targets[part], None if temperatures is None else temperatures[part], states,
                 chosen[part], len(h), vocabulary, h.stride(0), weight.stride(0), logit_scale, softcap or 0.0,
                 1.0 if temperatures is not None else temperature, weight.shape[1], softcap is not None, described,
-                not h.is_cuda, **tile._asdict(),
+                not h.is_cuda, width, **tile._asdict(),
             )  # fmt: skip
             launch_merge(
                 states, vocabulary, out[0, part], out[1, part], chosen_logit=chosen[part], targets=targets[part]

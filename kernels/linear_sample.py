@@ -4,9 +4,14 @@
     z = softcap(logit_scale (hidden . weight^T + bias)) / temperature
     token = argmax_j z_j + g_j;  logp = z_token - logsumexp(z);  entropy = logsumexp(z) - sum_j p_j z_j
 
-Neither logits nor noise are ever in memory; of each row 24 bytes a tile of 128 logits are. The vocabulary is cut into
-tiles whatever the batch, so that one row fills the GPU; a second kernel merges the tiles. The tile and the merge are
-those of linear_logprobs.py: sampling and scoring a hidden state give the same log-probability, bit for bit.
+Neither logits nor noise are ever in memory; of each row 24 bytes for 128 logits are. The vocabulary is cut into tiles
+whatever the batch, so that one row fills the GPU; a second kernel merges the tiles. The tile and the merge are those of
+linear_logprobs.py: sampling and scoring a hidden state give the same log-probability, bit for bit.
+
+Why a second kernel, and not the first one's last block: between two kernels of a CUDA graph lies about a microsecond,
+against 63 (H = 896) or 290 (H = 4096) that reading the weight takes. But V / 128 tiles of 24 bytes are 1.8 MB for 64
+rows, which one block alone would read for some ten microseconds, where eight blocks share them; and the counter that
+finds the last block, left dirty by an aborted launch, would make later draws silently wrong.
 """
 
 from __future__ import annotations
@@ -27,20 +32,21 @@ from .head_tile import (
     place,
     programs_for,
     row_chunks,
+    state_width,
     store_state,
 )
-from .philox import approximate_noise, gumbel_noise, words_of
+from .philox import gumbel_noise, nearly_perturbed, words_of
 from .row_math import scaled
 
-#: How far `approximate_noise` may be from `gumbel_noise` (see there), with the roundings of adding either to a logit of
-#: size a: MARGIN + 2^-22 a. Two perturbed logits further apart than twice that are in the order of the exact ones.
+#: How far `nearly_perturbed` may be off (see there), with the roundings of adding the exact noise to a logit of size a:
+#: MARGIN + 2^-22 a. Two perturbed logits further apart than twice that are in the order of the exact ones.
 MARGIN = tl.constexpr(2.0**-15)
 
 
 @triton.jit
 def quarters(z):
-    """Rows 4k, 4k + 1, 4k + 2 and 4k + 3 of z [v, n], [v / 4, n] each: the tokens whose words one counter gives."""
-    z = tl.permute(tl.reshape(z, (z.shape[0] // 4, 2, 2, z.shape[1])), (0, 3, 1, 2))
+    """Columns 4k, 4k + 1, 4k + 2 and 4k + 3 of z [n, v], [n, v / 4] each: the tokens whose words one counter gives."""
+    z = tl.reshape(z, (z.shape[0], z.shape[1] // 4, 2, 2))
     even, odd = tl.split(z)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -48,56 +54,65 @@ def quarters(z):
 
 
 @triton.jit
-def better_of(best, which, value, number):
-    """The better of two perturbed logits and whose it is; the first on a tie."""
-    return tl.maximum(best, value), tl.where(value > best, number, which)
+def perturbed_by(z, word, APPROXIMATE: tl.constexpr, FAST: tl.constexpr):
+    """z plus its Gumbel noise, as it is, or within MARGIN of it but for a constant."""
+    if APPROXIMATE:
+        return nearly_perturbed(z, word, FAST)
+    return z + gumbel_noise(word)
 
 
 @triton.jit
-def exact_best(z0, z1, z2, z3, w0, w1, w2, w3):
-    """(best perturbed logit, its token within the tile) of each column; the lowest token on a tie."""
-    best = z0 + gumbel_noise(w0)
-    which = tl.zeros_like(w0).to(tl.int32)
-    best, which = better_of(best, which, z1 + gumbel_noise(w1), 1)
-    best, which = better_of(best, which, z2 + gumbel_noise(w2), 2)
-    best, which = better_of(best, which, z3 + gumbel_noise(w3), 3)
-    value, quad = tl.max(best, 0, return_indices=True, return_indices_tie_break_left=True)
-    here = tl.arange(0, z0.shape[0])[:, None] == quad[None, :]
-    return value, 4 * quad + tl.sum(tl.where(here, which, 0), 0)
+def offer(best, second, z_best, which, z, word, number, APPROXIMATE: tl.constexpr, FAST: tl.constexpr):
+    """One more token in each place: the best and second-best perturbed logit so far, the best's logit and number."""
+    perturbed = perturbed_by(z, word, APPROXIMATE, FAST)
+    better = perturbed > best
+    second = tl.maximum(second, tl.minimum(best, perturbed))
+    return tl.maximum(best, perturbed), second, tl.where(better, z, z_best), tl.where(better, number, which)
 
 
 @triton.jit
-def draw_from_tile(z, seed, sequence, position, first, FAST: tl.constexpr):
-    """(perturbed logit, logit, token within the tile) of the best token in each column of z [BLOCK_V, BLOCK_N].
+def best_of_tile(
+    z, seed, sequence, position, first, APPROXIMATE: tl.constexpr, FAST: tl.constexpr, PIECE: tl.constexpr
+):
+    """(logit, token within the tile, how many come near it) of the best perturbed logit in each row of z [n, v].
+
+    Of equal ones the lowest token. `first`, a multiple of 4, is the tile's first token.
+    """
+    none = tl.full((z.shape[0], PIECE // 4), -float("inf"), tl.float32)
+    best = none
+    second = none
+    z_best = none
+    which = tl.zeros((z.shape[0], PIECE // 4), tl.int32)
+    for piece in tl.static_range(z.shape[1] // PIECE):
+        z0, z1, z2, z3 = quarters(piece_of(z, piece, z.shape[1] // PIECE))
+        quad = first // 4 + piece * (PIECE // 4) + tl.arange(0, PIECE // 4)
+        w0, w1, w2, w3 = words_of(seed, sequence[:, None], position[:, None], quad[None, :])
+        best, second, z_best, which = offer(best, second, z_best, which, z0, w0, piece * PIECE, APPROXIMATE, FAST)
+        best, second, z_best, which = offer(best, second, z_best, which, z1, w1, piece * PIECE + 1, APPROXIMATE, FAST)
+        best, second, z_best, which = offer(best, second, z_best, which, z2, w2, piece * PIECE + 2, APPROXIMATE, FAST)
+        best, second, z_best, which = offer(best, second, z_best, which, z3, w3, piece * PIECE + 3, APPROXIMATE, FAST)
+    value = tl.max(best, 1)
+    at_best = best == value[:, None]
+    token = tl.min(tl.where(at_best, which + 4 * tl.arange(0, PIECE // 4)[None, :], z.shape[1] - 1), 1)
+    chosen = at_best & (which + 4 * tl.arange(0, PIECE // 4)[None, :] == token[:, None])
+    near = (value - 2.0 * (MARGIN + 2.0**-22 * tl.abs(value)))[:, None]
+    rivals = tl.sum((best >= near).to(tl.int32) + (second >= near).to(tl.int32), 1)
+    return tl.max(tl.where(chosen, z_best, -float("inf")), 1), token, rivals
+
+
+@triton.jit
+def draw_from_tile(z, seed, sequence, position, first, FAST: tl.constexpr, PIECE: tl.constexpr):
+    """(perturbed logit, logit, token within the tile) of the best token in each row of z [n, v].
 
     Approximate noise finds the winner, whose perturbed logit alone is computed exactly. Where another one comes within
-    the margin (a column in 16,000 or so), the whole tile is computed exactly: the draw is the exact one, always.
-    `first`, a multiple of 4, is the tile's first token.
+    the margin (a row in 16,000 or so), the whole tile is computed exactly: the draw is the exact one, always.
     """
-    z0, z1, z2, z3 = quarters(z)
-    quad = first // 4 + tl.arange(0, z0.shape[0])
-    w0, w1, w2, w3 = words_of(seed, sequence[None, :], position[None, :], quad[:, None])
-    a0 = z0 + approximate_noise(w0, FAST)
-    a1 = z1 + approximate_noise(w1, FAST)
-    a2 = z2 + approximate_noise(w2, FAST)
-    a3 = z3 + approximate_noise(w3, FAST)
-    best = a0
-    which = tl.zeros_like(w0).to(tl.int32)
-    best, which = better_of(best, which, a1, 1)
-    best, which = better_of(best, which, a2, 2)
-    best, which = better_of(best, which, a3, 3)
-    value, index = tl.max(best, 0, return_indices=True, return_indices_tie_break_left=True)
-    near = (value - 2.0 * (MARGIN + 2.0**-22 * tl.abs(value)))[None, :]
-    close = (a0 >= near).to(tl.int32) + (a1 >= near).to(tl.int32) + (a2 >= near).to(tl.int32)
-    rivals = tl.sum(close + (a3 >= near).to(tl.int32), 0)
-    here = tl.arange(0, z0.shape[0])[:, None] == index[None, :]
-    token = 4 * index + tl.sum(tl.where(here, which, 0), 0)
+    z_best, token, rivals = best_of_tile(z, seed, sequence, position, first, True, FAST, PIECE)
     if tl.max(rivals, 0) > 1:
-        _, token = exact_best(z0, z1, z2, z3, w0, w1, w2, w3)
-    z_best = tl.sum(tl.where(tl.arange(0, z.shape[0])[:, None] == token[None, :], z, 0.0), 0)
-    v0, v1, v2, v3 = words_of(seed, sequence, position, first // 4 + token // 4)
+        z_best, token, rivals = best_of_tile(z, seed, sequence, position, first, False, FAST, PIECE)
+    w0, w1, w2, w3 = words_of(seed, sequence, position, first // 4 + token // 4)
     last = token % 4
-    word = tl.where(last < 2, tl.where(last == 0, v0, v1), tl.where(last == 2, v2, v3))
+    word = tl.where(last < 2, tl.where(last == 0, w0, w1), tl.where(last == 2, w2, w3))
     return z_best + gumbel_noise(word), z_best, token
 
 
@@ -106,7 +121,7 @@ def draw_tiles(
     hidden, weight, bias, seed, sequences, positions, temperatures, states, winners, winning_token, rows, vocabulary,
     hidden_stride, weight_stride, logit_scale, softcap, temperature,
     H: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """States [3, tiles, rows] of every tile, and its winner: perturbed logit and logit [2, tiles, rows], token."""
     tiles = tl.cdiv(vocabulary, BLOCK_V)
@@ -115,27 +130,24 @@ def draw_tiles(
         row_block, tile = place(index, rows, vocabulary, BLOCK_N, BLOCK_V)
         x = logits_tile(
             hidden, weight, bias, row_block * BLOCK_N, tile * BLOCK_V, rows, vocabulary, hidden_stride, weight_stride,
-            H, DESCRIBED, WIDEN, BLOCK_V, BLOCK_N, BLOCK_H,
+            H, DESCRIBED, WIDEN, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        pieces: tl.constexpr = (BLOCK_N + 15) // 16
-        width: tl.constexpr = BLOCK_N // pieces
-        for piece in tl.static_range(pieces):
-            row = row_block.to(tl.int64) * BLOCK_N + piece * width + tl.arange(0, width)
-            inside = row < rows
-            divisor = temperature
-            if temperatures is not None:
-                divisor = tl.load(temperatures + row, mask=inside, other=1.0)[None, :]
-            z = scaled(piece_of(x, piece, pieces), logit_scale, softcap, divisor, SOFTCAP)
-            z = tl.where((column < vocabulary)[:, None], z, -float("inf"))
-            store_state(z, states, tile, tiles, row, rows)
-            sequence = tl.load(sequences + row, mask=inside, other=0)
-            position = tl.load(positions + row, mask=inside, other=0)
-            best, z_best, token = draw_from_tile(z, number, sequence, position, tile * BLOCK_V, not WIDEN)
-            at = tile.to(tl.int64) * rows + row
-            tl.store(winners + at, best, mask=inside)
-            tl.store(winners + tiles.to(tl.int64) * rows + at, z_best, mask=inside)
-            tl.store(winning_token + at, tile * BLOCK_V + token, mask=inside)
+        row = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = row < rows
+        divisor = temperature
+        if temperatures is not None:
+            divisor = tl.load(temperatures + row, mask=inside, other=1.0)[:, None]
+        z = scaled(x, logit_scale, softcap, divisor, SOFTCAP)
+        z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+        store_state(z, states, tile, tiles, row, rows, not WIDEN)
+        sequence = tl.load(sequences + row, mask=inside, other=0)
+        position = tl.load(positions + row, mask=inside, other=0)
+        best, z_best, token = draw_from_tile(z, number, sequence, position, tile * BLOCK_V, not WIDEN, 32)
+        at = tile.to(tl.int64) * rows + row
+        tl.store(winners + at, best, mask=inside)
+        tl.store(winners + tiles.to(tl.int64) * rows + at, z_best, mask=inside)
+        tl.store(winning_token + at, tile * BLOCK_V + token, mask=inside)
 
 
 def linear_sample(
@@ -164,7 +176,7 @@ def linear_sample(
     sequence_ids, positions = sequence_ids.contiguous(), positions.contiguous()
     bias = None if bias is None else bias.contiguous()
     capability = capability_of(hidden)
-    tiles = triton.cdiv(vocabulary, configuration(rows, hidden.dtype, capability).BLOCK_V)
+    tiles = triton.cdiv(vocabulary, state_width(hidden.dtype))
     chunks = row_chunks(rows, tiles, 24, workspace)
     with on_device_of(hidden):
         for start in chunks:
@@ -174,7 +186,7 @@ def linear_sample(
             winners = torch.empty((2, tiles, len(h)), dtype=torch.float32, device=device)
             winning_token = torch.empty((tiles, len(h)), dtype=torch.int32, device=device)
             tile = configuration(len(h), hidden.dtype, capability, draws=True)
-            programs = programs_for(triton.cdiv(len(h), tile.BLOCK_N) * tiles, tile, h)
+            programs = programs_for(len(h), vocabulary, tile, h)
             hiddens, weights, described = operands(h, weight, tile, capability)
             draw_tiles[(programs,)](
                 hiddens, weights, bias, seed, sequence_ids[part], positions[part],

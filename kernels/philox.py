@@ -42,29 +42,31 @@ def random_words(seed, sequence, position, first, ROWS: tl.constexpr, TOKENS: tl
 
 
 @triton.jit
-def fast_log(x, FAST: tl.constexpr):
-    """ln x by the special function unit: within 2^-22 ln 2 for x in [0.5, 2], within 2^-22 of itself elsewhere.
+def fast_log2(x, FAST: tl.constexpr):
+    """log2 x by the special function unit: within 2^-22 for x in [0.5, 2], within 2^-22 of itself elsewhere.
 
     Without FAST (Triton's interpreter has no such unit) the ordinary logarithm.
     """
     if FAST:
-        return libdevice.fast_logf(x)
-    return tl.log(x)
+        return libdevice.fast_log2f(x)
+    return tl.log2(x)
 
 
 @triton.jit
-def approximate_noise(word, FAST: tl.constexpr):
-    """Gumbel noise within 2^-15 of `gumbel_noise`, for a third of its instructions.
+def nearly_perturbed(z, word, FAST: tl.constexpr):
+    """z plus Gumbel noise plus log log 2, within 2^-15 + 2^-22 |z| of that, for a third of the instructions.
 
-    E = -log1p(-u), g = -log E. Small u, where 1 - u would round u away: E = u + u^2/2 + u^3/3 + u^4/4, off by u^4/5 of
-    itself, at most 1.9e-7 below u = 1/32. Larger u: fast_log(1 - u), off by 2^-22 ln 2 + 2^-25 in E >= 1/32 (the rest
-    of E's range by 2^-22 of itself): 6.3e-6 of itself. The last logarithm, of E in [2^-33, 17], is off by at most
-    2^-22 x 22.9 = 5.5e-6, roundings add 1.4e-6, and `gumbel_noise` itself is within 4 units in the last place of 22.9,
-    7.6e-6: in all less than 2.1e-5 < 2^-15.
+    E = -log1p(-u), g = -log E; here E / log 2, so g comes out as -log 2 log2(E / log 2) = g + log log 2: what is the
+    same for all tokens decides nothing. Small u, where 1 - u would round u away: E = u + u^2/2 + u^3/3 + u^4/4, off by
+    u^4/5 of itself, at most 1.9e-7 below u = 1/32. Larger u: -log2(1 - u), off by 2^-22 + 2^-25 / log 2 in E / log 2 >=
+    1/22 (the rest of E's range by 2^-22 of itself): 6.3e-6 of itself. The last logarithm, of E / log 2 in [2^-32.5,
+    24], is off by at most 2^-22 x 22.6 = 5.4e-6, roundings add 1.4e-6, and `gumbel_noise` itself is within 4 units in
+    the last place of 22.9, 7.6e-6: in all less than 2.1e-5 < 2^-15.
     """
-    u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994039535522)
-    series = u + u * u * (0.5 + u * (0.33333334 + u * 0.25))
-    return -fast_log(tl.where(u < 0.03125, series, -fast_log(1.0 - u, FAST)), FAST)
+    u = tl.minimum(tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10), 0.99999994039535522)
+    # 1 / log 2 times 1, 1/2, 1/3 and 1/4
+    series = u * tl.fma(u, tl.fma(u, tl.fma(u, 0.36067376, 0.48089835), 0.7213475), 1.442695)
+    return tl.fma(fast_log2(tl.where(u < 0.03125, series, -fast_log2(1.0 - u, FAST)), FAST), -0.6931472, z)
 
 
 @triton.jit

@@ -129,6 +129,9 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("report", "which run?"),
         ("report nowhere", "no run folder"),
         ("eval nowhere", "no model folder"),
+        ("completion", "which shell? bash | zsh | tcsh"),
+        ("completion fish", "SHELL invalid choice: 'fish'"),
+        ("help trian", "did you mean train?"),
     ],
 )
 def test_wrong_usage_is_status_2_with_a_hint(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +226,11 @@ def eval_runs_foreign_code_if_told(stage: Stage) -> None:
 
 
 def train_runs_dry(stage: Stage) -> None:
-    assert "# design audit" in stage.says("train --preset demo --dry_run")
+    text = stage.says("train --preset demo --dry_run")
+    assert "# design audit" in text and "# checks" in text and "# probe" not in text
+    few = "--batch_size 4 --evaluation.splits test --evaluation.max_queries 3 --rollout.batch_size 8"
+    text = stage.says(f"train --preset demo --dry_run probe {few}")
+    assert "# probe" in text and re.search(r"# wall time: +about \d+:\d\d", text)
     assert not (stage.folder / "runs").exists()
 
 
@@ -232,6 +239,62 @@ def train_is_quiet(stage: Stage) -> None:
     assert stage.says(f"{line} --quiet --output_dir silent") == ""
     assert (stage.folder / "silent" / "report.html").is_file()
     assert "round 1/1" in stage.says(f"{line} --output_dir loud")
+
+
+def eval_prints_json(stage: Stage) -> None:
+    line = "eval --preset demo --evaluation.max_queries 2 --evaluation.splits test --evaluation.greedy false"
+    (found,) = stage.says(f"{line} --json --quiet").splitlines()
+    assert json.loads(found)["questions"] == 2 and "eval/test/pass@1" in json.loads(found)["intervals"]
+    assert "Pass@1" in stage.says(line) and "{" not in stage.says(line)
+
+
+def eval_is_quiet(stage: Stage) -> None:
+    (stage.folder / "odd.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    line = "eval --preset demo --evaluation.max_queries 2 --evaluation.splits test --evaluation.greedy false"
+    stage.monkeypatch.setattr("bandit_rft.progress.Count.due", lambda self: True)
+    assert "evaluation: 2 of 2" in stage.says(line) and "evaluation: 2 of 2" not in stage.says(f"{line} --quiet")
+
+
+def eval_chooses_the_best(stage: Stage) -> None:
+    checkpoints = stage.folder / "run" / "checkpoints"
+    lines = []
+    for number, value in ((1, 0.5), (2, 0.75), (3, 0.25), (4, None)):
+        (checkpoints / f"checkpoint-{number}").mkdir(parents=True)
+        state = {"round": number, "position": 0, "generated_tokens": 0, "seconds": 0, "kl_coef": 0, "config": {}}
+        state |= {"sha256": {}, "written_ns": number, "layout": 2}
+        (checkpoints / f"checkpoint-{number}" / "state.json").write_text(json.dumps(state))
+        lines.append(json.dumps({"round": number, "eval/train/pass@1": 1 / number, "eval/test/pass@1": value}))
+    (stage.folder / "run" / "metrics.jsonl").write_text("\n".join(lines))
+    # none of them is a model: the error names the one that was chosen
+    stage.monkeypatch.setattr("bandit_rft.config.build_config", lambda given, file: print(given) or sys.exit(7))
+    assert "checkpoint-4'" in stage.says("eval run", 7) and "checkpoint-2'" in stage.says("eval run --best", 7)
+    assert "give its folder" in stage.says("eval --best", 2)
+
+
+def is_verbose(line: str) -> Callable[[Stage], None]:
+    """The traceback of an error, and what is said in detail."""
+
+    def check(stage: Stage) -> None:
+        assert "Traceback" not in stage.says(line, 2)
+        for flag in ("-v", "--verbose"):
+            with pytest.raises(ValueError):
+                cli.main([*line.split(), flag])
+        assert "not allowed with argument --quiet" in stage.says(f"{line} --quiet -v", 2)
+
+    return check
+
+
+def study_is_verbose(stage: Stage) -> None:
+    from bandit_rft.study import run
+
+    def begins(self: Any) -> bool:
+        cell = self.plan.cells[0]
+        self.listener.started(cell, self.plan.config(cell, self.folder))
+        return False
+
+    stage.monkeypatch.setattr(run.Runner, "run", lambda self: begins(self) or self.plan.write(self.folder))
+    words = "started  m-t-baseline-baseline-s0"
+    assert words in stage.says("study run s.yaml -v", 1) and words not in stage.says("study run s.yaml", 1)
 
 
 def study_is_quiet(stage: Stage) -> None:
@@ -283,7 +346,13 @@ ACTS: dict[str, Callable[[Stage], None]] = {
     "train --config": config_is_read,
     "train --dry_run": train_runs_dry,
     "train --quiet": train_is_quiet,
+    "train --verbose": is_verbose("train --preset demo --seed x"),
     "eval --config": eval_config_is_read,
+    "eval --best": eval_chooses_the_best,
+    "eval --json": eval_prints_json,
+    "eval --quiet": eval_is_quiet,
+    "eval --verbose": is_verbose("eval --preset demo --seed x"),
+    "study run --verbose": study_is_verbose,
     "eval --allow_code": eval_runs_foreign_code_if_told,
     "study plan --dry_run": study_plans_dry,
     "study run --dry_run": study_runs_dry,
@@ -319,12 +388,15 @@ SAMPLES: dict[str, str] = {
     "preset": "demo", "task": "countdown", "advantage": "weighted --advantage_options.positive_weight 0.2",
     "advantage_options": "'{positive_weight: 1}' --advantage weighted", "task_options": "'{digits: 1}'",
     "objective.kl": "k3 --objective.kl_coef 0.1",
-    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4", "kl.target": "0.1 --preset paper",
+    "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4",
+    "objective.importance_cap": "0.25 --objective.kind importance --objective.dual_clip null",
+    "kl.target": "0.1 --preset paper",
     "objective.aggregation": "seq-mean-token-sum", "kl.where": "reward --preset paper",
     "objective.norm_length": "9 --objective.aggregation seq-mean-token-sum-norm", "reward.memory_mb": "512",
     "reward.length_penalty_from": "9 --reward.length_penalty 1", "report_to": "tensorboard,wandb",
     "rollout.keep": "2 --num_generations 4", "rollout.dynamic_sampling": "1 --num_generations 4",
     "num_generations": "4", "lora.dropout": "0", "reward.weights": "0.5,1", "objective.kind": "gspo",
+    "objective.importance_floor": "0.25 --objective.kind importance_mask --objective.dual_clip null",
     "rollout.engine": "vllm --rollout.urls http://a:1", "rollout.urls": "http://a:1,https://b --rollout.engine vllm",
     **{f"rollout.{key}": "a --rollout.engine vllm" for key in ("server_python", "server_command")},
     **{
@@ -334,6 +406,7 @@ SAMPLES: dict[str, str] = {
             ("request_timeout_s", "3"), ("retry_s", "3"), ("on_logprob_gap", "correct"),
         )
     },
+    "min_lr_ratio": "0.25 --lr_scheduler_type linear", "lr_scheduler_rounds": "3 --lr_scheduler_type cosine",
 }  # fmt: skip
 
 
@@ -366,7 +439,7 @@ def test_switches_and_values_that_look_like_options() -> None:
     assert given.overrides == {"task_options.answer_column": "the answer", "data_path": "-"}
     for line in ("eval --seed 3 runs/x/checkpoint-1", "eval runs/x/checkpoint-1 --seed=3"):
         given = parse(line.split())
-        assert given.checkpoint == "runs/x/checkpoint-1" and given.overrides == {"seed": "3"}
+        assert given.target == "runs/x/checkpoint-1" and given.overrides == {"seed": "3"}
 
 
 def test_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +481,7 @@ def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, cap
     # The run may be somebody's: its configuration names code, which is run only where the user says so.
     assert cli.main(["eval", checkpoint]) == 1
     assert "config.yaml names code that scoring would run" in capfd.readouterr().err
-    assert cli.main(["eval", checkpoint, "--allow_code"]) == 0
+    assert cli.main(["eval", checkpoint, "--allow_code", "--json"]) == 0
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [line["split"] for line in lines] == ["train", "test"]
     for line in lines:

@@ -282,7 +282,9 @@ def test_texts_are_read_as_the_option_wants_them() -> None:
 
 def test_an_option_of_a_file_and_one_of_the_command_line_are_both_taken(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("task: arithmetic\ntask_options: {digits: 3, kinds: [sum]}\nobjective.clip_low: 0.1\n")
+    file.write_text(
+        "task: arithmetic\ntask_options: {digits: 3, kinds: [sum]}\nobjective: {kind: ppo, clip_low: 0.1}\n"
+    )
     config = build_config({"model_name_or_path": "m", "task_options.digits": "1"}, file)
     assert config.task_options == {"digits": 1, "kinds": ["sum"]} and config.objective.clip_low == 0.1
 

@@ -43,6 +43,12 @@ def test_an_end_that_the_tokenizer_appends_is_left_out(caplog: pytest.LogCapture
     assert prompts.tokens == [[1, *bare], [1, bare[0]]]
     assert caplog.text.count("the tokenizer ends every text with ['</s>']") == 1
     assert prompt_tokens("1", ending_tokenizer("$A </s> </s>"), "auto") == [bare[0]]
+    # whatever it appends: here a token that is not its eos_token, or one that has no role at all
+    other = ending_tokenizer()
+    other.eos_token = "a"
+    assert prompt_tokens("1", other, "auto") == [1, bare[0]]
+    other.eos_token = None
+    assert prompt_tokens("1", other, "auto") == [1, bare[0]]
     # what the text itself says stays
     assert prompt_tokens("1</s>", ending_tokenizer("$A"), "auto") == [bare[0], 2]
     assert prompt_tokens("1</s>", ending_tokenizer(), "auto") == [1, bare[0], 2]
@@ -54,6 +60,33 @@ def test_a_chat_prompt_that_ends_with_the_assistant_is_continued() -> None:
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "so 1+1="}]
     assert tokenizer.decode(prompt_tokens(messages, tokenizer, "auto")) == "1+1.so 1+1="
     assert tokenizer.decode(prompt_tokens(messages[:1], tokenizer, "auto")) == "1+1.a"
+
+
+TURNS = (
+    "{% for m in messages %}<s>{{ m.role }}.{{ m.content | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant.{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (("user 1+1", "assistant so"), "<s>user.1+1</s><s>assistant.so"),
+        (("user 1+1", "assistant so "), "<s>user.1+1</s><s>assistant.so"),
+        (("user 1+1", "assistant s"), "<s>user.1+1</s><s>assistant.s"),  # </s> has one too
+        (("user 1+1", "assistant "), "<s>user.1+1</s><s>assistant."),
+        (("system be", "user so", "assistant so"), "<s>system.be</s><s>user.so</s><s>assistant.so"),
+        (("assistant so",), "<s>assistant.so"),
+        (("assistant so", "tool 2"), "<s>assistant.so</s><s>tool.2</s><s>assistant."),
+        (("assistant so", "tool 2", "assistant is"), "<s>assistant.so</s><s>tool.2</s><s>assistant.is"),
+        (("user 1", "system be"), "<s>user.1</s><s>system.be</s><s>assistant."),
+    ],
+)
+def test_where_a_chat_goes_on(turns: tuple[str, ...], expected: str) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TURNS
+    messages = [dict(zip(("role", "content"), turn.split(" ", 1), strict=True)) for turn in turns]
+    assert tokenizer.decode(prompt_tokens(messages, tokenizer, "auto")) == expected
 
 
 def test_a_prompt_that_cannot_be_tokenized_names_its_row() -> None:

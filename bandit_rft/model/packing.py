@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bandit_rft.ops import attention
+from bandit_rft.transfer import to_device
 
 #: How packed sequences are kept apart: by our attention function, by the block-diagonal mask that transformers makes
 #: from positions, by a right-padded batch (architectures that know no packing), or by one call a sequence.
@@ -83,7 +84,7 @@ class Packing:
     def of(lengths: Sequence[int], device: torch.device) -> Packing:
         """The packing of sequences of these lengths (host integers)."""
         sequences, longest = len(lengths), max(lengths)
-        rows = torch.tensor([0, *lengths], device=device)
+        rows = to_device([0, *lengths], device)
         cu_seqlens = rows.cumsum(0)
         if all(length == longest for length in lengths):
             return Packing(sequences, longest, None, cu_seqlens)

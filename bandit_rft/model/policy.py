@@ -27,6 +27,7 @@ from bandit_rft.model.adapters import find_adapter, without_adapter
 from bandit_rft.model.packing import PackingMode, PackingPlan
 from bandit_rft.model.probe import probe
 from bandit_rft.model.split import Split, UnsupportedModelError
+from bandit_rft.model.surroundings import plain_surroundings
 
 __all__ = ["Policy", "UnsupportedModelError"]
 
@@ -51,6 +52,7 @@ class Policy:
         UnsupportedModelError: where the head is adapted or quantized, or the probe finds a difference.
     """
 
+    @plain_surroundings()
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         self.model = model
         model.train(False)
@@ -68,6 +70,7 @@ class Policy:
         self.plan: PackingPlan = probe(model, causal_lm, split)
 
     @staticmethod
+    @plain_surroundings()
     def load(
         name_or_path: str,
         *,

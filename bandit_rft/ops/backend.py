@@ -12,15 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bandit_rft.kernels.enumerations import KLKind, ObjectiveKind  # type: ignore[import-untyped]
-
 from . import head
+from .installed import load_kernels
 from .objective import PolicyObjective
 from .reference import Sample, scaled_logits
 
 #: The numbers by which the kernels know a PolicyObjective's kind and kl.
-KINDS: dict[str, int] = {kind.name: int(kind) for kind in ObjectiveKind}
-KLS: dict[str, int] = {kl.name: int(kl) for kl in KLKind}
+KINDS: dict[str, int] = {kind.name: int(kind) for kind in load_kernels("enumerations").ObjectiveKind}
+KLS: dict[str, int] = {kl.name: int(kl) for kl in load_kernels("enumerations").KLKind}
 
 
 class Head(NamedTuple):
@@ -116,6 +115,18 @@ class Backend(ABC):
     copies_of_logits = 1
     #: Whether dL/dlogits may be written in 16 bits over the second half of each float32 row (`head.narrow_gradient`).
     writes_narrow = False
+
+    def vocabulary(self, weight: Tensor) -> int:
+        """How many tokens there are, of which targets are ids; a head may hold a slice of them (vocab_parallel.py)."""
+        return weight.shape[0]
+
+    def columns(self, weight: Tensor) -> int:
+        """How many logits of a row exist at once, at most: what a chunk's size is computed with."""
+        return weight.shape[0]
+
+    def sum_over_ranks(self, part: Tensor) -> Tensor:
+        """A gradient to which every slice of the head contributes, in place."""
+        return part
 
     @abstractmethod
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:

@@ -19,26 +19,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from .backend import Backend
 from .core_backend import CpuBackend, CudaBackend
+from .installed import load_core, load_kernels
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
 
-kernels = import_module("bandit_rft.kernels")  # imports no Triton
-native: ModuleType | None = None
-native_error: str | None = None
-try:
-    native = import_module("bandit_rft._C")
-except ImportError as error:  # a source tree or a platform without the compiled module
-    native_error = str(error)
-else:
+kernels = load_kernels()  # imports no Triton
+native, native_error = load_core()
+if native is not None:
     # torch's own OpenMP runtime, which lies beside its libraries or is the system's: the core works on its threads.
     for _library in [
         *map(str, (Path(torch.__file__).parent / "lib").glob("lib?omp*.so*")),
@@ -100,17 +94,51 @@ def _triton_refusal(call: Call) -> str | None:
 
 
 #: In the order in which they are asked.
-BACKENDS = (
+BACKENDS = [
     Entry(CpuBackend(native), "compiled core, float32 and bfloat16 in CPU memory", _cpu_refusal),
     Entry(CudaBackend(native), "compiled CUDA kernels, float32, bfloat16 and float16 on a GPU", _cuda_refusal),
     Entry(TritonBackend(), "Triton kernels, float32, bfloat16 and float16 on a GPU", _triton_refusal),
     Entry(TorchBackend(), "plain PyTorch, any device and floating dtype", lambda call: None),
-)
+]
 _ENTRIES = {entry.backend.name: entry for entry in BACKENDS}
 
 _forced: ContextVar[str | None] = ContextVar("bandit_rft_backend", default=None)
 _checked: ContextVar[bool | None] = ContextVar("bandit_rft_checked", default=None)
 _told = False
+
+
+def register(backend: Backend, what: str, refusal: Callable[[Call], str | None]) -> None:
+    """Add kernels of one's own: they are asked before those that are here, and tests and benchmarks take them in.
+
+    Args:
+        backend: its name is a new one; what it does not define, a backend it inherits from does (docs/operations.md).
+        what: it is, in a few words, for `describe`.
+        refusal: why it cannot serve a call (device type, dtype, device index), in one sentence; None where it can.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend must be a bandit_rft.ops.backend.Backend; got {type(backend).__name__}")
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"backend.name must be a word of letters, digits and underscores; got {name!r}")
+    if name in _ENTRIES:
+        raise ValueError(f"backend.name must be a new one; {', '.join(_ENTRIES)} are taken")
+    if not callable(refusal):
+        raise TypeError(f"refusal must be a function of a Call; got {type(refusal).__name__}")
+    entry = Entry(backend, str(what), refusal)
+    BACKENDS.insert(0, entry)
+    _ENTRIES[name] = entry
+
+
+#: Before any `register`.
+BUILT_IN = tuple(_ENTRIES)
+
+
+def registered(call: Call) -> list[str]:
+    """The names of added backends that serve a call."""
+    return [e.backend.name for e in BACKENDS if e.backend.name not in BUILT_IN and e.refusal(call) is None]
 
 
 def serving(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -185,8 +213,8 @@ def _tell(call: Call) -> None:
     if native is None and call.device_type == "cpu":
         _told = True
         warnings.warn(
-            f"bandit_rft runs through PyTorch: the compiled module is missing ({native_error}). "
-            "Results are the same, slower; `pip install .` in the source tree builds it.",
+            "bandit_rft runs through PyTorch, with the same results, slower: the compiled module is missing "
+            f"({native_error})",
             RuntimeWarning,
             stacklevel=4,
         )

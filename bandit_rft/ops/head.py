@@ -32,14 +32,19 @@ def workspace_bytes(device: torch.device) -> int:
     return int(text) << 20
 
 
-def chunks(
-    rows: int, weight: Tensor, device: torch.device, dtype: torch.dtype, copies: int, share: float = 0.85
-) -> list[slice]:
-    """Stretches of rows whose logits, `copies` times, fit a share of the workspace (chunks.py: which size)."""
-    vocabulary, hidden_size = weight.shape
-    bytes_a_row = vocabulary * copies * (8 if dtype == torch.float64 else 4)
-    most = int(workspace_bytes(device) * share) // bytes_a_row
-    return plan(rows, most, hidden_size, multiprocessors(device))
+def chunks(rows: int, columns: int, like: Tensor, copies: int, share: float = 0.85) -> list[slice]:
+    """Stretches of rows whose logits, `copies` times, fit a share of the workspace (chunks.py: which size).
+
+    Args:
+        rows: how many there are.
+        columns: logits a row.
+        like: hidden states [N, H].
+        copies: of the logits that exist at once.
+        share: of the workspace.
+    """
+    bytes_a_row = columns * copies * (8 if like.dtype == torch.float64 else 4)
+    most = int(workspace_bytes(like.device) * share) // bytes_a_row
+    return plan(rows, most, like.shape[1], multiprocessors(like.device))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -90,9 +90,8 @@ class HeadGradients:
         if self.given and self.scale is not None and self.weight is not None:
             self.weight.mul_(self.scale)  # exact, by a power of two
         # What is left is for the rows gathered, their gradient, and (on a CPU) what the products pack.
-        dtype = computing_dtype(hidden)
         share = 0.75 if head.widens(hidden) else 0.95
-        plan = head.chunks(count, weight, hidden.device, dtype, self.backend.copies_of_logits, share)
+        plan = head.chunks(count, self.backend.columns(weight), hidden, self.backend.copies_of_logits, share)
         if self.weight is None and self.want_weight:
             self.weight = torch.empty(weight.shape, dtype=self._sum_dtype(len(plan)), device=weight.device)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
@@ -105,6 +104,8 @@ class HeadGradients:
             self._add(z if narrow is None else narrow, h, taken)
         if self.weight is not None and not self.started:
             self.weight.zero_()
+        if self.hidden is not None:
+            self.backend.sum_over_ranks(self.hidden)
         if self.scale is not None:
             for gradient in (self.hidden, self.weight, self.bias):
                 if gradient is not None:

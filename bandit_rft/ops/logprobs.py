@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import backends, checks, head, rows
-from .backend import Head, RowStatistics, Scaling
+from .backend import Backend, Head, RowStatistics, Scaling
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .reference import computing_dtype
-from .registry import autograd, operation
+from .registry import autograd, once, operation
+from .vocab_parallel import Shard, VocabParallelBackend
 
 
 def linear_logprobs(
@@ -30,6 +32,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` under the LM head, without the logits ever being in memory at once.
 
@@ -42,6 +45,8 @@ def linear_logprobs(
         softcap: c in c * tanh(z / c), or None.
         logit_scale: a factor of the logits, before the softcap.
         return_entropy: also return the entropy of the whole softmax, in nats.
+        process_group: weight (and bias) are this rank's slice of the vocabulary, targets ids of the whole of it; all
+            else is the same on every rank, as are the results and hidden's gradient (vocab_parallel.py).
 
     Returns:
         logprobs [N] float32 (float64 for float64 inputs), or (logprobs, entropy); both differentiable in hidden, weight
@@ -55,7 +60,10 @@ def linear_logprobs(
     checks.per_row("targets", targets, hidden.shape[0], "N", hidden, torch.int64)
     checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "N", hidden)
     scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
-    logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *scaling)
+    if process_group is None:
+        logp, entropy = _linear_logprobs(hidden, weight, bias, targets, *scaling)
+    else:
+        logp, entropy = _vocab_parallel(Head(hidden, weight, bias), targets, scaling, process_group)
     return (logp, entropy) if return_entropy else logp
 
 
@@ -101,15 +109,16 @@ def _linear_logprobs(of: Head, targets: Tensor, scaling: Scaling) -> tuple[Tenso
     return score(of, targets, scaling)
 
 
-def score(of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
-    """Log-probabilities and entropy of checked arguments, chunk by chunk or fused."""
+def score(of: Head, targets: Tensor, scaling: Scaling, backend: Backend | None = None) -> RowStatistics:
+    """Log-probabilities and entropy of checked arguments, chunk by chunk (as by a given backend) or fused."""
     hidden, weight, bias = of
-    if (fused := backends.fusing(hidden.device, hidden.dtype)) is not None:
+    fused = backends.fusing(hidden.device, hidden.dtype) if backend is None else None
+    if fused is not None:
         seen = fused.linear_logprobs(of, targets, scaling, head.workspace_bytes(hidden.device))
     else:
         dtype = computing_dtype(hidden)
-        backend = backends.serving(hidden.device, dtype)
-        plan = head.chunks(len(hidden), weight, hidden.device, dtype, backend.copies_of_logits)
+        backend = backend or backends.serving(hidden.device, dtype)
+        plan = head.chunks(len(hidden), backend.columns(weight), hidden, backend.copies_of_logits)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         seen = RowStatistics(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2)))
         for chunk in plan:
@@ -173,6 +182,38 @@ def _given(logprobs: Tensor | None, entropy: Tensor | None) -> GivenGradients | 
 
 
 autograd("linear_logprobs", _backward_linear, _setup_linear)
+
+
+# --- head, a slice of the vocabulary on each rank ---------------------------------------------------------------------
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: VocabParallelBackend, targets: Tensor, scaling: Scaling, *of: Tensor | None) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.scaling = backend, scaling._replace(temperatures=None)
+        ctx.save_for_backward(targets, scaling.temperatures, *of)
+        return tuple(score(Head(*of), targets, scaling, backend))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if (given := _given(*gradients)) is None:
+            return (None,) * 6
+        targets, temperatures, *of = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[3:])
+        found = HeadGradients(Head(*of), wanted, ctx.backend)
+        fill = found.filling(given, targets, ctx.scaling._replace(temperatures=temperatures))
+        found.accumulate(rows_with_gradient(given), fill)
+        results = once(tuple(g if want else None for g, want in zip(found.results(), wanted, strict=True)))
+        return (None, None, None, *results)
+
+
+def _vocab_parallel(of: Head, targets: Tensor, scaling: Scaling, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    backend = VocabParallelBackend(Shard.of(group, of.hidden, of.weight))
+    checks.target_values(targets, backend.vocabulary(of.weight))
+    checks.temperature_values(scaling.temperatures)
+    logp, entropy = _VocabParallel.apply(backend, targets, scaling, *of)  # type: ignore[no-untyped-call]
+    return logp, entropy
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------

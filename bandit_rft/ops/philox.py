@@ -28,9 +28,9 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def random_words(seed: Tensor, sequence_ids: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """The word of every token id, [B, V] int64. seed is 0-d int64; sequence_ids and positions are int64 [B]."""
-    quads = torch.arange((vocabulary + 3) // 4, device=sequence_ids.device)
+def random_words(seed: Tensor, sequence_ids: Tensor, positions: Tensor, vocabulary: int, first: int = 0) -> Tensor:
+    """The words of V token ids from `first` on, [B, V] int64. seed is 0-d int64; sequence_ids, positions int64 [B]."""
+    quads = torch.arange(first // 4, (first + vocabulary + 3) // 4, device=sequence_ids.device)
     counter = (
         quads[None, :],
         positions[:, None] & WORD,
@@ -38,7 +38,7 @@ def random_words(seed: Tensor, sequence_ids: Tensor, positions: Tensor, vocabula
         (sequence_ids[:, None] >> 32) & WORD,
     )
     words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary]
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, first % 4 :][:, :vocabulary]
 
 
 def gumbel_noise(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

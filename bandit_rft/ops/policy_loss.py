@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import backends, checks, rows
-from .backend import Head, Scaling, TokenInputs
+from .backend import Backend, Head, Scaling, TokenInputs
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .logprobs import rows_with_gradient, score, with_unit_columns
 from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients
 from .reference import computing_dtype
 from .registry import autograd, once, operation
 from .token_arguments import ObjectiveFields, Selection, Sequences, check_weight_grad, token_arguments
+from .vocab_parallel import Shard, VocabParallelBackend
 
 
 class PolicyLoss(NamedTuple):
@@ -61,6 +63,7 @@ def linear_policy_loss(
     weight_grad: Tensor | None = None,
     gradient_threshold: float = 0.0,
     skip_zero_rows: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """The policy-gradient loss of N completion tokens of B packed sequences, from the head, never building [N, V].
 
@@ -87,6 +90,9 @@ def linear_policy_loss(
         skip_zero_rows: look for tokens of advantage 0 and do not compute them. On a GPU the host waits for their
             number; False asks the device for nothing, and is the same loss and gradients: for callers who know on the
             host which tokens count, and pass no others.
+        process_group: weight (and bias, and weight_grad) are this rank's slice of the vocabulary, targets ids of the
+            whole of it; all else is the same on every rank, as are the results and hidden's gradient
+            (vocab_parallel.py). gradient_threshold must be 0.
 
     Returns:
         PolicyLoss(loss, stats, logprobs). Gradients (hidden, weight, bias) are ready when this returns; .backward()
@@ -109,14 +115,23 @@ def linear_policy_loss(
         raise ValueError(f"gradient_threshold must be a number >= 0 and < 1; got {gradient_threshold!r}")
     scaling, fields = Scaling.of(temperature, softcap, logit_scale, inputs.weights.dtype), ObjectiveFields.of(objective)
     selection = Selection(skip_zero_rows, float(gradient_threshold))
-    arguments = (targets, *inputs, *sequences, *scaling, *fields, *selection)
     wanted = [_wants(hidden), _wants(weight), bias is not None and _wants(bias)]
     if weight_grad is not None:
         check_weight_grad(weight_grad, weight, hidden)
         wanted[1] = False
+    if process_group is not None:
+        if gradient_threshold:
+            raise ValueError(f"gradient_threshold must be 0 with a process_group; got {gradient_threshold}")
+        of = Head(hidden, weight, bias)
+        seen = _vocab_parallel(
+            of, targets, inputs, sequences, scaling, objective, selection, wanted, weight_grad, process_group
+        )
+        return PolicyLoss(*_named(*seen))
+    arguments = (targets, *inputs, *sequences, *scaling, *fields, *selection)
+    if weight_grad is not None:
         detached = [None if t is None else t.detach() for t in (hidden, weight, bias)]
-        loss, stats, logprobs, *of = _linear_policy_loss_into(weight_grad, *detached, *arguments, wanted)
-        loss = _WithGradients.apply(hidden, weight, bias, weight_grad, loss, *of)  # type: ignore[no-untyped-call]
+        loss, stats, logprobs, *found = _linear_policy_loss_into(weight_grad, *detached, *arguments, wanted)
+        loss = _WithGradients.apply(hidden, weight, bias, weight_grad, loss, *found)  # type: ignore[no-untyped-call]
         return PolicyLoss(*_named(loss, stats, logprobs))
     loss, stats, logprobs, *_ = _linear_policy_loss(hidden, weight, bias, *arguments, wanted)
     return PolicyLoss(*_named(loss, stats, logprobs))
@@ -187,10 +202,11 @@ def _named(loss: Tensor, stats: Tensor, logprobs: Tensor) -> tuple[Tensor, dict[
 
 def _compute(
     of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling, objective: PolicyObjective,
-    selection: Selection, gradients: HeadGradients | None,
+    selection: Selection, gradients: HeadGradients | None, backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, statistics, logprobs [N]); gradients, where wanted, are added to `gradients`."""
-    _check_values(targets, len(of.weight), inputs, sequences, scaling)
+    """(loss, statistics, logprobs [N]); gradients, where wanted, are added to `gradients`. `backend`: one given."""
+    vocabulary = len(of.weight) if backend is None else backend.vocabulary(of.weight)
+    _check_values(targets, vocabulary, inputs, sequences, scaling)
     advantages, weights = inputs.advantages, inputs.weights
     logp = torch.full_like(advantages, math.nan)
     entropy = torch.full_like(advantages, math.nan)
@@ -204,17 +220,17 @@ def _compute(
         if gradients.narrow:  # what is multiplied is linear in the token weights
             slopes = advantages.abs() + (objective.kl_coef + objective.entropy_coef)
             into_products = inputs._replace(weights=weights * gradients.magnify(slopes * weights))
-        backend = gradients.backend
+        policy_rows = gradients.backend.policy_rows
 
         def fill(z: Tensor, taken: slice | Tensor, into: Tensor | None) -> None:
-            logp[taken], entropy[taken] = backend.policy_rows(
+            logp[taken], entropy[taken] = policy_rows(
                 z, targets[taken], scaling.rows(taken), objective, into_products.rows(taken), into
             )
 
         gradients.accumulate(index, fill)
     else:
         some = Head(of.hidden[every], of.weight, of.bias)
-        logp[every], entropy[every] = score(some, targets[every], scaling.rows(every))
+        logp[every], entropy[every] = score(some, targets[every], scaling.rows(every), backend)
     computed, sequence_of = inputs.rows(every), sequences.sequence_of[every]
     loss, statistics = loss_and_statistics(
         objective, logp[every], entropy[every], *computed, sequence_of, sequences.lengths,
@@ -324,20 +340,19 @@ def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, backend: str
 
 
 def _fake_linear_policy_loss_into(weight_grad: Tensor, of: Head, *rest: Any) -> tuple[Tensor, ...]:
-    loss, statistics, logprobs, of_hidden, _, of_bias = _fake_linear_policy_loss(of, *rest)
-    return loss, statistics, logprobs, of_hidden, of_bias
+    return _fake_linear_policy_loss(of, *rest)
 
 
 @operation("linear_policy_loss_into", fake=_fake_linear_policy_loss_into, mutates=("weight_grad",))
 def _linear_policy_loss_into(
     weight_grad: Tensor, of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling,
     objective: ObjectiveFields, selection: Selection, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = _head_gradients(of, wanted, weight_grad)
     seen = _compute(of, targets, inputs, sequences, scaling, objective.objective(), selection, gradients)
     gradients.weight = None  # it is where it belongs
-    of_hidden, _, of_bias = gradients.results(rounded=False)
-    return *seen, of_hidden, of_bias
+    of_hidden, of_weight, of_bias = gradients.results(rounded=False)
+    return *seen, of_hidden, of_weight, of_bias
 
 
 class _WithGradients(torch.autograd.Function):
@@ -345,26 +360,24 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor, loss: Tensor,
-        of_hidden: Tensor, of_bias: Tensor,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None, loss: Tensor,
+        *found: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(of_hidden, of_bias)
-        ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*found)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.weight_grad = weight_grad
         ctx.backend = backends.scaling(hidden.device, computing_dtype(hidden))
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        of_hidden, of_bias = ctx.saved_tensors
-        unit = _unit_factor(grad_loss, ctx.weight_grad)
-        hidden_dtype, bias_dtype = ctx.dtypes
-        gradients: list[Tensor | None] = [None, None, None]
-        if ctx.needs_input_grad[0]:
-            gradients[0] = scaled(of_hidden, unit, hidden_dtype, ctx.backend)
-        if ctx.needs_input_grad[2]:
-            gradients[2] = scaled(of_bias, unit, bias_dtype, ctx.backend)
-        return (*once(tuple(gradients)), None, None, None, None)
+        factor = grad_loss if ctx.weight_grad is None else _unit_factor(grad_loss, ctx.weight_grad)
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and ctx.weight_grad is None, ctx.needs_input_grad[2]]
+        gradients = tuple(
+            scaled(gradient, factor, dtype, ctx.backend) if want else None
+            for want, gradient, dtype in zip(wanted, ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*once(gradients), *(None,) * (len(ctx.needs_input_grad) - len(gradients)))
 
 
 def _unit_factor(grad_loss: Tensor, weight_grad: Tensor) -> Tensor:
@@ -383,6 +396,30 @@ def _unit_factor(grad_loss: Tensor, weight_grad: Tensor) -> Tensor:
     unit = torch.where(grad_loss == 1, grad_loss, math.nan)
     weight_grad[:1, :1].mul_(unit.to(weight_grad.dtype))
     return unit
+
+
+# --- head, a slice of the vocabulary on each rank ---------------------------------------------------------------------
+
+
+def _vocab_parallel(
+    of: Head, targets: Tensor, inputs: TokenInputs, sequences: Sequences, scaling: Scaling, objective: PolicyObjective,
+    selection: Selection, wanted: list[bool], weight_grad: Tensor | None, group: ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, statistics, logprobs [N])."""
+    backend = VocabParallelBackend(Shard.of(group, of.hidden, of.weight))
+    with torch.no_grad():
+        detached = Head(of.hidden.detach(), of.weight.detach(), None if of.bias is None else of.bias.detach())
+        needed = any(wanted) or weight_grad is not None
+        gradients = HeadGradients(detached, wanted, backend, weight_grad) if needed else None
+        loss, statistics, logprobs = _compute(
+            detached, targets, inputs, sequences, scaling, objective, selection, gradients, backend
+        )
+        if gradients is None:
+            return loss, statistics, logprobs
+        if weight_grad is not None:
+            gradients.weight = None  # it is where it belongs
+        found = gradients.results(rounded=False)
+    return _WithGradients.apply(*of, weight_grad, loss, *found), statistics, logprobs  # type: ignore[no-untyped-call]
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------

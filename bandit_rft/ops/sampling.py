@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import backends, checks, head, rows
-from .backend import Filters, Head, Scaling, Stream
+from .backend import Backend, Filters, Head, Scaling, Stream
 from .logprobs import with_unit_columns
 from .reference import Sample, computing_dtype
 from .registry import operation
+from .vocab_parallel import Shard, VocabParallelBackend
 
 
 def linear_sample(
@@ -34,6 +36,7 @@ def linear_sample(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
 ) -> Sample:
     """Draw the next token of B sequences from the LM head.
 
@@ -50,6 +53,8 @@ def linear_sample(
         bias: [V] or None, added to the logits before anything else.
         softcap: c in c * tanh(z / c), or None.
         logit_scale: a factor of the logits, before the softcap.
+        process_group: weight (and bias) are this rank's slice of the vocabulary; all else is the same on every rank, as
+            is the result, which is what one process would draw from the whole head (vocab_parallel.py).
 
     Returns:
         Sample(tokens, logprobs, sampling_logprobs, entropy, kept_mass), each [B]. `logprobs` are under the full softmax
@@ -65,6 +70,8 @@ def linear_sample(
     of = Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
     filters = Filters(top_k, float(top_p), float(min_p))
     scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(hidden))
+    if process_group is not None:
+        return Sample(*_vocab_parallel(of, stream, scaling, filters, process_group))
     return Sample(*_linear_sample(*of, *stream, *scaling, *filters))
 
 
@@ -142,14 +149,18 @@ def _linear_sample(
     of: Head, stream: Stream, scaling: Scaling, filters: Filters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_values(stream.positions, scaling.temperatures)
+    return _draw(of, stream, scaling, filters)
+
+
+def _draw(of: Head, stream: Stream, scaling: Scaling, filters: Filters, backend: Backend | None = None) -> Sample:
+    """From checked arguments: chunk by chunk (as by a given backend) or fused."""
     hidden, weight, bias = of
-    fused = backends.fusing(hidden.device, hidden.dtype) if filters.keep_all else None
+    fused = backends.fusing(hidden.device, hidden.dtype) if filters.keep_all and backend is None else None
     if fused is not None:
         drawn = fused.linear_sample(of, scaling, stream, head.workspace_bytes(hidden.device))
     else:
-        dtype = computing_dtype(hidden)
-        backend = backends.serving(hidden.device, dtype)
-        plan = head.chunks(len(hidden), weight, hidden.device, dtype, backend.copies_of_logits)
+        backend = backend or backends.serving(hidden.device, computing_dtype(hidden))
+        plan = head.chunks(len(hidden), backend.columns(weight), hidden, backend.copies_of_logits)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         parts = []
         for chunk in plan or [slice(0, 0)]:
@@ -158,6 +169,11 @@ def _linear_sample(
         drawn = parts[0] if len(parts) == 1 else Sample(*map(torch.cat, zip(*parts, strict=True)))
     checks.finite_values("the logits", drawn.logprobs)
     return drawn
+
+
+def _vocab_parallel(of: Head, stream: Stream, scaling: Scaling, filters: Filters, group: ProcessGroup) -> Sample:
+    _check_values(stream.positions, scaling.temperatures)
+    return _draw(of, stream, scaling, filters, VocabParallelBackend(Shard.of(group, of.hidden, of.weight)))
 
 
 def _fake_logits_sample(logits: Tensor, *rest: Any) -> Sample:

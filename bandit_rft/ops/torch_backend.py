@@ -19,14 +19,14 @@ class TorchBackend(Backend):
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
         """The definition of reference.py on a chunk."""
-        return _statistics(_scaled(logits, scaling), targets)
+        return _statistics(scaled_in_computing_dtype(logits, scaling), targets)
 
     def gradient_rows(
         self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
         """The gradient in closed form (`_write_gradient`)."""
-        z = _scaled(logits, scaling)
+        z = scaled_in_computing_dtype(logits, scaling)
         seen = _statistics(z, targets)
         _write_gradient(logits if into is None else into, z, targets, scaling, seen, grad_logprobs, grad_entropy)
         return seen
@@ -36,7 +36,7 @@ class TorchBackend(Backend):
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
         """The same gradient, with the coefficients of objective.py."""
-        z = _scaled(logits, scaling)
+        z = scaled_in_computing_dtype(logits, scaling)
         seen = _statistics(z, targets)
         nowhere = torch.empty(0, dtype=torch.int64, device=logits.device)  # only gspo looks at sequences
         coefficients = token_coefficients(
@@ -49,10 +49,11 @@ class TorchBackend(Backend):
 
     def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:
         """The definition of reference.py on a chunk."""
-        return reference.sample(_scaled(logits, scaling), **stream._asdict(), **filters._asdict())
+        return reference.sample(scaled_in_computing_dtype(logits, scaling), **stream._asdict(), **filters._asdict())
 
 
-def _scaled(logits: Tensor, scaling: Scaling) -> Tensor:
+def scaled_in_computing_dtype(logits: Tensor, scaling: Scaling) -> Tensor:
+    """z [N, V] of raw logits."""
     return scaling.scaled(logits.to(computing_dtype(logits)))
 
 
@@ -67,10 +68,20 @@ def _write_gradient(
     out: Tensor, z: Tensor, targets: Tensor, scaling: Scaling, seen: RowStatistics,
     grad_logprobs: Tensor, grad_entropy: Tensor | None,
 ) -> None:  # fmt: skip
-    """dz = c ([j = target] - p) + e p (log p + entropy), through temperature, softcap and logit scale, into `out`."""
-    c = grad_logprobs.to(z.dtype)[:, None]
-    targets = targets.clamp(0, z.shape[-1] - 1)[:, None]
-    every_logp = z - torch.logsumexp(z, -1, keepdim=True)
+    columns, everywhere = targets.clamp(0, z.shape[-1] - 1), torch.ones_like(targets, dtype=torch.bool)
+    write_gradient(out, z, torch.logsumexp(z, -1), columns, everywhere, scaling, seen, grad_logprobs, grad_entropy)
+
+
+def write_gradient(
+    out: Tensor, z: Tensor, lse: Tensor, columns: Tensor, here: Tensor, scaling: Scaling, seen: RowStatistics,
+    grad_logprobs: Tensor, grad_entropy: Tensor | None,
+) -> None:  # fmt: skip
+    """dz = c ([j = target] - p) + e p (log p + entropy), through temperature, softcap and logit scale, into `out`.
+
+    `columns` [N]: where in z a row's target is, if it is `here` [N].
+    """
+    c, columns = grad_logprobs.to(z.dtype)[:, None], columns[:, None]
+    every_logp = z - lse[:, None]
     p = every_logp.exp()
     dz = -c * p
     at_target = -c * torch.expm1(seen.logprobs[:, None])  # p_target - 1 without cancellation
@@ -78,8 +89,8 @@ def _write_gradient(
         e = -grad_entropy.to(z.dtype)[:, None]
         pull = e * p * (every_logp.clamp(min=torch.finfo(z.dtype).min) + seen.entropy[:, None])
         dz += pull
-        at_target += pull.gather(1, targets)
-    dz.scatter_(1, targets, at_target)
+        at_target += pull.gather(1, columns)
+    dz.scatter_(1, columns, torch.where(here[:, None], at_target, dz.gather(1, columns)))
     divisor = scaling.temperature if scaling.temperatures is None else scaling.temperatures[:, None]
     if scaling.softcap is not None:
         dz *= 1 - (z * divisor / scaling.softcap) ** 2

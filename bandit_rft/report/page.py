@@ -115,7 +115,7 @@ def facts(run: Run) -> list[str]:
     """The line below the title."""
     config = run.config
     last = run.rounds[-1] if run.rounds else 0
-    planned = config.get("max_rounds")
+    planned = None if config.get("num_train_epochs") else config.get("max_rounds")
     found = [run.folder.resolve().name]
     if isinstance(planned, int) and not isinstance(planned, bool) and planned > last:
         found.append(f"round {last:,} of {planned:,}: in progress, or stopped early")

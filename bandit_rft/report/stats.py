@@ -3,28 +3,9 @@
 import math
 from typing import NamedTuple
 
-Z95 = 1.959963984540054
+from bandit_rft.intervals import Z95, Interval, mean_interval, wilson
 
-
-class Interval(NamedTuple):
-    """A two-sided 95% confidence interval."""
-
-    low: float
-    high: float
-
-
-def wilson(mean: float, count: int) -> Interval:
-    """Wilson score interval of a proportion `mean` observed in `count` trials (Wilson 1927)."""
-    z2 = Z95**2 / count
-    centre = (mean + z2 / 2) / (1 + z2)
-    half = math.sqrt(max(0.0, mean * (1 - mean)) * z2 + z2**2 / 4) / (1 + z2)
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
-
-
-def mean_interval(mean: float, deviation: float, count: int) -> Interval:
-    """Normal interval of a mean, for rewards that are not 0/1."""
-    half = Z95 * deviation / math.sqrt(count)
-    return Interval(mean - half, mean + half)
+__all__ = ["Z95", "Bucket", "Interval", "difference_interval", "downsample", "mean_interval", "smooth", "wilson"]
 
 
 def difference_interval(before: float, old: Interval, after: float, new: Interval) -> Interval:

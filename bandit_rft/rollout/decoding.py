@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from bandit_rft.transfer import to_device
+
 #: How a model is told which positions are padding: a ready additive mask, or the plain [B, length] one.
 Padding = Literal["ready", "plain"]
 
@@ -91,11 +93,11 @@ class ModelDecoder:
         ids = np.zeros((len(prompts), width), dtype=np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[width - len(prompt) :] = prompt
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        lengths = to_device([len(prompt) for prompt in prompts], device)
         places = torch.arange(width, device=device) - (width - lengths)[:, None]
         padded = any(len(prompt) < width for prompt in prompts)
         hidden = self._forward(
-            torch.from_numpy(ids).to(device), places.clamp(min=0), (places >= 0).long() if padded else None
+            to_device(ids, device), places.clamp(min=0), self._prompt_mask(places, capacity) if padded else None
         )
         self._start(lengths, width, capacity, hidden.dtype, padded)
         return hidden
@@ -130,6 +132,21 @@ class ModelDecoder:
         output = self._base(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options)
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
+
+    def _prompt_mask(self, places: Tensor, capacity: int) -> Tensor:
+        """What hides the padding from prompts whose tokens have these places [P, width], negative where there is none.
+
+        A ready mask is additive [P, 1, width, width]. From the plain one transformers would make the same, but first
+        ask the device whether anything is hidden at all.
+        """
+        seen = places >= 0
+        if self._padding == "plain" or (self.window is not None and self.window < capacity):
+            return seen.long()
+        column = torch.arange(seen.shape[1], device=seen.device)
+        # Padding sees itself: a row that sees nothing is not a number.
+        ready = (column <= column[:, None]) & (seen[:, None] | (column == column[:, None]))
+        zeros = torch.zeros(ready.shape, dtype=next(self._base.parameters()).dtype, device=seen.device)
+        return zeros.masked_fill_(~ready, -torch.inf)[:, None]
 
     def _decoding_mask(self, prompt_lengths: Tensor, width: int, capacity: int, dtype: torch.dtype) -> Tensor:
         """What hides the padding of the prompts: additive [B, 1, 1, capacity] where the model takes a ready mask.

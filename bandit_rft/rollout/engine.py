@@ -17,12 +17,14 @@ from torch import Tensor
 
 from bandit_rft import ops
 from bandit_rft.model import Policy
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.rollout.decoding import ModelDecoder, Padding
 from bandit_rft.rollout.graphs import CHECK_EVERY, CapturedDecoder
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout.probe import probe_decoding, probe_static_decoding
 from bandit_rft.rollout.static import StaticDecoder, has_plain_cache, static_cache_serves
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.transfer import to_device, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class RolloutEngine:
             a probe agrees; by default on a GPU. Draws are the same.
     """
 
+    @plain_surroundings()
     def __init__(
         self,
         policy: Policy,
@@ -116,10 +119,10 @@ class RolloutEngine:
             )
         self.policy, self.max_completion_length, self.batch_size = policy, max_completion_length, batch_size
         self.version: int | None = None
-        self._stop = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
+        self._stop_on_host = torch.zeros(policy.vocab_size, dtype=torch.bool)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]
-        self._stop[stops] = True
-        self._stop_on_host = self._stop.cpu()
+        self._stop_on_host[stops] = True
+        self._stop = to_device(self._stop_on_host, policy.device)
         if not stops:
             logger.warning("the generation config names no stop token: every completion will run to its length limit")
         # Waiting for the device costs more than a wasted step on a GPU, and nothing on a CPU.
@@ -138,6 +141,7 @@ class RolloutEngine:
                 capture=on_gpu, check_every=self._check_every, lag=1 if on_gpu else 0,
             )  # fmt: skip
 
+    @plain_surroundings()
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
     ) -> RolloutBatch:
@@ -160,7 +164,7 @@ class RolloutEngine:
             raise ValueError(f"ids must be int64 [{total}], one a completion; got {ids.dtype} {list(ids.shape)}")
         if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
             raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one")
-        ids, sampling = ids.to(self.policy.device), sampling or Sampling()
+        ids, sampling = ids.cpu(), sampling or Sampling()
         order: list[int] = []
         parts: list[RolloutBatch] = []
         for rows in self._batches(prompts, n):
@@ -169,7 +173,7 @@ class RolloutEngine:
                     [prompts[i] for i in sorted({r // n for r in rows})], rows, n, ids, seed, sampling
                 )
                 # The hand-over to the rewards: the one copy of a batch from the device.
-                on_host = [table.cpu() for table in tables]
+                on_host = to_host(*tables)
             tokens, logprobs, entropy, lengths, truncated = self._collect(*on_host)
             of_rows = [prompts[r // n] for r in rows]
             query, attempt = [r // n for r in rows], [r % n for r in rows]
@@ -232,10 +236,10 @@ class RolloutEngine:
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
         capacity = width + self.max_completion_length - 1
-        row_ids, which = ids[torch.tensor(rows, device=device)], None
+        row_ids, which = to_device(ids[rows], device), None
         if n > 1:
             place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
-            which = torch.tensor([place_of[r // n] for r in rows], device=device)
+            which = to_device([place_of[r // n] for r in rows], device)
         if self._static is not None and self._within_static(capacity):
             return self._static.decode(
                 prompts, which, row_ids, capacity=capacity, seed=seed, sampling=sampling.__dict__
@@ -247,7 +251,7 @@ class RolloutEngine:
         hidden = decoder.prefill(prompts, len(rows), capacity)
 
         # One row a prompt so far; from here on one row a completion.
-        place = torch.tensor(lengths, device=device)
+        place = to_device(lengths, device)
         if which is not None:
             hidden, place = hidden[which], place[which]
             decoder.select(which)

@@ -20,6 +20,7 @@ from bandit_rft import ops
 from bandit_rft.model import Policy
 from bandit_rft.ops import backends
 from bandit_rft.rollout.static import StaticDecoder
+from bandit_rft.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class CapturedDecoder:
             means nothing.
         """
         count, size = len(ids), bucket(len(ids))
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+        lengths = to_device([len(prompt) for prompt in prompts], ids.device)
         hidden = self.decoder.prefill(prompts, size, capacity)
         if which is not None:
             hidden, lengths = hidden[which], lengths[which]

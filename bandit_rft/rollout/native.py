@@ -76,8 +76,8 @@ class NativeDecoder:
         """Start a batch of P prompts, with room for so many sequences and columns; the last hidden states, [P, H].
 
         Tokens lie side by side in the SIMD lanes, so that a prompt's bits do not depend on the others here either.
+        Whoever may have changed the model since the last batch asks `ready` first.
         """
-        self._refresh()
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         cos, sin = (x[0].contiguous() for x in self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None]))
@@ -97,13 +97,12 @@ class NativeDecoder:
         self._core.select(_dl(which))
 
     def _refresh(self) -> None:
-        hooked = [
-            name
-            for name, module in self._base.named_modules()
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        ]
-        _refuse_unless(not hooked, f"modules {hooked} have hooks or another forward than their class")
-        addresses = [parameter.data_ptr() for parameter in self._base.parameters()]
+        modules = list(self._base.modules())
+        hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+        if hooked:
+            names = [name for name, module in self._base.named_modules() if module in hooked]
+            raise NotImplementedError(f"modules {names} have hooks or another forward than their class")
+        addresses = [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
         if addresses == self._addresses:
             return
         outside = {"embed_tokens": _weight(self._base.embed_tokens), "norm": _weight(self._base.norm)}

@@ -22,6 +22,7 @@ from bandit_rft.model.split import Split, UnsupportedModelError
 from bandit_rft.model.twin import Twin, limits_of, twin_of
 from bandit_rft.rollout.decoding import ModelDecoder, Padding
 from bandit_rft.rollout.static import StaticDecoder
+from bandit_rft.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -183,12 +184,12 @@ def _decoded(decoder: ModelDecoder, sequences: Sequence[Tensor]) -> list[Tensor]
     decoder.select(rows)
     for step in range(STEPS):
         if step == STEPS // 2:
-            keep = torch.tensor([i for i in range(2 * count) if i % 2 == 0 and (i // 2 % 2 == 0)], device=device)
+            keep = to_device([i for i in range(2 * count) if i % 2 == 0 and (i // 2 % 2 == 0)], device)
             decoder.select(keep)
             rows = rows[keep]
         places = [len(prompts[i]) + step for i in rows.tolist()]
         tokens = torch.stack([sequences[i][place] for i, place in zip(rows.tolist(), places, strict=True)]).to(device)
-        hidden = decoder.step(tokens, torch.tensor(places, device=device))
+        hidden = decoder.step(tokens, to_device(places, device))
         for row, i in enumerate(rows.tolist()):
             if len(rows) < 2 * count or row % 2:
                 states[i].append(hidden[row])

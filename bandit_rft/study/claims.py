@@ -3,13 +3,15 @@
 A claim is a file locks/<cell>.<generation>, created exclusively: of all runners exactly one creates generation g. Its
 owner touches it every few seconds. A claim that was not touched for `timeout` seconds, or whose owner is known to be
 dead, is superseded by creating generation g + 1. Nothing is ever renamed or removed, so there is no moment at which two
-runners can both believe in the same claim. Times are compared on the clock of the file system, never on a machine's.
+runners can both believe in the same claim. Times are compared on the clock of the file system, never on a machine's; a
+claim that clock has not reached yet counts as silent once it has not changed for `timeout` seconds before our eyes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +26,15 @@ class Claim:
     path: Path
 
     def beat(self) -> bool:
-        """Say that the owner lives; False when the claim was lost to another runner, which took this one for dead."""
-        os.utime(self.path)
+        """Say that the owner lives; False when the claim was lost to another runner, which took this one for dead.
+
+        Raises:
+            OSError: the file system does not answer (ESTALE, EIO): whether the claim still holds is not known.
+        """
+        try:
+            os.utime(self.path)
+        except FileNotFoundError:  # somebody removed it
+            return False
         return not _generation(self.path, 1).exists()
 
     def release(self) -> None:
@@ -42,6 +51,7 @@ class Claims:
         self.timeout = timeout
         self.owner = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
         self._clock = self.folder / f".clock-{os.uname().nodename}-{os.getpid()}"
+        self._seen: dict[Path, tuple[float, float]] = {}  # when claims were touched, and when we first saw that
 
     def take(self, cell: str) -> Claim | None:
         """Claim a cell; None where another runner holds it."""
@@ -64,11 +74,17 @@ class Claims:
 
     def _dead(self, path: Path) -> bool:
         self._clock.touch()
-        touched = path.stat().st_mtime
-        if self._clock.stat().st_mtime - touched > self.timeout:
+        touched, now = path.stat().st_mtime, time.monotonic()
+        if self._seen.get(path, (None, 0))[0] != touched:
+            self._seen[path] = touched, now
+        if max(self._clock.stat().st_mtime - touched, now - self._seen[path][1]) > self.timeout:
             return True
-        owner = json.loads(path.read_text())
-        return bool(owner["host"] == self.owner["host"] and _started(owner["pid"]) != owner["started"])
+        try:
+            owner = json.loads(path.read_text())
+            host, pid, started = owner["host"], int(owner["pid"]), owner["started"]
+        except (ValueError, KeyError, TypeError):  # empty, or no claim of ours: its silence alone tells
+            return False
+        return bool(host == self.owner["host"] and _started(pid) != started)
 
     def close(self) -> None:
         """Remove this runner's clock file."""
@@ -81,12 +97,16 @@ def _generation(path: Path, step: int) -> Path:
 
 
 def _host() -> str:
-    """Name and boot of this machine: a process number means something within it, and until it is started again."""
+    """Name and boot of this machine and its PID namespace: where, and until when, a process number means something.
+
+    Two containers may have one name and one boot, and still do not see each other's processes.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
-        boot = ""
-    return f"{os.uname().nodename} {boot}"
+        boot = namespace = ""
+    return f"{os.uname().nodename} {boot} {namespace}"
 
 
 def _started(pid: int) -> str | None:

@@ -32,12 +32,17 @@ def finding(analysis: Analysis, factor: str) -> str:
     """One sentence on a factor: which levels change final test Pass@1, by Holm's correction, and nothing more."""
     levels = [level for level in analysis.study.levels if level[0] == factor]
     rows = {level: row for level in levels if (row := analysis.row(level)) is not None}
+    planned = len(analysis.study.seeds)
+    if not rows and any(_paired(analysis, level) for level in levels):
+        return "nothing can be said yet: no seed is finished for all models and tasks, here and for the baseline."
     if not rows:
         return "nothing can be said: no finished cell has a finished baseline cell to be compared with."
     known = {level: row for level, row in rows.items() if not math.isnan(row["p_holm"])}
     absent = len(levels) - len(known)
     if not known and max(row["seeds"] for row in rows.values()) > 1:
         return "no interval can be given: the differences do not vary at all."
+    if not known and planned > 1:
+        return f"no interval can be given yet: of {planned} seeds one alone is finished both here and for the baseline."
     if not known:
         return "no interval can be given: that takes two seeds or more."
     gains = [_gain(level, row) for level, row in known.items() if _above(row)]
@@ -63,6 +68,13 @@ def finding(analysis: Analysis, factor: str) -> str:
     return text + (f"; {absent} could not be compared." if absent else ".")
 
 
+def _paired(analysis: Analysis, level: Level) -> bool:
+    """Whether a level and the baseline have any finished run of the same model, task and seed."""
+    index = analysis.study.index()
+    base = index.get(BASELINE, {})
+    return any(seeds.keys() & base.get(condition, {}).keys() for condition, seeds in index.get(level, {}).items())
+
+
 def baseline_finding(analysis: Analysis) -> str:
     """One sentence on what the baseline alone learned, from before training to the end."""
     parts = []
@@ -72,7 +84,9 @@ def baseline_finding(analysis: Analysis) -> str:
             return "nothing can be said: no baseline cell has finished."
         change = f"{row['baseline']:.3f} to {row['value']:.3f}"
         if math.isnan(row["low"]):
-            parts.append(f"{split} Pass@1 went from {change} (one seed: no interval)")
+            planned = len(analysis.study.seeds)
+            seeds = "one seed" if planned == 1 else f"one of {planned} seeds so far"
+            parts.append(f"{split} Pass@1 went from {change} ({seeds}: no interval)")
             continue
         verb = "rose" if row["low"] > 0 else "fell" if row["high"] < 0 else "is not shown to have changed,"
         parts.append(
@@ -96,7 +110,9 @@ def recommend(analysis: Analysis) -> Recommendation:
     learned = {split: row for split in SPLITS if (row := analysis.row(BASELINE, "learned", split)) is not None}
     test = rows["test"]
     if not test:
-        text = "That takes finished cells of a level and of the baseline, with two seeds or more."
+        planned = len(analysis.study.seeds)
+        seeds = "with two seeds or more" if planned == 1 else f"of at least two of the {planned} seeds"
+        text = f"That takes finished cells of a level and of the baseline, {seeds}."
         return Recommendation("Nothing can be recommended yet", [text], learned, counts, math.nan)
     smallest = statistics.median(detectable(row) for row in test.values())
     above = {level: row for level, row in test.items() if _above(row)}

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,27 @@ from typing import Any
 import yaml
 
 from bandit_rft.advantages import ADVANTAGES
+from bandit_rft.budget import evaluation_count, planned_rounds
 from bandit_rft.config import FREE, Config, ConfigError, build_config
 from bandit_rft.options import nearest, read_value, read_yaml
+from bandit_rft.paths import change_paths
+from bandit_rft.presets import PRESETS
 
 #: budget.rule -> the key of a run that it sets.
 BUDGETS = {"rounds": "max_rounds", "tokens": "max_generated_tokens", "seconds": "max_seconds"}
-KEYS = ("name", "baseline", "factors", "models", "tasks", "seeds", "budget", "stopping", "keep_checkpoints", "cost")
+KEYS = (
+    "name",
+    "preset",
+    "baseline",
+    "factors",
+    "models",
+    "tasks",
+    "seeds",
+    "budget",
+    "stopping",
+    "keep_checkpoints",
+    "cost",
+)
 #: Keys of a model or task that only the cost estimate reads.
 NOT_CONFIG = ("parameters", "cost")
 #: Runs that no budget in tokens or seconds stops earlier.
@@ -85,11 +100,18 @@ class Plan:
     def config(self, cell: PlannedCell, folder: Path) -> Config:
         """The cell's configuration when it is run from `folder`: paths of the study file are found from there."""
         overrides = dict(cell.config)
-        for key in ("model_name_or_path", "data_path"):
-            value = overrides.get(key)
-            if isinstance(value, str) and (self.base / value).exists():
-                overrides[key] = os.path.relpath(self.base / value, folder)
+        for key, value in cell.config.items():
+            overrides[key] = change_paths(key, value, self._from(folder))
         return build_config({**overrides, "output_dir": f"cells/{cell.id}"})
+
+    def _from(self, folder: Path) -> Callable[[str], str]:
+        """Paths that start at the study file, as they lead there from `folder`; any other text as it is."""
+
+        def change(path: str) -> str:
+            place = self.base / path
+            return os.path.relpath(place, folder) if place.exists() else path
+
+        return change
 
     def write(self, folder: Path) -> None:
         """Write study.yaml and plan.json.
@@ -101,7 +123,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "plan.json"
         if path.is_file():
-            before = {cell["id"]: cell["config"] for cell in json.loads(path.read_text())}
+            before = {cell["id"]: cell.get("config") for cell in planned_cells(folder)}
             now = {cell.id: cell.config for cell in self.cells}
             changed = [name for name in now.keys() & before.keys() if now[name] != before[name]]
             started = [name for name in sorted(changed) if (folder / "cells" / name / "cell.json").exists()]
@@ -111,6 +133,27 @@ class Plan:
                 )
         for name, content in (("study.yaml", yaml.safe_dump(self.settings, sort_keys=False)), ("plan.json", text)):
             replace_file(folder / name, content)
+
+
+def planned_cells(folder: Path) -> list[dict[str, Any]]:
+    """The cells that a study folder's plan.json lists, at least one, each with its `id`.
+
+    Raises:
+        StudyError: there is something else in it.
+    """
+    path = folder / "plan.json"
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(cells, list) or not cells:
+            raise ValueError("no cells" if cells in ([], {}) else f"a {type(cells).__name__}")
+        for cell in cells:
+            if not isinstance(cell, dict) or not isinstance(cell.get("id"), str) or Path(cell["id"]).name != cell["id"]:
+                raise ValueError(f"{str(cell)[:80]!r}, which is no cell with the name of a folder as its id")
+    except (OSError, ValueError, RecursionError) as error:
+        raise StudyError(
+            f"{path} lists not the cells of a study but {error}; remove it, and `study run` writes it anew"
+        ) from None
+    return cells
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -137,15 +180,50 @@ def load_plan(file: str | Path) -> Plan:
         if key not in KEYS:
             raise StudyError(f"unknown key {key!r} in {file}{nearest(key, KEYS) or '; known: ' + ', '.join(KEYS)}")
     settings.setdefault("name", file.stem)
-    for key in ("baseline", "models", "tasks"):
+    _fill_in(settings)
+    for key in ("models", "tasks"):
         if not isinstance(settings.get(key), dict) or not settings[key]:
             raise StudyError(f"{key} must be a mapping with at least one entry; got {settings.get(key)!r}")
     seeds = settings.setdefault("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
-        raise StudyError(f"seeds must be a list of different whole numbers; got {seeds!r}")
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise StudyError(f"seeds must be a list of different whole numbers >= 0; got {seeds!r}")
     plan = Plan(settings, file.absolute().parent, [])
     plan.cells = list(_cells(plan))
     return plan
+
+
+def _fill_in(settings: dict[str, Any]) -> None:
+    """Fill in what a short study file leaves out: its preset, and the one model and task that it is about."""
+    baseline = settings.setdefault("baseline", {})
+    if not isinstance(baseline, dict) or not (baseline or "preset" in settings):
+        raise StudyError(f"baseline must be a mapping with at least one entry, or a preset be given; got {baseline!r}")
+    if (preset := settings.pop("preset", None)) is not None:
+        if baseline.get("preset", preset) != preset:
+            raise StudyError(f"preset={preset!r} and baseline.preset={baseline['preset']!r}: give one of them")
+        settings["baseline"] = baseline = {"preset": preset, **baseline}
+    keys = {"models": "model_name_or_path", "tasks": "task"}
+    for name, key in keys.items():
+        if name not in settings:
+            given = dict(_dotted(baseline, "baseline")).get(key) or PRESETS.get(str(baseline.get("preset")), {}).get(
+                key
+            )
+            if not given:
+                raise StudyError(f"{name} is missing, and neither baseline nor its preset says which {key} to use")
+            settings[name] = {Path(str(given)).name: {key: given}}
+
+
+def seed_warning(plan: Plan) -> str | None:
+    """What one or two seeds cannot show; None for more."""
+    seeds = len(plan.settings["seeds"])
+    if seeds == 1:
+        return "one seed: no interval can be given at all. Five seeds are a good beginning"
+    if seeds == 2:
+        return (
+            "two seeds: where runs differ, an interval reaches 12.7 standard errors to each side (5 seeds: 2.8), so "
+            "hardly anything will be found. Give three seeds at least"
+        )
+    return None
 
 
 def _cells(plan: Plan) -> Iterator[PlannedCell]:
@@ -280,14 +358,14 @@ def estimate_cost(plan: Plan, cell: PlannedCell) -> Cost:
         return float(max(compute, reads * assumed["bytes_per_parameter"] / assumed["bytes_per_second"]))
 
     seconds = decode(rollouts) + (6 * trained + 2 * scored) * parameters / assumed["flops"]
-    rounds = c.max_rounds
+    rounds = planned_rounds(c, int(assumed["train_questions"]))
     if c.max_generated_tokens is not None:
         rounds = min(rounds, math.ceil(c.max_generated_tokens / (rollouts * length)))
     if c.max_seconds is not None:
         if not parameters:
             return Cost(math.nan, math.nan, math.nan)
         rounds = min(rounds, math.ceil(c.max_seconds / seconds))
-    evaluations = 1 + (rounds // c.eval_steps + bool(rounds % c.eval_steps) if c.eval_steps else 1)
+    evaluations = evaluation_count(c, rounds)
     splits = c.evaluation.splits or ["train", "test"]
     questions = sum(
         min(assumed.get(f"{split}_questions", assumed["test_questions"]), c.evaluation.max_queries or math.inf)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import multiprocessing
 import os
 import platform
+import random
 import shutil
 import signal
 import sys
@@ -30,9 +32,16 @@ from bandit_rft.study.claims import HEARTBEAT, TIMEOUT, Claim, Claims
 from bandit_rft.study.plan import Plan, PlannedCell, replace_file
 
 INTERRUPTED = 130
+FINISHED = 77  # how a cell's process says that it came to its end: a reward or a library may exit with 0
 PR_SET_PDEATHSIG = 1
 ERROR_LINES = 12
 POLL = 0.5
+IDLE = 15.0  # at most so long between two looks when all that is left is at work elsewhere
+
+
+logger = logging.getLogger(__name__)
+#: What cell.json may hold of what the runner decides by.
+RECORD = {"status": str, "attempts": int, "seconds": (int, float), "error": str}
 
 
 class Listener(Protocol):
@@ -58,15 +67,31 @@ class Running:
     gpu: str | None
     begun: float
     lost: bool = False
+    beaten: float = 0.0  # when its claim was last known to hold
+
+    def __post_init__(self) -> None:
+        self.beaten = self.begun
 
 
 def read_record(folder: Path, cell: str) -> dict[str, Any]:
-    """cell.json of a cell, {} before it was begun."""
+    """cell.json of a cell; {} before it was begun, and, with a warning, where it is none."""
+    path = folder / "cells" / cell / "cell.json"
     try:
-        record = json.loads((folder / "cells" / cell / "cell.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    return record if isinstance(record, dict) else {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): the cell counts as not run", path, error)
+        return {}
+    if not isinstance(record, dict):
+        logger.warning("%s holds no object: the cell counts as not run", path)
+        return {}
+    for key, kind in RECORD.items():
+        value = record.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):  # type: ignore[arg-type]
+            logger.warning("%s: %s cannot be %r: the cell counts as not run", path, key, value)
+            return {}
+    return record
 
 
 class Runner:
@@ -125,6 +150,7 @@ class Runner:
         context.set_forkserver_preload(["bandit_rft.trainer", "bandit_rft.study.run"])
         beating = threading.Thread(target=self._beat, daemon=True)
         beating.start()
+        idle = POLL
         try:
             while not self._done():
                 while len(self.running) < self.jobs and (cell := self._next()):
@@ -132,8 +158,10 @@ class Runner:
                 self.listener.tick()
                 if self.running:
                     wait([job.process.sentinel for job in self.running], timeout=POLL)
-                elif not self._done():  # all that is left is at work elsewhere
-                    time.sleep(POLL)
+                    idle = POLL
+                elif not self._done():  # all that is left is at work elsewhere: look less and less often, not in step
+                    self._wait(idle * random.uniform(0.5, 1))
+                    idle = min(IDLE, 1.5 * idle)
                 for job in [job for job in self.running if not job.process.is_alive()]:
                     self._end(job)
         finally:
@@ -143,6 +171,12 @@ class Runner:
             beating.join()
             self.claims.close()
         return all(read_record(self.folder, cell.id).get("status") == "finished" for cell in self.plan.cells)
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.stop_requested:
+            time.sleep(min(POLL, seconds))
+            self.listener.tick()
 
     def stop(self, at_once: bool = False) -> None:
         """Let every cell finish its round and save, or kill them; they resume when the study is run again."""
@@ -201,9 +235,9 @@ class Runner:
         stopped = code == INTERRUPTED or (self.stop_requested and code == -signal.SIGKILL)
         if stopped:
             status = "stopped"
-        elif code:
+        elif code != FINISHED:
             status, attempts = "failed", attempts + 1
-            error = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            error = _how_it_ended(code)
             error = "\n".join([*_last_lines(self.folder / "cells" / job.cell.id / "output.log"), error])
             self.failed += attempts > self.retry
         seconds = before.get("seconds", 0.0) + time.monotonic() - job.begun
@@ -224,7 +258,17 @@ class Runner:
     def _beat(self) -> None:
         while not self._heart.wait(min(HEARTBEAT, self.timeout / 4)):
             for job in list(self.running):
-                if not job.claim.beat():
+                now = time.monotonic()
+                try:
+                    held = job.claim.beat()
+                    job.beaten = now
+                except OSError as error:  # it may pass; but stop before another runner takes the cell for dead
+                    held = now - job.beaten < self.timeout / 2
+                    logger.warning(
+                        "the claim %s cannot be touched (%s)%s", job.claim.path, error.strerror,
+                        "" if held else ": the cell is stopped, and runs again where its claim can be held",
+                    )  # fmt: skip
+                if not held:
                     job.lost = True
                     job.process.kill()
 
@@ -253,6 +297,15 @@ def _cell_process(work: Callable[[Config], None], config: Config, folder: str, t
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None
+    raise SystemExit(FINISHED)
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code == 0:
+        return "the process left with exit status 0 in the middle of its work (os._exit in a reward?)"
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}"
 
 
 def train_cell(config: Config) -> None:

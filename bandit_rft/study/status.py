@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bandit_rft.config import Config
-from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost
+from bandit_rft.metrics import read_metrics
+from bandit_rft.progress import duration
+from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost, planned_cells, seed_warning
 from bandit_rft.study.run import read_record
 from bandit_rft.text import LIMIT, printable
 
@@ -27,11 +30,19 @@ STATES = ("finished", "running", "stopped", "failed", "waiting")
 
 @dataclass
 class Status:
-    """Cells by state; `progress`: (cell, round, reward) of those at work; `failures`: (cell, end of its error)."""
+    """What a look at a study folder found.
+
+    Attributes:
+        states: of each cell, one of STATES.
+        progress: (cell, round, reward) of those at work.
+        failures: (cell, end of its error).
+        seconds: that each finished cell took.
+    """
 
     states: dict[str, str]
     progress: list[tuple[str, int, float | None]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def counts(self) -> Counter[str]:
@@ -42,7 +53,7 @@ class Status:
 def read_status(folder: Path, cells: Sequence[str] | None = None) -> Status:
     """Look at a study folder. "running" is what cell.json says: the cell of a runner that was killed says so too."""
     if cells is None:
-        cells = [cell["id"] for cell in json.loads((folder / "plan.json").read_text(encoding="utf-8"))]
+        cells = [cell["id"] for cell in planned_cells(folder)]
     status = Status({})
     for cell in cells:
         record = read_record(folder, cell)
@@ -50,6 +61,8 @@ def read_status(folder: Path, cells: Sequence[str] | None = None) -> Status:
         if state == "running":
             line = last_line(folder / "cells" / cell / "metrics.jsonl")
             status.progress.append((cell, int(line.get("round", 0)), line.get("reward")))
+        elif state == "finished" and isinstance(record.get("seconds"), int | float):
+            status.seconds[cell] = float(record["seconds"])
         elif state == "failed":
             lines = str(record.get("error") or "").strip().splitlines()
             status.failures.append((cell, " / ".join(lines[-2:])))
@@ -73,15 +86,64 @@ def last_line(path: Path) -> dict[str, Any]:
 
 
 def show_status(folder: Path, console: Console) -> None:
-    """Print the counts, every cell at work, and every failure with its reason."""
-    status = read_status(folder)
+    """Print the counts and the time left, every cell at work, and every failure with its reason."""
+    entries = {cell["id"]: cell for cell in json.loads((folder / "plan.json").read_text(encoding="utf-8"))}
+    status = read_status(folder, list(entries))
+    rounds = {cell: planned(folder, cell, entries[cell]) for cell, *_ in status.progress}
     counts = ", ".join(f"{status.counts[state]} {state}" for state in STATES if status.counts[state])
-    console.print(f"{len(status.states)} cells: {counts}", markup=False)
+    left, at_once = seconds_left(folder, entries, status, rounds), len(status.progress)
+    shown = "" if not left else f"; about {duration(left / max(1, at_once))} left"
+    shown += (
+        f" at {at_once} at a time" if left and at_once else " for one at a time, nothing is running" if left else ""
+    )
+    console.print(f"{len(status.states)} cells: {counts}{shown}", markup=False, soft_wrap=True)
     for cell, round_, reward in status.progress:
-        shown = "" if reward is None else f"  reward {reward:.3f}"
-        console.print(f"  running  {cell}  round {round_}{shown}", markup=False)
+        of, earned = f"/{rounds[cell]}" if rounds[cell] else "", "" if reward is None else f"  reward {reward:.3f}"
+        console.print(f"  running  {cell}  round {round_}{of}{earned}", markup=False, soft_wrap=True)
     for cell, error in status.failures:
         console.print(f"  failed   {cell}  {printable(str(error), LIMIT)}", markup=False, style="red")
+
+
+def planned(folder: Path, cell: str, entry: Mapping[str, Any]) -> int | None:
+    """How many rounds a cell takes, where its budget is one of rounds; None where that is not known."""
+    config = entry.get("config") or {}
+    if any(config.get(key) for key in ("max_generated_tokens", "max_seconds", "num_train_epochs")):
+        return None
+    try:
+        text = (folder / "cells" / cell / "config.yaml").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^max_rounds: (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else config.get("max_rounds")
+
+
+def seconds_left(
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], status: Status, rounds: Mapping[str, int | None]
+) -> float | None:
+    """Seconds of one cell after another for what is not done, from the cells that are; None before anything is known.
+
+    A cell takes what others of its level, model and task took, or of its level, or all others on average; before any is
+    finished, those at work are measured by their rounds.
+    """
+    groups: dict[tuple[Any, ...], list[float]] = {}
+
+    def kinds(cell: str) -> list[tuple[Any, ...]]:
+        level = tuple(entries[cell].get(key) for key in ("factor", "level"))
+        return [(*level, entries[cell].get("model"), entries[cell].get("task")), level, ()]
+
+    for cell, seconds in status.seconds.items():
+        for kind in kinds(cell):
+            groups.setdefault(kind, []).append(seconds)
+    begun = {cell: round_ / total for cell, round_, _ in status.progress if (total := rounds[cell])}
+    for cell, share in begun.items() if not status.seconds else ():
+        spent = sum(line.get("seconds/round") or 0.0 for line in read_metrics(folder / "cells" / cell))
+        if share:
+            groups.setdefault((), []).append(spent / share)
+    left = [cell for cell, state in status.states.items() if state in ("waiting", "stopped", "running")]
+    if not left or not groups:
+        return None
+    seconds_of = {cell: next(groups[kind] for kind in kinds(cell) if kind in groups) for cell in left}
+    return sum(sum(known) / len(known) * (1 - min(1.0, begun.get(cell, 0.0))) for cell, known in seconds_of.items())
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -106,6 +168,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     table.add_section()
     table.add_row("all", "", str(len(plan.cells)), *_cost_columns(total))
     console.print(table)
+    if (warning := seed_warning(plan)) is not None:
+        console.print(f"note: {warning}", markup=False, style="yellow")
     console.print(
         "tokens and GPU-hours are estimates (docs/study.md: how a plan is priced); nothing has been run", markup=False
     )
@@ -122,8 +186,8 @@ def _cost_columns(cost: Cost) -> list[str]:
 class StudyProgress:
     """A live view in a terminal: all cells, and every cell at work with its round; elsewhere a line a cell."""
 
-    def __init__(self, plan: Plan, folder: Path, console: Console | None = None):
-        self.plan, self.folder = plan, folder
+    def __init__(self, plan: Plan, folder: Path, console: Console | None = None, *, verbose: bool = False):
+        self.plan, self.folder, self.verbose = plan, folder, verbose
         self.console = console or Console(highlight=False)
         self._totals: dict[str, int] = {}
         self._begun: dict[str, float] = {}
@@ -152,6 +216,8 @@ class StudyProgress:
         """A cell of this runner begins."""
         self._totals[cell.id] = config.max_rounds
         self._begun[cell.id] = time.monotonic()
+        if self.verbose:
+            self.console.print(f"started  {cell.id}", markup=False, soft_wrap=True)
 
     def ended(self, cell: PlannedCell, record: dict[str, Any]) -> None:
         """A cell of this runner ended; where no terminal is, or it failed, a line says so."""

@@ -85,7 +85,9 @@ class Tables:
                 "seeds that all their conditions have can be averaged; the columns seeds and conditions say which."
             )
         if any(row["seeds"] < 2 for row in rows):
-            notes.append("With one seed no interval can be given: the spread between runs is not known.")
+            planned = len(self.study.seeds)
+            one = "With one seed" if planned == 1 else f"Where one alone of {planned} seeds is finished"
+            notes.append(f"{one} no interval can be given: the spread between runs is not known.")
         return notes
 
     def gains(self) -> Table:

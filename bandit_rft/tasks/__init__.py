@@ -1,6 +1,7 @@
 """Tasks: prompts, splits and rewards, by name. The libraries a task needs are imported when it is loaded."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ from bandit_rft.options import OptionModel
 from bandit_rft.rewards.spec import RewardFunction, unknown_name
 from bandit_rft.tasks.base import Example, Task, collate
 from bandit_rft.tasks.checks import check_task
+from bandit_rft.tasks.files import named_files
 
 __all__ = ["TASKS", "Example", "Task", "collate", "load_task", "task_option_model"]
 
 # Name -> module. These make their own examples, the others read them from a file, a folder or the hub.
 GENERATED = {"arithmetic": "arithmetic", "countdown": "countdown", "reasoning_gym": "reasoning_gym"}
 READ = {"gsm8k": "gsm8k", "math": "math_problems", "summarize": "summarize", "dataset": "dataset"}
+#: Rows of what is loaded from the hub where no data_path is given, as far as they are known without asking.
+HUB_SIZES = {
+    "gsm8k": {"train": 7473, "test": 1319}, "math": {"train": 7500, "test": 5000},
+    "summarize": {"train": 1992, "validation": 619, "test": 618},
+}  # fmt: skip
 SAME_AS_DATASET = ("jsonl", "json", "parquet", "csv")
 TASKS = (*GENERATED, *READ)
 
@@ -39,6 +46,7 @@ def load_task(
     seed: int = 0,
     reward: list[str] | None = None,
     options: dict[str, Any] | None = None,
+    evaluation_files: Sequence[str] = (),
 ) -> Task:
     """Load a task.
 
@@ -50,6 +58,8 @@ def load_task(
         seed: of what a task draws: made examples, held-out rows.
         reward: replaces the task's rewards; each a text for RewardFunction.parse, such as "module.py:function".
         options: the task's own, see its module.
+        evaluation_files: further splits to evaluate on, each a text "name=path". The task reads them as it reads its
+            own files; one that makes its own examples reads them as "dataset" does.
 
     Raises:
         ValueError: naming the argument, for unknown names and options, missing files, columns or rewards, broken rows,
@@ -74,6 +84,10 @@ def load_task(
     else:
         module = importlib.import_module(f"bandit_rft.tasks.{READ[key]}")
         task = module.load(data_path, seed, options or {})
+    for split, path in named_files(evaluation_files).items():
+        if split in task.splits:
+            raise ValueError(f"evaluation_files: task {task.name!r} has a split {split!r}; give the file another name")
+        task.splits[split] = _read_file(path, READ.get(key, "dataset"), seed, options or {}, key in READ)
     if rewards:
         task = Task(task.name, task.splits, rewards)
     if not task.rewards:
@@ -81,6 +95,21 @@ def load_task(
             f"reward: task {task.name!r} brings none; give a list such as ['rewards.py:my_reward'], or a built-in: "
             "exact_match, gsm8k, math, math_verify, rouge_l, rouge_l_length_penalized"
         )
-    if key in READ:  # what a task makes itself is right by construction, and its tests say so
+    if key in READ or evaluation_files:  # what a task makes itself is right by construction, and its tests say so
         check_task(task)
     return task
+
+
+def _read_file(path: str, module: str, seed: int, options: dict[str, Any], own: bool) -> list[Example]:
+    """The examples of one file, read as the task reads its own; of one that makes its own, as a dataset."""
+    if not Path(path).expanduser().is_file():
+        raise ValueError(f"evaluation_files: there is no file {path!r}")
+    kept = {name: value for name, value in options.items() if own and name not in ("test_path", "test_size")}
+    read = importlib.import_module(f"bandit_rft.tasks.{module}")
+    try:
+        splits: dict[str, list[Example]] = read.load(path, seed, kept).splits
+    except ValueError as error:
+        raise ValueError(f"evaluation_files, {path}: {error}") from error
+    if not splits:
+        raise ValueError(f"evaluation_files: {path} has no row with an answer")
+    return next(iter(splits.values()))

@@ -13,11 +13,11 @@ class Example:
     """One query.
 
     Attributes:
-        prompt: a plain text, or chat messages with "role" and "content".
+        prompt: a plain text, or chat messages with "role" and "content", and what else a chat template may read.
         columns: what rewards take besides prompt and completion; the right answer is "answer".
     """
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     columns: dict[str, Any]
 
 

@@ -1,6 +1,7 @@
 """What is found out about a task's examples before anything is trained on them."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from bandit_rft.text import lone_surrogate, printable
 log = logging.getLogger(__name__)
 
 MAX_REFERENCES = 10_000  # answers of a split that are scored, evenly spaced
+#: The share of a split's prompts that may be left out for their length; above it the data are not what was meant.
+MAX_FILTERED = 0.5
 
 
 def check_task(task: Task) -> None:
@@ -34,9 +37,7 @@ def check_task(task: Task) -> None:
 
 
 def _check_example(example: Example, where: str) -> None:
-    prompt = example.prompt
-    contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    for name, value in (("prompt", contents), *example.columns.items()):
+    for name, value in (("prompt", example.prompt), *example.columns.items()):
         if problem := unusable(value):
             raise ValueError(f"{where}, column {name}: {problem}")
 
@@ -107,3 +108,21 @@ def _hint(answer: Any) -> str:
     if any(mark in answer for mark in ",$% "):
         return " (expected the bare number, without commas, signs and spaces)"
     return ""
+
+
+def check_filtered(name: str, max_prompt_length: int, lengths: Sequence[int]) -> int:
+    """How many of a split's prompts are left out, for a length of 0 or more than max_prompt_length tokens.
+
+    Raises:
+        ValueError: it is more than MAX_FILTERED of them.
+    """
+    filtered = sum(not 0 < length <= max_prompt_length for length in lengths)
+    if filtered > MAX_FILTERED * len(lengths):
+        ordered = sorted(lengths)
+        half, most = (ordered[math.ceil(share * (len(ordered) - 1))] for share in (0.5, 0.95))
+        raise ValueError(
+            f"max_prompt_length={max_prompt_length} leaves out {filtered:,} of {len(lengths):,} prompts of "
+            f"{name}, more than {MAX_FILTERED:.0%}. Raise it: half of them have up to {half} tokens, 95% up to "
+            f"{most}; or take the long ones out of the data"
+        )
+    return filtered

@@ -1,8 +1,9 @@
 """Your own data: jsonl, json, parquet or csv files, or any dataset of the Hugging Face hub.
 
 A row needs a prompt, a text or chat messages, and, unless your reward does without, an answer. Names understood, in
-this order: prompt, question, problem; answer, solution, ground_truth, label, and verl's reward_model.ground_truth.
-All other columns are handed to the rewards under their own names.
+this order: prompt, question, problem; answer, solution, ground_truth, label, and verl's reward_model.ground_truth. The
+first one that any row of a split has is that of all its rows. All other columns are handed to the rewards under their
+own names.
 """
 
 import logging
@@ -50,14 +51,19 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
         rows = read_splits(data_path, **held)
     else:
         rows = read_hub(data_path, chosen.config, chosen.revision, **held)
-    splits = {
-        split: [_example(row, f"dataset {split} row {number}", chosen) for number, row in enumerate(split_rows)]
-        for split, split_rows in rows.items()
-    }
+    splits, answers = {}, {}
+    for split, split_rows in rows.items():
+        prompts = chosen.prompt_column or _first(PROMPT, split_rows)
+        answers[split] = chosen.answer_column or _first(ANSWER, split_rows)
+        splits[split] = [
+            _example(row, f"dataset {split} row {number}", prompts, answers[split], chosen)
+            for number, row in enumerate(split_rows)
+        ]
     for split, examples in list(splits.items()):
         lacking = [number for number, one in enumerate(examples) if one.columns.get("answer") is None]
         if lacking and len(lacking) < len(examples):
-            raise ValueError(f"dataset {split} row {lacking[0]}: no answer, though other rows have one")
+            column = "" if answers[split] is None else f" in the column {answers[split]}"
+            raise ValueError(f"dataset {split} row {lacking[0]}: no answer, though other rows have one{column}")
         empty = [name for name in (chosen.answer_column, *ANSWER) if name is not None and name in rows[split][0]]
         if lacking and (empty or "answer" in examples[0].columns):
             message = f"dataset {split}: the answers ({', '.join(empty) or 'ground_truth'}) are null in every row"
@@ -70,14 +76,15 @@ def load(data_path: str | None, seed: int, options: dict[str, Any]) -> Task:
     return Task("dataset", splits, [])
 
 
-def _example(row: Row, where: str, options: Options) -> Example:
-    prompt_column = _column(row, options.prompt_column, PROMPT, "prompt", where)
+def _example(row: Row, where: str, prompt_column: str | None, answer_column: str | None, options: Options) -> Example:
+    for name in ("prompt_column", "answer_column"):
+        if (own := getattr(options, name)) is not None and own not in row:
+            raise ValueError(f"{where}: {unknown_name(name, own, sorted(row))}")
     if prompt_column is None:
         raise ValueError(
             f"{where}: no prompt; expected one of the columns {', '.join(PROMPT)}, or the option prompt_column; "
             f"got {sorted(row)}"
         )
-    answer_column = _column(row, options.answer_column, ANSWER, "answer", where)
     columns = {name: value for name, value in row.items() if name not in (prompt_column, answer_column)}
     if clash := sorted({"prompt", "prompts", "completion", "completions"} & set(columns)):
         hint = ", or take it for the answer: option answer_column=completion" if "completion" in clash else ""
@@ -86,22 +93,23 @@ def _example(row: Row, where: str, options: Options) -> Example:
         )
     nested = row.get("reward_model")
     if answer_column is not None:
-        columns["answer"] = row[answer_column]
+        columns["answer"] = _answer(row.get(answer_column))
     elif isinstance(nested, dict) and "ground_truth" in nested:
-        columns["answer"] = nested["ground_truth"]
-    return Example(_prompt(row[prompt_column], options.suffix, f"{where}, column {prompt_column}"), columns)
+        columns["answer"] = _answer(nested["ground_truth"])
+    return Example(_prompt(row.get(prompt_column), options.suffix, f"{where}, column {prompt_column}"), columns)
 
 
-def _column(row: Row, chosen: str | None, names: tuple[str, ...], what: str, where: str) -> str | None:
-    """Return the column that holds the prompt or the answer, None where there is none."""
-    if chosen is not None:
-        if chosen not in row:
-            raise ValueError(f"{where}: {unknown_name(f'{what}_column', chosen, sorted(row))}")
-        return chosen
-    return next((name for name in names if row.get(name) is not None), None)
+def _first(names: tuple[str, ...], rows: list[Row]) -> str | None:
+    """Return the first of the names under which any row has a value: one for all, else a gap is filled with another."""
+    return next((name for name in names if any(row.get(name) is not None for row in rows)), None)
 
 
-def _prompt(value: Any, suffix: str, where: str) -> str | list[dict[str, str]]:
+def _answer(value: Any) -> Any:
+    """Take NaN, which is what some writers make of a missing answer, for none."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def _prompt(value: Any, suffix: str, where: str) -> str | list[dict[str, Any]]:
     """Check a prompt: a text that says something, or messages."""
     tail = f" {suffix}" if suffix else ""
     if isinstance(value, str):
@@ -116,6 +124,6 @@ def _prompt(value: Any, suffix: str, where: str) -> str | list[dict[str, str]]:
             raise ValueError(
                 f'{where}: expected messages like {{"role": "user", "content": "..."}}, got {repr(message)[:100]}'
             )
-        messages.append({"role": message["role"], "content": message["content"]})
+        messages.append({key: value for key, value in message.items() if value is not None})  # tool calls, names
     messages[-1]["content"] += tail
     return messages

@@ -5,14 +5,40 @@ import csv
 import io
 import json
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.hub import asking, check_place
 from bandit_rft.text import printable
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "dev": "validation"}
+
+
+def named_files(entries: Sequence[str]) -> dict[str, str]:
+    """Paths by the name of their split, of texts "name=path"; without a name the file's own is it.
+
+    Raises:
+        ValueError: for a name that no file can be called by, one given twice, and "train".
+    """
+    files: dict[str, str] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not equals:
+            name, path = Path(entry).stem, entry
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or not path:
+            raise ValueError(
+                f"expected name=path, the name of letters, digits, '_', '.' and '-'; got {printable(repr(entry), 200)}"
+            )
+        if name == "train":
+            raise ValueError("the split 'train' is what is trained on; give the file another name: name=path")
+        if name in files:
+            raise ValueError(f"{name!r} is given twice; give the files names: name=path")
+        files[name] = path
+    return files
 
 
 def read_splits(
@@ -62,12 +88,14 @@ def read_hub(
     seed: int = 0,
 ) -> dict[str, list[Row]]:
     """Read the splits of a dataset of the Hugging Face hub; see read_splits for the rest."""
+    check_place("data_path", name)
     try:
         import datasets
     except ImportError as error:
         raise ImportError("the datasets library is missing: pip install 'bandit_rft[train]'") from error
     try:
-        loaded = datasets.load_dataset(name, config, revision=revision)
+        with asking(name):
+            loaded = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:
         raise ValueError(
             f"data_path: the dataset {name!r} could not be loaded from the Hugging Face hub "

@@ -65,7 +65,8 @@ def gold_answer(solution: str, where: str = "answer") -> str:
 def gsm8k(completion: str, answer: str) -> float:
     """1.0 if the last `#### number` within the last 300 characters, commas removed, is the answer; 0.0 otherwise.
 
-    Strings are compared, as in the paper: 18.0 is not 18. There is no bonus for the format.
+    Strings are compared, as in the paper: 18.0 is not 18. There is no bonus for the format. An empty answer is never
+    earned.
     """
     matches = _GSM8K_ANSWER.findall(completion[-GSM8K_TAIL:])
-    return float(bool(matches) and matches[-1].replace(",", "") == answer)
+    return float(bool(matches) and answer != "" and matches[-1].replace(",", "") == answer)

@@ -29,12 +29,13 @@ H100 = H200._replace(copy=H200.copy * 3.35 / 4.8)
 #: loss): docs/building.md's counts. A draw's are without the exact noise of what may win, by estimate EXACT_NOISE more.
 INSTRUCTIONS = {"logprob": 8.8, "policy": 17.9, "sample": 27.8}
 EXACT_NOISE = 3
-#: Of the fused draw's epilogue, in Triton: not counted, what a draw was to need at most.
-EPILOGUE = 40
+#: Instructions a logit of the fused heads beside their product, on sm_90: docs/building.md's counts of the kernels for
+#: 8192 rows (scoring) and for 64 (drawing).
+FUSED = {"score": 14.0, "draw": 54.8}
 #: Bytes a logit: policy rows read float32 and write it (the copy's traffic); in the loss they write bfloat16.
 BYTES = {"logprob": 4, "policy": 8, "sample": 4}
 CHUNK = 2048  # rows of logits at a time in the loss and, unfused, in scoring
-HIDDEN = 0.5  # of a fused epilogue's instructions: what runs while other blocks load
+HIDDEN = 0.8  # of the shorter of loading and computing, where two programs share a multiprocessor: an assumption
 
 
 def machine_of(name: str, limits: dict[str, float]) -> Machine | None:
@@ -77,16 +78,19 @@ def loss_ratio(machine: Machine, n: int, h: int, v: int) -> float:
 
 
 def logprobs_ratio(machine: Machine, n: int, h: int, v: int) -> float:
-    """linear_logprobs, forward / the bare product: float32 logits written (not under the product), read by the rows."""
+    """linear_logprobs, forward / the bare product: the softmax of the fused head after it, none of it hidden."""
     bare = products(machine, n, h, v, 1)
-    return (max(bare, 4 * n * v / machine.copy) + rows(machine, "logprob", n * v)) / bare
+    return (bare + n * v * FUSED["score"] / machine.instructions) / bare
 
 
 def sample_ratio(machine: Machine, b: int, h: int, v: int) -> float:
-    """linear_sample / the bare product: the weight read once, and the noise of a batch padded to 8, 16, 32, 64."""
+    """linear_sample / the bare product: softmax and noise of a batch padded to multiples of 64 rows.
+
+    Two programs share a multiprocessor: one loads or multiplies while the other computes.
+    """
     bare = max(products(machine, b, h, v, 1), 2 * h * v / machine.copy)
-    padded = max(8, 2 ** math.ceil(math.log2(b))) if b <= 64 else math.ceil(b / 64) * 64
-    return (bare + (1 - HIDDEN) * padded * v * EPILOGUE / machine.instructions) / bare
+    computing = math.ceil(b / 64) * 64 * v * FUSED["draw"] / machine.instructions
+    return (max(bare, computing) + (1 - HIDDEN) * min(bare, computing)) / bare
 
 
 #: (N, H, V) of the loss and of scoring; (B, H, V) of sampling: the shapes that have bars.

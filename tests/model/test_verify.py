@@ -73,5 +73,16 @@ def test_bad_arguments() -> None:
         verify_sequence(policy, PROMPT, [])
     with pytest.raises(ValueError, match="advantage"):
         verify_sequence(policy, PROMPT, COMPLETION, advantage=0.0)
-    with pytest.raises(ValueError, match="KL"):
-        verify_sequence(policy, PROMPT, COMPLETION, objective=ops.PolicyObjective(kl="k3", kl_coef=0.1))
+
+
+@pytest.mark.parametrize("advantage", [0.7, -0.7])
+@pytest.mark.parametrize("kind", ["reinforce", "importance", "ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_terms_that_need_another_policy_are_checked_too(dtype: torch.dtype, kind: str, advantage: float) -> None:
+    policy = Policy(tiny_llama().to(dtype))
+    dual = 3.0 if kind in ("ppo", "gspo") else None
+    objective = ops.PolicyObjective(kind, kl="k3", kl_coef=0.1, entropy_coef=0.01, dual_clip=dual)
+    result = verify_sequence(
+        policy, PROMPT, COMPLETION, objective=objective, advantage=advantage, off_policy=True, temperature=0.8
+    )
+    assert result.gradient_norm > 1e-3 and result.worst() < (0.15 if dtype == torch.bfloat16 else 1e-4)

@@ -220,7 +220,7 @@ def score(spec, completions=("a", "bb", "a"), answers=None, **arguments):
         ("#### $18", "18", 0),  # the paper's expression knows no dollar sign
         ("####18", "18", 0),  # the space belongs to the format
         ("18", "18", 0),
-        ("#### ,", "", 1),
+        ("#### ,", "", 0),  # an answer that says nothing is never earned
         ("", "18", 0),
         ("#### 18" + "x" * 293, "18", 1),  # exactly the last 300 characters
         ("#### 18" + "x" * 294, "18", 0),
@@ -383,6 +383,21 @@ def test_a_verifier_that_hangs_scores_zero_and_is_counted(rewards):
 
 def test_exact_match():
     assert exact_match(" 7\n", 7) == 1 and exact_match("77", "7") == 0
+    assert exact_match("0", 0) == 1 and exact_match("False", False) == 1
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "gsm8k", "math", "math_verify", "rouge_l"])
+@pytest.mark.parametrize("answer", ["", " ", "\n"])
+def test_nothing_is_earned_where_the_answer_says_nothing(reward, answer):
+    function = BUILTINS[reward].load()
+    for completion in ("", " ", "#### ,", "#### ", "\\boxed{}", "\\boxed{ }", "None"):
+        assert function(completion, answer) == 0, completion
+
+
+@pytest.mark.parametrize("answer", [None, math.nan])
+def test_an_answer_that_is_not_there_is_not_matched_by_its_name(answer):
+    for completion in ("None", "nan", "NaN", "null", ""):
+        assert exact_match(completion, answer) == 0
 
 
 def test_rouge_l():

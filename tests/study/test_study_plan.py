@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from paths import ROOT
 
 from bandit_rft.cli import main
-from bandit_rft.study.plan import Cost, Plan, StudyError, estimate_cost, load_plan
+from bandit_rft.study.plan import Cost, Plan, StudyError, estimate_cost, load_plan, seed_warning
 
 STUDIES = ROOT / "studies"
 MINIMAL: dict[str, Any] = {
@@ -84,6 +85,10 @@ def test_paths_start_at_the_study_file(tmp_path: Path) -> None:
         ({"budget": None}, ["budget"]),
         ({"stopping": {"patience": 3}}, ["stopping", "failed_cells"]),
         ({"seeds": [0, 0]}, ["seeds"]),
+        ({"seeds": [0, "1"]}, ["seeds must be a list of different whole numbers >= 0; got [0, '1']"]),
+        ({"seeds": [0.0, 1]}, ["seeds must be"]),
+        ({"seeds": [True]}, ["seeds must be"]),
+        ({"seeds": [-1]}, ["seeds must be"]),
         ({"models": {}}, ["models"]),
         ({"models": {"m": "gpt2"}}, ["models.m", "mapping"]),
         ({"factors": {"f": ["n=1"]}}, ["factors.f", "levels"]),
@@ -219,8 +224,121 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--jobs must be a whole number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "[1]", '[{"id": 3}]', '{"cells": []}', "null", "[", "[[", '[{"id": "../x"}]']
+)
+@pytest.mark.parametrize("action", ["status", "report"])
+def test_a_plan_that_lists_no_cells_is_one_error(
+    action: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    (tmp_path / "study.yaml").write_text("name: a")
+    assert main(["study", action, str(tmp_path)]) != 0
+    said = capsys.readouterr()
+    assert "plan.json" in said.err and len(said.err.splitlines()) == 1 and said.out == ""
+
+
 @pytest.mark.parametrize("text", ["name: " + "[" * 5000, "name: a\nname: b", "name: 2024-13-45", "seeds: &a [*a]"])
 def test_a_hostile_study_file_is_one_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "study.yaml").write_text(text)
     assert main(["study", "plan", str(tmp_path / "study.yaml")]) == 2
     assert "study file" in capsys.readouterr().err
+
+
+# --- a short file, and few seeds --------------------------------------------------------------------------------------
+
+
+def test_a_short_file_is_filled_in(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: demo\nfactors: {n: {n=2: {num_generations: 2, advantage: group_norm}}}\nseeds: [0, 1, 2]\n"
+                    "budget: {rule: rounds, amount: 3}\n")  # fmt: skip
+    plan = load_plan(path)
+    assert [(cell.model, cell.task) for cell in plan.cells[:1]] == [("arithmetic-base", "arithmetic")]
+    assert len(plan.cells) == 6 and plan.config(plan.cells[0], tmp_path).learning_rate == 5e-5
+    plan.write(tmp_path / "out")  # as written, it can be read again
+    again = load_plan(tmp_path / "out" / "study.yaml")
+    assert [cell.config for cell in again.cells] == [cell.config for cell in plan.cells]
+    # a model of one's own, a folder beside the file
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    path.write_text("baseline: {preset: minimal, model_name_or_path: models/tiny, task: arithmetic}\n"
+                    "budget: {rule: rounds, amount: 3}\nseeds: [0, 1, 2]\n")  # fmt: skip
+    plan = load_plan(path)
+    assert plan.cells[0].model == "tiny" and plan.cells[0].id == "tiny-arithmetic-baseline-baseline-s0"
+    assert plan.config(plan.cells[0], tmp_path / "out").model_name_or_path == "../models/tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset: minimal", "models is missing, and neither baseline nor its preset says which model_name_or_path"),
+        ("preset: minimal\nmodels: {m: {model_name_or_path: x}}", "tasks is missing"),
+        ("preset: demo\nbaseline: {preset: paper}", "preset='demo' and baseline.preset='paper': give one"),
+        ("preset: dmo\nmodels: {m: {}}\ntasks: {t: {}}", "did you mean demo?"),
+        ("seeds: [0]", "baseline must be a mapping with at least one entry, or a preset be given"),
+        ("preset: demo\nmodels: {}", "models must be a mapping"),
+    ],
+)
+def test_what_a_short_file_leaves_open_is_said(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(f"{text}\nbudget: {{rule: rounds, amount: 3}}\n")
+    with pytest.raises(StudyError) as caught:
+        load_plan(tmp_path / "s.yaml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("seeds", "words"), [([0], "one seed: no"), ([0, 1], "two seeds: where"), ([0, 1, 2], None)])
+def test_few_seeds_are_warned_of_before_anything_runs(
+    seeds: list[int], words: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    plan = plan_of(tmp_path, seeds=seeds)
+    warning = seed_warning(plan)
+    assert warning is None if words is None else warning is not None and words in warning
+    started: list[str] = []
+    monkeypatch.setattr("bandit_rft.study.run.Runner.run", lambda self: started.append(capsys.readouterr().out))
+    monkeypatch.setattr("bandit_rft.study.status.show_status", lambda folder, console: None)
+    main(["study", "run", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert ("note: " in started[0]) == (words is not None)
+    main(["study", "plan", str(tmp_path / "study.yaml")])
+    assert ("note: " in capsys.readouterr().out) == (words is not None)
+
+
+# --- time left --------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_what_like_cells_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factors = {"n": {"n=2": {"num_generations": 2, "advantage": "group_norm"}}}
+    plan = plan_of(tmp_path, factors=factors, seeds=[0, 1, 2])
+    out = tmp_path / "out"
+    plan.write(out)
+    names = [cell.id for cell in plan.cells]
+    assert [name[-11:] for name in names[:2]] == ["baseline-s0", "n-n_2-s0"] or len(names) == 6
+
+    def record(name: str, **values: Any) -> None:
+        (out / "cells" / name).mkdir(parents=True, exist_ok=True)
+        (out / "cells" / name / "cell.json").write_text(json.dumps(values))
+
+    def says() -> str:
+        main(["study", "status", str(out)])
+        return capsys.readouterr().out
+
+    assert says().splitlines() == ["6 cells: 6 waiting"]
+    # the first cell is a third done, after 10 seconds: 30 a cell
+    record(names[0], status="running")
+    (out / "cells" / names[0] / "metrics.jsonl").write_text(
+        '{"round": 0, "seconds/round": 4.0}\n{"round": 1, "seconds/round": 6.0, "reward": 0.25}\n'
+    )
+    lines = says().splitlines()
+    assert lines[0] == "6 cells: 1 running, 5 waiting; about 2:50 left at 1 at a time"
+    assert lines[1] == f"  running  {names[0]}  round 1/3  reward 0.250"
+    # the baseline takes 60 seconds, n=2 takes 100: left are two of each
+    record(names[0], status="finished", seconds=60.0)
+    record(names[1], status="finished", seconds=100.0)
+    assert says().splitlines() == [
+        "6 cells: 2 finished, 4 waiting; about 5:20 left for one at a time, nothing is running"
+    ]
+    for name in names[2:4]:
+        record(name, status="running")
+    assert "about 2:40 left at 2 at a time" in says()
+    for name in names[2:]:
+        record(name, status="finished", seconds=1.0)
+    assert says().splitlines() == ["6 cells: 6 finished"]

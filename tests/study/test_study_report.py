@@ -111,6 +111,23 @@ def test_sentences_where_little_is_known(tmp_path: Path) -> None:
     assert finding(analyse_study(one), "rollouts") == "no interval can be given: that takes two seeds or more."
     assert "(one seed: no interval)" in baseline_finding(analyse_study(one))
     assert "With one seed no interval can be given" in Page(write_study_report(one).read_text()).text
+    # two seeds were planned: that it takes two is no news, which of them are missing is
+    for number, missing in enumerate((["baseline-baseline"], ["rollouts-n_8", "baseline-baseline"], ["rollouts-n_8"])):
+        problems = {f"{kind}-m-a-s1": "running" for kind in missing}
+        two = make_study(tmp_path / f"two{number}", **{**SMALL, "seeds": 2}, problems=problems)
+        text = Page(write_study_report(two).read_text()).text + (two / "report" / "report.md").read_text()
+        assert "two seeds or more" not in text and "With one seed" not in text
+        assert finding(analyse_study(two), "rollouts") == (
+            "no interval can be given yet: of 2 seeds one alone is finished both here and for the baseline."
+        )
+        assert ("one of 2 seeds so far" in baseline_finding(analyse_study(two))) == ("baseline-baseline" in missing)
+    apart = make_study(
+        tmp_path / "apart", **{**SMALL, "seeds": 2, "models": ("m", "n")},
+        problems={"rollouts-n_8-m-a-s0": "running", "rollouts-n_8-n-a-s1": "running"},
+    )  # fmt: skip
+    assert "no seed is finished for all models and tasks" in finding(analyse_study(apart), "rollouts")
+    whole = make_study(tmp_path / "whole", **{**SMALL, "seeds": 2})
+    assert "no interval" not in finding(analyse_study(whole), "rollouts") + baseline_finding(analyse_study(whole))
     statuses = {f"{kind}-m-a-s{s}": "running" for kind in ("rollouts-n_8", "baseline-baseline") for s in range(3)}
     none = make_study(tmp_path / "none", **SMALL, problems=statuses)
     assert finding(analyse_study(none), "rollouts").startswith("nothing can be said")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +21,15 @@ from typing import Any
 
 import psutil
 import pytest
+import study_runner
 import yaml
 from paths import SUPPORT
 from tiny_models import save_tiny_llama
 
-from bandit_rft.study.claims import Claims
+from bandit_rft.study.claims import Claim, Claims
+from bandit_rft.study.plan import load_plan
 from bandit_rft.study.report import write_study_report
+from bandit_rft.study.run import Runner, read_record
 from bandit_rft.study.status import last_line, read_status
 
 pytestmark = pytest.mark.slow  # runners that are killed, and wait for one another
@@ -138,7 +143,108 @@ def test_a_reused_process_number_is_not_taken_for_the_owner(tmp_path: Path) -> N
     assert Claims(tmp_path).take("c") is not None
 
 
+def test_a_claim_of_another_process_namespace_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """One host name and one boot, as in two containers: their process numbers mean nothing to each other."""
+    code = (
+        "import sys, pathlib, time; from bandit_rft.study.claims import Claims; "
+        "assert Claims(pathlib.Path(sys.argv[1])).take('c'); print('taken', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout is not None
+        if other.stdout.readline() != "taken\n":
+            pytest.skip("no PID namespace can be made here")
+        assert Claims(tmp_path).take("c") is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', '{"host": null, "pid": "x", "started": 0}'])
+def test_a_claim_that_is_none_is_superseded_once_it_is_silent(text: str, tmp_path: Path) -> None:
+    claims = Claims(tmp_path, timeout=60)
+    claim = claims.take("c")
+    assert claim is not None
+    claim.path.write_text(text)
+    assert Claims(tmp_path).take("c") is None
+    os.utime(claim.path, (1, time.time() - 61))
+    assert Claims(tmp_path).take("c") is not None
+
+
+def test_a_claim_dated_tomorrow_is_superseded_once_it_does_not_change(tmp_path: Path) -> None:
+    ours, theirs = Claims(tmp_path, timeout=0.3), Claims(tmp_path, timeout=0.3)
+    claim = ours.take("c")
+    assert claim is not None
+    tomorrow = time.time() + 86400
+    os.utime(claim.path, (tomorrow, tomorrow))
+    assert theirs.take("c") is None
+    time.sleep(0.2)
+    os.utime(claim.path, (tomorrow + 1, tomorrow + 1))  # its owner lives
+    assert theirs.take("c") is None
+    time.sleep(0.35)
+    assert theirs.take("c") is not None
+    assert not claim.beat()
+
+
+def test_a_removed_claim_is_lost(tmp_path: Path) -> None:
+    claim = Claims(tmp_path).take("c")
+    assert claim is not None
+    claim.path.unlink()
+    assert not claim.beat()
+
+
 # --- runners ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_file_system_that_does_not_answer(
+    lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ESTALE or EIO that passes costs nothing; one that stays stops the cell before another runner takes it over."""
+    failures, beat = [0], Claim.beat
+
+    def failing(claim: Claim) -> bool:
+        failures[0] += 1
+        if lasting or failures[0] <= 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return beat(claim)
+
+    monkeypatch.setattr(Claim, "beat", failing)
+    plan = load_plan(write_study(tmp_path, seeds=1))
+    runner = Runner(plan, tmp_path / "out", listener=study_runner.Silent(), work=study_runner.slowly, timeout=2.0)
+    if lasting:
+        threading.Timer(8.0, runner.stop).start()
+    assert runner.run() is not lasting
+    assert failures[0] > 2
+    assert "the claim" in caplog.text and "Stale file handle" in caplog.text
+    assert ("the cell is stopped" in caplog.text) == lasting
+    assert len(runs(tmp_path / "out")) == 1
+
+
+def test_a_process_that_leaves_with_0_has_not_finished(tmp_path: Path) -> None:
+    study, out = write_study(tmp_path, seeds=1), tmp_path / "out"
+    assert start_runner(study, out, work="leave").wait(timeout=60) == 1
+    (record,) = records(out).values()
+    assert record["status"] == "failed"
+    assert "left with exit status 0 in the middle of its work" in record["error"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", '{"status": 3}', '{"status": "finished", "attempts": "x"}', '{"status": "failed", "seconds": []}'],
+)
+def test_a_record_that_is_none_counts_as_not_run(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study, out = write_study(tmp_path, seeds=1), tmp_path / "out"
+    (cell,) = load_plan(study).cells
+    (out / "cells" / cell.id).mkdir(parents=True)
+    (out / "cells" / cell.id / "cell.json").write_text(text)
+    assert read_record(out, cell.id) == {}
+    assert "the cell counts as not run" in caplog.text
+    assert start_runner(study, out).wait(timeout=60) == 0
+    assert records(out)[cell.id]["status"] == "finished"
 
 
 def test_two_runners_share_100_cells_and_run_none_twice(tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from bandit_rft.ops import PolicyObjective, backends, reference
 
-BACKENDS = ["torch"] + (["cpu"] if backends.native is not None else [])
+#: With kernels of one's own, which a module given by `pytest -p` has registered.
+BACKENDS = [
+    "torch",
+    *(["cpu"] if backends.native is not None else []),
+    *backends.registered(backends.Call("cpu", torch.float32)),
+]
 
 
 @dataclass

@@ -42,7 +42,19 @@ def fail_once(config: Config) -> None:
         raise RuntimeError("the reward <b>model</b> is gone")
 
 
-WORK = {"note": note_and_nap, "fail": fail_once, "train": train_cell}
+def slowly(config: Config) -> None:
+    """Work that takes longer than a claim of two seconds may be silent."""
+    note_and_nap(config)
+    time.sleep(4)
+
+
+def leave(config: Config) -> None:
+    """What a reward may do."""
+    note_and_nap(config)
+    os._exit(0)
+
+
+WORK = {"leave": leave, "note": note_and_nap, "fail": fail_once, "train": train_cell}
 
 if __name__ == "__main__":
     study, folder, jobs, retry, work = sys.argv[1:]

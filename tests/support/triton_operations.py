@@ -440,7 +440,7 @@ def kernels_of_the_head():
 
 @pytest.mark.parametrize("rows,h,v", [(1, 64, 129), (8, 72, 128), (40, 41, 300), (70, 40, 515)])
 def test_ragged_shapes_through_descriptors_and_pointers(rows: int, h: int, v: int) -> None:
-    """Every tile shape (8 to 256 rows); the same bits whether a bulk copy or pointers brought the operands."""
+    """Tiles of few rows and of many; the same bits whether a bulk copy or pointers brought the operands."""
     head_tile, linear_logprobs, linear_sample = kernels_of_the_head()
     hidden, weight = torch.randn(rows, h).bfloat16().to(DEVICE), (torch.randn(v, h) * 0.4).bfloat16().to(DEVICE)
     z = hidden.double() @ weight.double().T

@@ -1,6 +1,7 @@
 """Tasks: the real files row by row, the paper's prompts, users' own data in every form, and what bad data get."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -193,6 +194,18 @@ def test_chat_and_verl_rows(tmp_path):
     assert score(task, "train", [[{"role": "assistant", "content": "#### 5"}]]) == [1]
 
 
+def test_messages_keep_what_a_template_may_ask_for(tmp_path):
+    """Left out, a conversation with tools would be another prompt."""
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    messages = [{"role": "user", "content": "2+3?"}, called, {"role": "tool", "content": "5", "tool_call_id": "x"}]
+    rows = [{"prompt": [{"name": None, **message} for message in messages], "answer": "5"}]  # null: not said
+    task = load_task("dataset", data_path=write(tmp_path / "rows.jsonl", rows), reward=["exact_match"])
+    assert task.splits["train"][0].prompt == messages
+    rows[0]["prompt"][2]["tool_call_id"] = "\ud800"
+    with pytest.raises(ValueError, match=r"row 0, column prompt: .*lone surrogate"):
+        load_task("dataset", data_path=write(tmp_path / "rows.jsonl", rows), reward=["exact_match"])
+
+
 def test_a_users_reward_and_prompts_without_answers(tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text(
@@ -311,6 +324,19 @@ def test_refused(arguments, message):
         ([{"prompt": 7, "answer": "b"}], {}, "expected a text or a list of chat messages, got a int"),
         ([{"prompt": [{"role": "user"}], "answer": "b"}], {}, 'expected messages like {"role": "user"'),
         ([*ROWS, {"prompt": "a"}], {}, "train row 10: no answer, though other rows have one"),
+        ([*ROWS, {"prompt": "a", "answer": None}, *ROWS], {}, "train row 10: no answer, though other rows have one"),
+        ([*ROWS, {"prompt": "a", "answer": math.nan}], {}, "train row 10: no answer, though other rows have one"),
+        (  # another column is no substitute for what is missing
+            [*({**row, "solution": "long"} for row in ROWS), {"prompt": "a", "answer": None, "solution": "long"}],
+            {},
+            "train row 10: no answer, though other rows have one in the column answer",
+        ),
+        (
+            [*({**row, "question": "raw"} for row in ROWS), {"prompt": None, "answer": "1", "question": "raw"}],
+            {},
+            "train row 10, column prompt: expected a text or a list of chat messages, got a NoneType",
+        ),
+        ([{"prompt": [{"role": "assistant", "content": None}], "answer": "1"}], {}, "expected messages"),
         ([{"prompt": "a", "answer": "b", "completions": 1}], {}, r"the columns \['completions'\] have names"),
         (ROWS, {"test_size": 10}, "test_size: expected 1 to 9 of 10 rows, got 10"),
         (ROWS, {"test_path": "nowhere.jsonl"}, "test_path: there is no file 'nowhere.jsonl'"),
@@ -429,6 +455,7 @@ def test_parquet_columns_that_no_reward_can_be_given_are_named(tmp_path):
         ("math", [18, 20], "'math' pays none .* of type int"),
         ("math", ["", ""], "'math' pays none .*it is empty"),
         ("math_verify", ["", " "], "'math_verify' pays none .*it is empty"),
+        ("exact_match", ["", " "], "'exact_match' pays none .*it is empty"),
         ("exact_match", [], ""),
         ("exact_match", [18, 20], ""),
         ("rouge_l", ["", "5"], ""),  # a reward of degrees is not checked
@@ -444,7 +471,7 @@ def test_answers_that_nothing_can_earn_are_refused_on_loading(tmp_path, reward, 
     with pytest.raises(ValueError, match=message):
         load_task("dataset", data_path=path, reward=[reward])
     with pytest.raises(ValueError, match=message):  # among others, too
-        load_task("dataset", data_path=path, reward=["exact_match", reward])
+        load_task("dataset", data_path=path, reward=["rouge_l", reward])
 
 
 def test_the_share_of_answers_that_can_be_earned_is_reported(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,80 @@ def test_a_fused_loss_that_computes_something_else_stops_the_run(
     with pytest.raises(GateError, match=r"round 4: the fused path's loss .* max_verify_error is 0\.001"):
         trainer.run()
     assert list_checkpoints(trainer.folder / "checkpoints")[-1].name == "checkpoint-3"
+
+
+def wrong_advantage(loss: Any, advantages: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return advantages.abs(), options
+
+
+def wrong_objective(**changes: Any) -> Callable[..., Any]:
+    return lambda loss, advantages, options: (
+        advantages,
+        options | {"objective": replace(options["objective"], **changes)},
+    )
+
+
+WRONG_TERMS: dict[str, tuple[dict[str, Any], Any]] = {
+    "sign of the advantage": ({}, wrong_advantage),
+    "kl": ({"objective.kl": "k3", "objective.kl_coef": 0.05}, wrong_objective(kl_coef=0.1)),
+    "kl estimator": ({"objective.kl": "k3", "objective.kl_coef": 0.5}, wrong_objective(kl="k1")),
+    "entropy": ({"objective.entropy_coef": 0.01}, wrong_objective(entropy_coef=0.0)),
+    "clipping": ({"objective.kind": "ppo", "update.epochs": 2}, wrong_objective(clip_high=9.0)),
+    "dual clip": (
+        {"objective.kind": "ppo", "update.epochs": 2, "objective.dual_clip": 3.0}, wrong_objective(dual_clip=None),
+    ),
+    "cispo": (
+        {"objective.kind": "cispo", "objective.dual_clip": None, "update.epochs": 2}, wrong_objective(clip_high=9.0),
+    ),
+    "importance cap": (
+        {"objective.kind": "importance", "objective.dual_clip": None}, wrong_objective(importance_cap=50.0),
+    ),
+    "aggregation": ({"objective.aggregation": "seq-mean-token-sum"}, wrong_objective(aggregation="token-mean")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TERMS)
+def test_every_term_of_a_wrong_loss_is_found(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each term that the configured objective has is in the check, and none of them stops a run that is right."""
+    chosen, change = WRONG_TERMS[name]
+    values = {"verify_steps": 1, "max_rounds": 6, "rollout.max_logprob_gap": 0, "max_grad_norm": 0.1, **chosen}
+    right = Trainer(configure(**values), task=sums())
+    right.run()
+    assert all(line["verify/gradient_error"] < 1e-4 for line in read_metrics(right.folder)[1:])
+    honest = ops.linear_policy_loss
+
+    def wrong(hidden: Any, weight: Any, targets: Any, advantages: Any, cu_seqlens: Any, **options: Any) -> Any:
+        advantages, options = change(honest, advantages, options)
+        return honest(hidden, weight, targets, advantages, cu_seqlens, **options)
+
+    monkeypatch.setattr(ops, "linear_policy_loss", wrong)
+    folder = str(right.folder.parent / "wrong")
+    with pytest.raises(GateError, match="the fused path's loss"):
+        Trainer(configure(**{**values, "output_dir": folder}), task=sums()).run()
+
+
+@pytest.mark.parametrize("wrong", ["temperature", "logprobs", "scale"])
+def test_a_wrong_sampler_is_found(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    honest = ops.linear_sample
+
+    def sample(hidden: Any, weight: Any, **options: Any) -> ops.Sample:
+        if wrong == "temperature":
+            options["temperature"] = 0.9 * options["temperature"]
+        elif wrong == "scale":
+            options["logit_scale"] = 1.1 * options["logit_scale"]
+        drawn = honest(hidden, weight, **options)
+        return drawn._replace(logprobs=drawn.sampling_logprobs) if wrong == "logprobs" else drawn
+
+    monkeypatch.setattr(ops, "linear_sample", sample)
+    filters = {"rollout.top_p": 0.9} if wrong == "logprobs" else {}
+    trainer = make(configure(**filters))
+    with pytest.raises(GateError, match="the sampler and the trainer are two policies"):
+        trainer.run()
+    assert trainer.round == 0
 
 
 def test_a_lack_of_memory_ends_the_checks_and_not_the_run(

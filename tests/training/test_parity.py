@@ -210,6 +210,10 @@ SAME: dict[str, tuple[PolicyObjective, dict[str, Any]]] = {
         PolicyObjective("gspo", "token-mean", clip_low=0.03, clip_high=0.04),
         {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon": 0.03, "epsilon_high": 0.04},
     ),
+    "luspo": (
+        PolicyObjective("gspo", "seq-mean-token-sum", clip_low=0.03, clip_high=0.04),
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.03, "epsilon_high": 0.04},
+    ),
     "dual clip (delta)": (
         PolicyObjective("ppo", "token-mean", dual_clip=1.4, **CLIP), {"loss_type": "bnpo", "delta": 1.4},
     ),
@@ -239,6 +243,11 @@ def for_liger(options: dict[str, Any]) -> dict[str, Any]:
 def test_equals_trl(folder: Path, batch: Batch, name: str) -> None:
     objective, options = SAME[name]
     same(ours(batch, objective), trl(folder, batch, **shared(options)))
+
+
+def test_luspo_with_token_ratios_equals_trl(folder: Path, batch: Batch) -> None:
+    mine = ours(batch, PolicyObjective("ppo", "seq-mean-token-sum", **CLIP))
+    same(mine, trl(folder, batch, **shared({"loss_type": "luspo"})))
 
 
 @pytest.mark.parametrize("name", SAME)

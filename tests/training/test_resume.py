@@ -28,13 +28,15 @@ pytestmark = pytest.mark.slow  # trainers that are killed
 KILLS = int(os.environ.get("BANDIT_RFT_KILLS", "20"))
 #: Enough that a run which gets a little further between kills is not over before the last of them.
 ROUNDS = 40 if KILLS <= 20 else 3 * KILLS
-#: Everything that is remembered across rounds, at once: reward history, replay, several updates, a moving coefficient.
+#: Everything that is remembered across rounds, at once: reward history, replay, several updates, a moving coefficient,
+#: a learning rate that rises and falls.
 REMEMBERING = {
     "preset": "minimal", "task": "arithmetic", "device": "cpu", "batch_size": 6, "max_rounds": ROUNDS,
     "learning_rate": 1e-3, "max_prompt_length": 12, "max_completion_length": 8, "save_steps": 1, "eval_steps": 10,
     "evaluation.max_queries": 3, "evaluation.greedy": False, "log_rollouts_steps": 0,
     "advantage": "history_norm", "replay.capacity": 30, "replay.max_staleness": 6, "update.epochs": 2,
     "objective.kl": "k3", "objective.kl_coef": 0.05, "kl.target": 0.002, "kl.horizon": 100,
+    "lr_scheduler_type": "cosine", "warmup_rounds": 5, "lr_scheduler_rounds": ROUNDS, "num_train_epochs": ROUNDS,
 }  # fmt: skip
 Values = dict[str, Any]
 

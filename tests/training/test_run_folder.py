@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,14 @@ import torch
 from tiny_models import save_tiny_llama, sums
 from tiny_rewards import everything
 
-from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
+from bandit_rft.checkpoint import (
+    CheckpointError,
+    LayoutError,
+    latest_checkpoint,
+    list_checkpoints,
+    read_state,
+    state_checksum,
+)
 from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import MetricsLog, parse_metrics, read_metrics
@@ -78,9 +87,8 @@ def test_continuing_from_an_older_checkpoint_keeps_the_other_branch(
 def test_checkpoints_are_rotated_by_when_they_were_written(configure: Callable[..., Config], tmp_path: Path) -> None:
     folder = run(configure(max_rounds=4, save_steps=1, save_total_limit=0)).folder / "checkpoints"
     assert [path.name[-1] for path in list_checkpoints(folder)] == ["1", "2", "3", "4"]
-    state = json.loads((folder / "checkpoint-2" / "state.json").read_text())
-    state["written_ns"] = json.loads((folder / "checkpoint-4" / "state.json").read_text())["written_ns"] + 1
-    (folder / "checkpoint-2" / "state.json").write_text(json.dumps(state))
+    newest = json.loads((folder / "checkpoint-4" / "state.json").read_text())["written_ns"]
+    edit_state(folder / "checkpoint-2", written_ns=newest + 1)
     assert [path.name[-1] for path in list_checkpoints(folder)] == ["1", "3", "4", "2"]
     found = latest_checkpoint(folder)
     assert found is not None and found[0].name == "checkpoint-2"
@@ -219,12 +227,11 @@ def test_a_checkpoint_of_another_layout_is_refused_by_name(configure: Callable[.
     folder = run(configure(max_rounds=2, **{"replay.capacity": 9})).folder
     checkpoint = list_checkpoints(folder / "checkpoints")[-1]
     state = json.loads((checkpoint / "state.json").read_text())
-    later = {**state, "layout": 99}
-    (checkpoint / "state.json").write_text(json.dumps(later))
+    edit_state(checkpoint, layout=99)
     for found in (lambda: read_state(checkpoint), lambda: latest_checkpoint(folder / "checkpoints")):
         with pytest.raises(LayoutError, match="layout 99, of a later bandit_rft"):
             found()
-    del state["layout"]
+    del state["layout"], state["state_sha256"]
     arrays = {"replay|prompt_lengths": np.array([2])}  # as the first version stored it
     safetensors.numpy.save_file(arrays, checkpoint / "replay.safetensors")
     del state["sha256"]["replay.safetensors"]
@@ -266,8 +273,11 @@ def stored_rounds(folder: RunFolder) -> list[int]:
 
 
 def edit_state(checkpoint: Path, **changes: Any) -> None:
-    state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({**state, **changes}))
+    """Change entries on purpose: the file's checksum is made anew."""
+    state = json.loads((checkpoint / "state.json").read_text()) | changes
+    del state["state_sha256"]
+    state["state_sha256"] = state_checksum(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
 def test_a_clock_that_was_set_back_costs_no_checkpoint(configure: Callable[..., Config]) -> None:
@@ -277,6 +287,43 @@ def test_a_clock_that_was_set_back_costs_no_checkpoint(configure: Callable[..., 
         edit_state(checkpoint, written_ns=4 * 10**18 + int(checkpoint.name[-1]))
     run(configure(max_rounds=4, save_steps=1))
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("entry", ["round", "position", "generated_tokens", "seconds", "kl_coef", "written_ns", "seed"])
+def test_one_changed_digit_in_a_state_is_a_broken_checkpoint(configure: Callable[..., Config], entry: str) -> None:
+    """It would be valid JSON, and another counter, coefficient or configuration."""
+    folder = run(configure(max_rounds=2, save_steps=1, **{"objective.kl": "k3", "objective.kl_coef": 0.25})).folder
+    newest = folder / "checkpoints" / "checkpoint-2"
+    text = (newest / "state.json").read_text()
+    before, number, after = re.split(rf'(?<="{entry}": )([0-9])', text, maxsplit=1)
+    (newest / "state.json").write_text(f"{before}{(int(number) + 1) % 10}{after}")
+    with pytest.raises(CheckpointError, match=r"state\.json does not have the checksum it was saved with"):
+        read_state(newest)
+    found = latest_checkpoint(folder / "checkpoints")
+    assert found is not None and found[0].name == "checkpoint-1"
+
+
+def test_every_flipped_bit_of_a_state_is_noticed(configure: Callable[..., Config]) -> None:
+    """But what says the same, such as white space, and the name under which the checksum stands."""
+    checkpoint = run(configure(max_rounds=1)).folder / "checkpoints" / "checkpoint-1"
+    data, expected = (checkpoint / "state.json").read_bytes(), read_state(checkpoint)
+    del expected["state_sha256"]
+    for place in range(0, len(data), 3):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << (place // 3 % 8)
+        (checkpoint / "state.json").write_bytes(flipped)
+        with contextlib.suppress(CheckpointError):
+            found = read_state(checkpoint)
+            assert {name: found[name] for name in expected} == expected, bytes(flipped[max(0, place - 20) : place + 20])
+
+
+def test_a_state_of_before_there_was_a_checksum_is_read(configure: Callable[..., Config]) -> None:
+    folder = run(configure(max_rounds=1)).folder
+    file = folder / "checkpoints" / "checkpoint-1" / "state.json"
+    state = json.loads(file.read_text())
+    del state["state_sha256"]
+    file.write_text(json.dumps(state, indent=1))
+    assert rounds(run(configure(max_rounds=2)).folder) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""95% intervals of a mean reward over questions, in plain Python."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Z95 = 1.959963984540054
+
+
+class Interval(NamedTuple):
+    """A two-sided 95% confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(mean: float, count: int) -> Interval:
+    """Wilson score interval of a proportion `mean` observed in `count` trials (Wilson 1927)."""
+    z2 = Z95**2 / count
+    centre = (mean + z2 / 2) / (1 + z2)
+    half = math.sqrt(max(0.0, mean * (1 - mean)) * z2 + z2**2 / 4) / (1 + z2)
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_interval(mean: float, deviation: float, count: int) -> Interval:
+    """Normal interval of a mean, for rewards that are not 0/1."""
+    half = Z95 * deviation / math.sqrt(count)
+    return Interval(mean - half, mean + half)
+
+
+def reward_interval(rewards: Sequence[float]) -> Interval | None:
+    """Interval of the mean reward of independent questions: Wilson's where all earned 0 or 1; None for none."""
+    count = len(rewards)
+    if not count:
+        return None
+    mean = math.fsum(rewards) / count
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        return wilson(mean, count)
+    deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / max(1, count - 1))
+    return mean_interval(mean, deviation, count)

@@ -1,0 +1,52 @@
+"""docs/your-own-study.md, as its reader would follow it: its file, its commands, in a folder of their own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from paths import ROOT
+
+from bandit_rft import cli
+from bandit_rft.study.plan import load_plan
+
+GUIDE = (ROOT / "docs" / "your-own-study.md").read_text(encoding="utf-8")
+FILES = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+COMMANDS = re.findall(r"^bandit-rft (study \S+ [^#\n]+)", GUIDE, re.MULTILINE)
+
+
+def test_the_file_is_ten_lines_and_what_the_guide_says(tmp_path: Path) -> None:
+    assert len(FILES[0].splitlines()) == 10
+    (tmp_path / "mine.yaml").write_text(FILES[0])
+    plan = load_plan(tmp_path / "mine.yaml")
+    assert len(plan.cells) == 15 and {cell.factor for cell in plan.cells} == {"baseline", "rollouts", "learning rate"}
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "rewards.py").write_text("def mine(completions, **columns):\n    return [0.0] * len(completions)\n")
+    settings = {**yaml.safe_load(FILES[0]), **yaml.safe_load(FILES[1])}
+    del settings["preset"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    plan = load_plan(tmp_path / "mine.yaml")
+    config = plan.config(plan.cells[0], tmp_path / "runs" / "mine")
+    assert (config.model_name_or_path, config.data_path) == ("../../models/mine", "../../data/mine")
+    assert config.reward.functions == ["../../rewards.py:mine"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = FILES[0].replace("amount: 40", "amount: 1").replace("max_queries: 200", "max_queries: 4, greedy: false")
+    Path("mine.yaml").write_text(short.replace("[0, 1, 2, 3, 4]", "[0, 1]"))
+    assert [command.split()[1] for command in COMMANDS] == ["plan", "run", "status", "report"]
+    said = {}
+    for command in COMMANDS:
+        assert cli.main(command.split()) == 0, capsys.readouterr().err
+        said[command.split()[1]] = capsys.readouterr().out
+    assert "two seeds: where runs differ" in said["plan"] and "two seeds: where runs differ" in said["run"]
+    assert said["status"].startswith("6 cells: 6 finished")
+    page = (tmp_path / "runs" / "mine" / "report" / "report.html").read_text()
+    assert "two seeds or more" not in page and "learning rate" in page
