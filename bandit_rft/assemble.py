@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import logging
+import shlex
+import socket
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,10 @@ from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardFunction, RewardRunner
-from bandit_rft.rollout import RolloutEngine
+from bandit_rft.rollout import RolloutEngine, ServerEngine
+from bandit_rft.rollout.client import VllmClient
+from bandit_rft.rollout.process import ServerProcess, vllm_command, vllm_environment
+from bandit_rft.rollout.push import FolderPush, LoraPush, NcclPush, WeightPush
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.text import LIMIT, printable
 from bandit_rft.update import PolicyUpdater
@@ -224,14 +229,24 @@ def make_updater(
 ) -> PolicyUpdater:
     """What takes the steps. The reference is for a KL in the loss; a KL in the rewards is subtracted before."""
     objective = ops.PolicyObjective(**asdict(config.objective))
-    gap = config.rollout.max_logprob_gap
     term = {"kl": "none", "kl_coef": 0.0} if reference is None else {"kl_coef": kl_coef}
     return PolicyUpdater(
         policy, optimizer, replace(objective, **term), reference=reference, temperature=config.temperature,
         tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
         minibatches=config.update.minibatches, seed=config.seed,
-        max_logprob_gap=LOGPROB_GAP[policy.weight.dtype] if gap is None else gap,
+        max_logprob_gap=0.0 if takes_ratios(config) else logprob_gap_limit(policy, config),
     )  # fmt: skip
+
+
+def logprob_gap_limit(policy: Policy, config: Config) -> float:
+    """Nats a token by which sampler and trainer may differ; 0: any."""
+    gap = config.rollout.max_logprob_gap
+    return LOGPROB_GAP[policy.weight.dtype] if gap is None else gap
+
+
+def takes_ratios(config: Config) -> bool:
+    """Whether a round's rollouts may be another policy's, so that every update takes ratios to their sampler."""
+    return bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
 
 
 def configured_task(config: Config) -> Task:
@@ -252,12 +267,21 @@ def make_scorer(task: Task, config: Config) -> RewardRunner:
     )  # fmt: skip
 
 
-def make_engine(policy: Policy, config: Config) -> RolloutEngine:
+def make_engine(policy: Policy, config: Config) -> RolloutEngine | ServerEngine:
     """What draws completions.
 
     Raises:
         ConfigError: for lengths that the model cannot decode or be packed at.
     """
+    if config.rollout.engine == "embedded":
+        return embedded_engine(policy, config)
+    engine = _server_engine(policy, config, Path(config.output_dir))
+    check_lengths(policy, engine, config)
+    return engine
+
+
+def embedded_engine(policy: Policy, config: Config) -> RolloutEngine:
+    """The engine of this process, whatever draws a run's rollouts (ConfigError as above)."""
     engine = RolloutEngine(
         policy, max_completion_length=config.max_completion_length, batch_size=config.rollout.batch_size
     )
@@ -265,7 +289,40 @@ def make_engine(policy: Policy, config: Config) -> RolloutEngine:
     return engine
 
 
-def check_lengths(policy: Policy, engine: RolloutEngine, config: Config) -> None:
+def _server_engine(policy: Policy, config: Config, folder: Path) -> ServerEngine:
+    r, rank = config.rollout, config.lora.rank
+    root = Path(r.push_folder) if r.push_folder else folder / "weights"
+    kind = ("lora" if rank else "folder") if r.push == "auto" else r.push
+    push: WeightPush
+    if kind == "nccl":
+        if policy.device.type != "cuda":
+            raise ConfigError(f"rollout.push=nccl sends from a GPU; the policy is on {policy.device}")
+        push = NcclPush(policy.model, socket.gethostbyname(socket.gethostname()), r.request_timeout_s)
+    elif kind == "lora":
+        push = LoraPush(policy.save, root, _base_folder(config))
+    else:
+        push = FolderPush(policy.save, root)
+    process = None
+    if not r.urls:
+        command = shlex.split(r.server_command) or vllm_command(
+            r.server_python, dtype=resolve_dtype(config), lora_rank=rank,
+            max_length=config.max_prompt_length + config.max_completion_length,
+        )  # fmt: skip
+        process = ServerProcess(command, vllm_environment(bool(rank)), folder / "server.log")
+    clients = [VllmClient(url, r.request_timeout_s) for url in r.urls or [process.url if process else ""]]
+    return ServerEngine(
+        policy, clients, push, max_completion_length=config.max_completion_length, concurrency=r.max_requests,
+        retry_seconds=r.retry_s, temperature=config.temperature, process=process,
+    )  # fmt: skip
+
+
+def _base_folder(config: Config) -> Path:
+    """The model under the adapters, as a server is told it."""
+    name = config.model_name_or_path
+    return Path(__file__).parent / "assets" / "arithmetic-base" if name == "arithmetic-base" else Path(name)
+
+
+def check_lengths(policy: Policy, engine: RolloutEngine | ServerEngine, config: Config) -> None:
     """Refuse prompts and completions that together are longer than the model is served for (ConfigError)."""
     total = config.max_prompt_length + config.max_completion_length
     lengths = f"max_prompt_length={config.max_prompt_length} + max_completion_length={config.max_completion_length}"

@@ -32,6 +32,8 @@ def design_audit(config: Config, sizes: Mapping[str, int] | None = None) -> Iter
     steps = config.update.epochs * config.update.minibatches
     yield "one round", f"{each} = {rollouts} rollouts, {steps} optimizer step{'s' if steps > 1 else ''}"
     yield "trained on", trained_on(config)
+    if config.rollout.engine == "vllm":
+        yield "drawn by", drawn_by(config)
     rounds = planned_rounds(config, sizes.get("train"))
     yield "whole run", f"{rounds:,} rounds, {rounds * rollouts:,} rollouts{budget(config)}"
     yield from _evaluations(config, sizes, rounds, rounds * rollouts)
@@ -93,6 +95,16 @@ def trained_on(config: Config) -> str:
     return "; ".join(parts)
 
 
+def drawn_by(config: Config) -> str:
+    """Which servers draw, and how weights get there."""
+    r = config.rollout
+    where = ", ".join(r.urls) or "a vLLM server that the run starts"
+    push = ("lora" if config.lora.rank else "folder") if r.push == "auto" else r.push
+    past = "the run stops" if r.on_logprob_gap == "stop" else "ratios correct for it"
+    ahead = "; one round ahead: rollouts are one version old" if r.ahead else ""
+    return f"{where}; weights pushed by {push}, {r.canary_prompts} canaries a push, past the gap {past}{ahead}"
+
+
 def budget(config: Config) -> str:
     """What else may end the run."""
     tokens, seconds = config.max_generated_tokens, config.max_seconds
@@ -102,10 +114,13 @@ def budget(config: Config) -> str:
 def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
     o, replayed = config.objective, config.replay.capacity > 0
     uncorrected = replayed and config.replay.correction == "none"
-    if o.kind in ("ppo", "gspo", "cispo") and steps == 1 and not uncorrected:
+    of_others = bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
+    if o.kind in ("ppo", "gspo", "cispo") and steps == 1 and not uncorrected and not of_others:
         yield "note", "one update a round: the ratio is 1, so clipping never acts"
     if o.kind == "reinforce" and steps > 1:
         yield "note", "reinforce has no ratio: after a round's first step its gradient is that of an older policy"
+    if o.kind == "reinforce" and config.rollout.ahead:
+        yield "note", "rollout.ahead with reinforce: rollouts of the policy one round older are trained on uncorrected"
     if o.kind == "reinforce" and uncorrected:
         yield "note", "replay.correction=none with reinforce: old rollouts are trained on as if drawn today; biased"
     if ADVANTAGES[config.advantage].unit_interval:
@@ -143,6 +158,7 @@ def memory_estimate(config: Config) -> str:
     each = size + 12 + (4 + size if low else 0) + (size if config.objective.kl_coef else 0)
     fixed = parameters * (size if config.lora.rank else each)
     rows = min(config.rollout.batch_size, config.batch_size * config.num_generations)
+    rows = rows if config.rollout.engine == "embedded" else 0
     cache = 2 * layers * heads * head * size * rows * (config.max_prompt_length + config.max_completion_length)
     what = "weights, gradients, optimizer" + (" and reference" if config.objective.kl_coef else "")
     if config.lora.rank:

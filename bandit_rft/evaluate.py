@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from bandit_rft.assemble import configured_task, load_policy, make_engine, make_scorer
+from bandit_rft.assemble import configured_task, embedded_engine, load_policy, make_scorer
 from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import PromptSet, completion_texts, prompt_text, score
 from bandit_rft.intervals import Interval, reward_interval
 from bandit_rft.metrics import Metrics
 from bandit_rft.rewards import RewardRunner
-from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout import RolloutEngine, Sampling, ServerEngine, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 
 EVALUATION_STREAM = 1  # training rollouts are drawn from stream 0
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: RolloutEngine | ServerEngine,
     runner: RewardRunner,
     prompts: PromptSet,
     *,
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _draw(
-    engine: RolloutEngine,
+    engine: RolloutEngine | ServerEngine,
     runner: RewardRunner,
     prompts: PromptSet,
     seed: int,
@@ -182,7 +182,7 @@ def evaluate_splits(
     policy = load_policy(config.model_name_or_path, config, base=base)
     if policy.tokenizer is None:
         raise ConfigError(f"model_name_or_path={config.model_name_or_path} has no tokenizer")
-    e, engine = config.evaluation, make_engine(policy, config)
+    e, engine = config.evaluation, embedded_engine(policy, config)
     names = e.splits or list(task.splits)
     if missing := [name for name in names if name not in task.splits]:
         raise ConfigError(f"evaluation.splits: {missing[0]!r} is none of {', '.join(task.splits)}")
@@ -224,7 +224,7 @@ def answer_text(example: Any) -> str | None:
     return None if answer is None else str(answer)
 
 
-def _tokenizer(engine: RolloutEngine) -> Any:
+def _tokenizer(engine: RolloutEngine | ServerEngine) -> Any:
     if engine.policy.tokenizer is None:
         raise ValueError("the policy has no tokenizer: evaluation needs one to turn completions into text")
     return engine.policy.tokenizer

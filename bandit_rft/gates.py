@@ -6,6 +6,7 @@ The probe looks at a model once, when it is wrapped; these look at the run, whil
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -56,6 +57,48 @@ def check_logprob_gap(gap: float, limit: float, where: str) -> None:
             "dtype, a layer with a cache or a length limit of its own. A higher rollout.max_logprob_gap accepts the "
             "difference, 0 never looks"
         )
+
+
+class CanaryError(GateError):
+    """The rollout server draws with another policy than the trainer's; the trainer itself is right, and is saved."""
+
+
+def check_canaries(
+    canaries: RolloutBatch | None, score: Callable[[RolloutBatch], Tensor], limit: float, *, correct: bool, where: str
+) -> Metrics:
+    """Compare a server's log-probabilities of completions that it just drew with the trainer's.
+
+    Only this notices weights that arrived in part, tensors derived from the old ones, and prefixes cached with them: a
+    server that names the right version may have any of these.
+
+    Args:
+        canaries: what the server drew after a push; None from an engine that shares the trainer's memory.
+        score: the trainer's log-probabilities [N] of a batch.
+        limit: nats a token, mean over a completion; 0: any.
+        correct: warn where the gap is larger, and leave it to the objective's ratios.
+        where: which weights they are, for the message.
+
+    Returns:
+        `canary/logprob_gap`, the largest mean over a completion.
+
+    Raises:
+        CanaryError: the gap is above the limit, or NaN.
+    """
+    if canaries is None:
+        return {}
+    gaps = logprob_gaps(canaries, (score(canaries) - canaries.logprobs).abs())
+    gap = float(gaps.max())
+    if limit and not gap <= limit:
+        worst = int(gaps.nan_to_num(torch.inf).argmax())
+        message = (
+            f"{where}: a completion that rollout server {int(canaries.attempt[worst]) + 1} drew right after a push of "
+            f"weights has log-probabilities {gap:.3g} nats a token from the trainer's, and rollout.max_logprob_gap "
+            f"is {limit:g}: it draws with other weights than it was given, or computes another model"
+        )
+        if not correct:
+            raise CanaryError(f"{message}. Nothing was trained on them; the run can be continued from its checkpoint")
+        logger.warning("%s. Ratios to its log-probabilities correct for it (rollout.on_logprob_gap=correct)", message)
+    return {"canary/logprob_gap": gap}
 
 
 class SpotCheck:

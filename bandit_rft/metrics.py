@@ -256,5 +256,5 @@ def update_metrics(update: Update) -> Metrics:
         names = {"ratio/mean": "ratio_mean"} | {
             f"clip_ratio/{k}": f"clip_fraction_{k}" for k in ("low", "high", "dual")
         }
-        metrics |= {name: update.statistics.get(key) for name, key in names.items()}
+        metrics |= {name: update.statistics.get(key) for name, key in names.items()} | update.ratio_by_length
     return metrics

@@ -30,6 +30,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: The paper's baseline without the KL term, which is what lets rollouts of reward 0 cost nothing.
 PRESETS["minimal"] = merge(PRESETS["paper"], {"objective": {"kl": "none", "kl_coef": 0.0}})
+#: For rollouts of an earlier policy (rollout.ahead): one a query, compared with the query's running mean; tokens whose
+#: ratio to the sampler lies outside a band are dropped (as in SAO, arXiv 2607.07508).
+PRESETS["single-rollout"] = merge(PRESETS["minimal"], {
+    "advantage": "history_mean",
+    "objective": {"kind": "importance_mask", "importance_floor": 0.2, "importance_cap": 4.0, "dual_clip": None},
+})  # fmt: skip
 #: Minimal on the built-in task and model, with greedy answers as well: they are short.
 PRESETS["demo"] = merge(PRESETS["minimal"], {
     "model_name_or_path": "arithmetic-base", "task": "arithmetic", "learning_rate": 5e-5, "max_rounds": 160,

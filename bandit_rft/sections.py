@@ -5,6 +5,7 @@ A rule about two keys of one section is a validator of the section; one about an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +53,8 @@ class Section:
 
 #: Which kinds of objective these keys act on; elsewhere only their default is taken.
 CLIPPED_BY = {
-    "clip_low": ("ppo", "cispo", "gspo"), "clip_high": ("ppo", "cispo", "gspo"), "importance_cap": ("importance",),
+    "clip_low": ("ppo", "cispo", "gspo"), "clip_high": ("ppo", "cispo", "gspo"),
+    "importance_floor": ("importance_mask",), "importance_cap": ("importance", "importance_mask"),
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ CLIPPED_BY = {
 class ObjectiveConfig(Section):
     """What the update minimizes (bandit_rft.ops.PolicyObjective)."""
 
-    kind: Literal["reinforce", "importance", "ppo", "cispo", "gspo"] = Key(
+    kind: Literal["reinforce", "importance", "importance_mask", "ppo", "cispo", "gspo"] = Key(
         "reinforce", "form of the policy loss", also=("loss_type",)
     )
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Key(
@@ -77,7 +79,10 @@ class ObjectiveConfig(Section):
         0.2, "the ratio is clipped above at 1 + clip_high (ppo, cispo, gspo)", also=("epsilon_high",), ge=0
     )
     dual_clip: float | None = Key(None, "bound on the loss of negative advantages (ppo, gspo)", gt=1)
-    importance_cap: float = Key(2.0, "largest importance ratio (importance)", gt=0)
+    importance_floor: float = Key(0.5, "tokens of a smaller ratio are dropped (importance_mask)", ge=0, le=1)
+    importance_cap: float = Key(
+        2.0, "largest importance ratio (importance); tokens of a larger one are dropped (importance_mask)", gt=0
+    )
     kl: Literal["none", "k1", "k2", "k3"] = Key("none", "estimator of the KL to the initial model")
     kl_coef: float = Key(0.0, "its coefficient (TRL's beta); 0 loads no reference model", also=("beta",), ge=0)
     entropy_coef: float = Key(0.0, "coefficient of the entropy bonus", also=("entropy_coeff",))
@@ -92,6 +97,11 @@ class ObjectiveConfig(Section):
         if (self.aggregation == "seq-mean-token-sum-norm") != (self.norm_length is not None):
             raise ValueError(
                 "objective.norm_length belongs to objective.aggregation=seq-mean-token-sum-norm, which needs one"
+            )
+        if self.kind == "importance_mask" and self.importance_cap < 1:
+            raise ValueError(
+                "objective.importance_cap must be >= 1 with objective.kind=importance_mask, which keeps the tokens of "
+                f"an unchanged policy (ratio 1); got {self.importance_cap:g}"
             )
         if self.dual_clip is not None and self.kind not in ("ppo", "gspo"):
             raise ValueError(
@@ -113,6 +123,39 @@ class ObjectiveConfig(Section):
 class RolloutConfig(Section):
     """How completions are drawn for training."""
 
+    engine: Literal["embedded", "vllm"] = Key(
+        "embedded", "what draws: this process, or vLLM servers (docs/scaling.md)", design=False
+    )
+    urls: list[str] = Key([], "addresses of vLLM servers that run already (vllm)", may_change=True, design=False)
+    server_python: str = Key(
+        "", "Python of an environment with vLLM, by which the run starts a server (vllm)", may_change=True, design=False
+    )
+    server_command: str = Key("", "or the whole command, with {model} and {port} (vllm)", may_change=True, design=False)
+    push: Literal["auto", "folder", "lora", "nccl"] = Key(
+        "auto",
+        "how weights reach a server (vllm); auto: lora with adapters, else folder",
+        may_change=True,
+        design=False,
+    )
+    push_folder: str = Key(
+        "", "where a server finds them; empty: weights/ in the run folder (vllm)", may_change=True, design=False
+    )
+    ahead: int = Key(
+        0, "1: the next round is drawn while this one is trained on, by a policy one round older (vllm)", ge=0, le=1
+    )
+    canary_prompts: int = Key(
+        4, "prompts whose completions are compared with the trainer after every push (vllm)", may_change=True,
+        design=False, ge=0,
+    )  # fmt: skip
+    max_requests: int = Key(64, "completions asked for at a time (vllm)", may_change=True, design=False, ge=1)
+    request_timeout_s: float = Key(
+        600.0, "seconds for one answer of a server, and for its taking new weights (vllm)", may_change=True,
+        design=False, gt=0,
+    )  # fmt: skip
+    retry_s: float = Key(
+        600.0, "seconds that a server may fail before the run stops, with a checkpoint (vllm)", may_change=True,
+        design=False, gt=0,
+    )  # fmt: skip
     batch_size: int = Key(256, "sequences decoded together (size of the KV cache)", may_change=True, design=False, ge=1)
     top_k: int = Key(0, "sample among the k most likely tokens; 0: all (biases the policy gradient)", ge=0)
     top_p: float = Key(
@@ -140,8 +183,21 @@ class RolloutConfig(Section):
         design=False,
         ge=0,
     )
+    on_logprob_gap: Literal["stop", "correct"] = Key(
+        "stop", "past max_logprob_gap: end the run, or weigh rollouts by their ratios to the sampler (vllm)",
+        may_change=True,
+    )  # fmt: skip
+
+    @field_validator("urls")
+    @classmethod
+    def _addresses(cls, value: list[str]) -> list[str]:
+        for url in value:
+            if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+                raise ValueError(f"must be addresses such as http://host:8000; got {url!r}")
+        return value
 
     def fits(self, config: Config) -> None:
+        self._fits_engine(config)
         n, advantage = config.num_generations, ADVANTAGES[config.advantage]
         if self.keep and not 2 <= self.keep < n:
             raise ValueError(
@@ -161,6 +217,49 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"advantage={config.advantage} learns from a group of equal rewards through the query's past; "
                 "rollout.dynamic_sampling would drop it"
+            )
+
+    def _fits_engine(self, config: Config) -> None:
+        """What only a server, or only the embedded engine, can do."""
+        fields = fields_of(type(self))
+        changed = {
+            name
+            for name, field in fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        if self.engine == "embedded":
+            if foreign := sorted(changed & {name for name, x in fields.items() if "(vllm)" in (x.description or "")}):
+                raise ValueError(
+                    f"rollout.{foreign[0]} belongs to rollout.engine=vllm; the embedded engine has no server"
+                )
+            return
+        if foreign := sorted(changed & {"batch_size", "top_k", "top_p", "min_p"}):
+            why = (
+                "a server makes its own batches (rollout.max_requests)" if foreign[0] == "batch_size"
+                else "a server's log-probabilities would be those of the tokens that are left"
+            )  # fmt: skip
+            raise ValueError(f"rollout.{foreign[0]} does not go with rollout.engine=vllm: {why}")
+        if [bool(self.urls), bool(self.server_python), bool(self.server_command)].count(True) != 1:
+            raise ValueError(
+                "rollout.engine=vllm needs one of rollout.urls (servers that run), rollout.server_python and "
+                "rollout.server_command (a server that the run starts)"
+            )
+        if self.push != "auto" and (self.push == "lora") != bool(config.lora.rank):
+            raise ValueError(
+                f"rollout.push={self.push} with lora.rank={config.lora.rank}: adapters are pushed as adapters (lora), "
+                "whole weights as a folder or over nccl"
+            )
+        if config.dtype == "float64":
+            raise ValueError("dtype=float64 does not go with rollout.engine=vllm, which has no such kernels")
+        if self.ahead and (self.dynamic_sampling or config.replay.capacity):
+            other = "rollout.dynamic_sampling" if self.dynamic_sampling else "replay.capacity"
+            raise ValueError(
+                f"{other} does not go with rollout.ahead: which rollouts it takes, the next round depends on"
+            )
+        if self.on_logprob_gap == "correct" and config.objective.kind == "reinforce":
+            raise ValueError(
+                "rollout.on_logprob_gap=correct needs an objective with a ratio to the sampler (importance, "
+                "importance_mask, ppo, cispo, gspo); objective.kind=reinforce has none"
             )
 
 

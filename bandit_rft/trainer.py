@@ -35,13 +35,14 @@ from bandit_rft.assemble import (
     make_updater,
     new_policy,
     resolve_dtype,
+    takes_ratios,
 )
 from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
 from bandit_rft.config import Config, advantage_options, to_yaml
 from bandit_rft.data import completion_texts, prompt_text, query_order, score
 from bandit_rft.evaluate import answer_text, evaluate
-from bandit_rft.gates import GateError, SpotCheck
+from bandit_rft.gates import CanaryError, GateError, SpotCheck
 from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
@@ -63,18 +64,17 @@ from bandit_rft.ops.objective import kl_estimate
 from bandit_rft.paths import absolute, saved_tree
 from bandit_rft.replay import Replay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
-from bandit_rft.rollout import Sampling, sequence_ids
+from bandit_rft.rollout import Ahead, RolloutError, staleness
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.run_data import RunData
 from bandit_rft.run_folder import RunFolder
 from bandit_rft.run_result import RunResult
+from bandit_rft.sampler import Sampler
 from bandit_rft.selection import constant_groups, most_varied
 from bandit_rft.tasks import Task
 from bandit_rft.update import score_rollouts
 
 logger = logging.getLogger(__name__)
-
-TRAINING_STREAM = 0
 
 
 class Trainer:
@@ -134,6 +134,7 @@ class Trainer:
         self.advantage = ADVANTAGES[config.advantage]
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = Replay(config.replay.capacity) if config.replay.capacity else None
+        self.ahead = Ahead() if config.rollout.ahead else None
         self._saving: Metrics = {}
         self._given, self._initial = run.policy, keep_initial(run.policy, config)
 
@@ -162,7 +163,14 @@ class Trainer:
             if self.round == 0 and not read_metrics(self.folder):
                 self._finish_round(Stopwatch(), {"round": 0, **self.data.metrics()})
             while not self.finished and not self.stop_requested:
-                self.train_round()
+                start = self.position
+                try:
+                    self.train_round()
+                except (RolloutError, CanaryError):  # the policy is as it was: nothing that was drawn is trained on
+                    if self.round and self._saved_round != self.round:
+                        self.position = start
+                        self._save()
+                    raise
             if self._saved_round != self.round:
                 self._save()
         self.listener.finished(self)
@@ -187,6 +195,7 @@ class Trainer:
         clock, number = Stopwatch(), self.round + 1
         self._tokens_scored = 0
         batch, texts, rewards = self.draw(number, clock)
+        self.draw_ahead(number + 1)
         with clock.phase("update"):
             self.listener.phase("update")
             shaped, shaping = self.shape_rewards(batch)
@@ -194,7 +203,7 @@ class Trainer:
             training, replayed = self.with_replay(batch, number)
             self.optimizer.learning_rate = self.learning_rate(number)
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
-            update = self.updater(training, number, off_policy=uncorrected)
+            update = self.updater(training, number, off_policy=uncorrected or takes_ratios(self.config))
             self.kl.update(shaping.get("kl", update.kl), len(batch))
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
@@ -207,6 +216,8 @@ class Trainer:
             **shaping, **replayed, **checked, "learning_rate": self.optimizer.learning_rate,
             "tokens/scored": update.tokens_scored + self._tokens_scored,
         }  # fmt: skip
+        if self.ahead is not None:
+            metrics |= staleness(batch, number - 1)
         if self.config.rollout.dynamic_sampling:
             dropped = constant_groups(batch.reward.numpy(), batch.query.numpy())
             metrics |= {"rollout/queries": len(batch.query.unique()), "rollout/dropped": len(dropped)}
@@ -219,13 +230,18 @@ class Trainer:
 
         With dynamic sampling, queries whose rollouts all earned the same are replaced by the ones that come next.
         """
+        with clock.phase("rollout"):
+            self.sampler.refresh(self.round)
         config, taken, missing = self.config, set[int](), self.config.batch_size
         batches, texts, rewards = list[RolloutBatch](), list[str](), list[RewardResult]()
         for _ in range(1 + config.rollout.dynamic_sampling):
-            queries = self._next_queries(missing, taken)
-            if not queries:
+            with clock.phase("rollout"):
+                self.listener.phase("rollout")
+                drawn = self._draw_queries(missing, taken, number)
+            if drawn is None:
                 break
-            batch, completions, result = self._draw_queries(queries, number, clock)
+            queries, batch = drawn
+            batch, completions, result = self._score_rewards(batch, queries, clock)
             constant = set[int]()
             if config.rollout.dynamic_sampling:
                 constant = constant_groups(batch.reward.numpy(), batch.query.numpy())
@@ -242,6 +258,15 @@ class Trainer:
                 f"policy has diverged. {self._before_divergence}"
             )
         return batch, texts, RewardResult.join(rewards)
+
+    def draw_ahead(self, number: int) -> None:
+        """Begin to draw the next round, where that is chosen, with the policy as it is before this one's update."""
+        if self.ahead is None or number > self.config.max_rounds:
+            return
+        start = self.position
+        positions = self._next_queries(self.config.batch_size, set())
+        end, self.position = self.position, start  # they count as taken when they are
+        self.sampler.begin(positions, end, number)
 
     def shape_rewards(self, batch: RolloutBatch) -> tuple[NDArray[np.float64], Metrics]:
         """Rewards [B], less the length penalty and the KL to the initial model where chosen; what these came to."""
@@ -318,19 +343,20 @@ class Trainer:
                 queries.append(position)
         return queries
 
-    def _draw_queries(
-        self, positions: Sequence[int], number: int, clock: Stopwatch
+    def _draw_queries(self, count: int, taken: set[int], number: int) -> tuple[list[int], RolloutBatch] | None:
+        """The next queries and their rollouts, or the round that was drawn ahead; None when no query is left."""
+        if self.ahead is not None and (drawn := self.ahead.take()) is not None:
+            queries, self.position, batch = drawn
+            return queries, batch
+        queries = self._next_queries(count, taken)
+        return (queries, self.sampler.draw(queries, number)) if queries else None
+
+    def _score_rewards(
+        self, batch: RolloutBatch, positions: Sequence[int], clock: Stopwatch
     ) -> tuple[RolloutBatch, list[str], RewardResult]:
-        prompts, n = self.data.train, self.config.num_generations
-        rows = [i for i in positions for _ in range(n)]  # one a rollout, as everything below
-        queries = np.array([prompts.indices[i] for i in rows])
-        attempts = np.tile(np.arange(n), len(positions))
+        """The rollouts with their rewards, their texts, and what the reward functions said."""
+        prompts, rows = self.data.train, [i for i in positions for _ in range(self.config.num_generations)]
         with clock.phase("rollout"):
-            self.listener.phase("rollout")
-            batch = self.engine.generate(
-                [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
-                seed=self.config.seed, sampling=self.sampling, n=n,
-            ).with_columns(query=queries, attempt=attempts, round=number, weight_version=self.round)  # fmt: skip
             texts = completion_texts(batch.token_lists(), self.policy.tokenizer, self.policy.stop_tokens)  # type: ignore[arg-type]
         with clock.phase("reward"):
             self.listener.phase("reward")
@@ -362,12 +388,13 @@ class Trainer:
         in_loss = config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
-        self.sampling = Sampling(config.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
         self.engine = make_engine(self.policy, config)
+        stack.callback(self.engine.close)
         self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed, self.updater.objective)
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
+        self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead)
         if self.memory is not None:
             self.data.explain_history()
         self.data.explain_budget()
@@ -400,23 +427,30 @@ class Trainer:
 
     def _remembering(self) -> dict[str, Any]:
         """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
-        parts = {"history": self.memory, "replay": self.replay}
+        parts = {"history": self.memory, "replay": self.replay, "ahead": self.ahead}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
         config, number = self.config, self.round
         self.seconds += float(clock.metrics()["seconds/round"] or 0.0) if number else 0.0
-        last = self.finished or self.stop_requested
+        last, failed = self.finished or self.stop_requested, None
         if number == 0 or self.finished or (config.eval_steps and number % config.eval_steps == 0):
             with clock.phase("evaluate"):
                 self.listener.phase("evaluate")
-                metrics |= self.evaluate()
-        metrics |= clock.metrics() | self._saving  # a checkpoint claims its round's line, so its time is in the next
+                try:
+                    self.sampler.refresh(number)
+                    metrics |= self.evaluate()
+                except (RolloutError, CanaryError) as error:  # the round is done: its line and checkpoint come first
+                    failed = error
+        # A checkpoint claims its round's line, so its time is in the next.
+        metrics |= clock.metrics() | self.sampler.metrics() | self._saving
         self._saving = {}
         self.log.write(metrics)
-        if number and (last or (config.save_steps and number % config.save_steps == 0)):
+        if number and (last or failed or (config.save_steps and number % config.save_steps == 0)):
             self._save()
+        if failed is not None:
+            raise failed
         self.listener.round_done(metrics)
 
     def evaluate(self) -> Metrics:

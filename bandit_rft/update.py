@@ -42,6 +42,7 @@ class Update:
     statistics: dict[str, float]  # of bandit_rft.ops.PolicyLoss, mean over trained tokens
     logprob_differences: Tensor  # |sampler - trainer| of this round's tokens in the first step, float32 on the host
     logprob_gap: float | None  # the largest mean of these over a rollout; None where none was trained on
+    ratio_by_length: dict[str, float]  # off policy: mean and largest ratio, unclipped, of tokens of rollouts by length
 
 
 @dataclass
@@ -52,6 +53,7 @@ class _Sums:
     norms: list[Tensor] = field(default_factory=list)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     differences: list[Tensor] = field(default_factory=list)
+    ratios: Tensor | None = None  # [3, lengths]: of tokens by their rollout's length, count, sum and largest ratio
     trained: int = 0
     gap: Tensor | None = None  # 0-d
 
@@ -98,14 +100,15 @@ class PolicyUpdater:
         """
         sums = _Sums()
         # In the only step of a round the sampler is this policy: the ratio is 1 by definition, not by rounding.
-        off_policy = off_policy or self.epochs * self.minibatches > 1 or self.objective.kind == "importance"
+        off_policy = off_policy or self.epochs * self.minibatches > 1 or self.objective.weighs_sampler
         for rows in self._minibatches(len(batch), round_index):
             self._step(batch, rows, sums, round_index, off_policy)
         # The one wait of an update on a GPU: what its steps came to.
-        refused, losses, norms, differences, gap, *totals = to_host(
+        nothing = sums.losses[0].new_zeros(0)
+        refused, losses, norms, differences, gap, ratios, *totals = to_host(
             self.optimizer.refused(), torch.stack(sums.losses), torch.stack(sums.norms),
-            torch.cat(sums.differences or [sums.losses[0].new_zeros(0)]),
-            sums.losses[0].new_zeros(0) if sums.gap is None else sums.gap, *sums.statistics.values(),
+            torch.cat(sums.differences or [nothing]), nothing if sums.gap is None else sums.gap,
+            nothing if sums.ratios is None else sums.ratios, *sums.statistics.values(),
         )  # fmt: skip
         if refused:
             self._raise_first(sums, round_index)
@@ -123,6 +126,7 @@ class PolicyUpdater:
             statistics=means,
             logprob_differences=differences[~differences.isnan()],
             logprob_gap=None if sums.gap is None else float(gap),
+            ratio_by_length={} if sums.ratios is None else _by_length(ratios.tolist()),
         )
 
     def _minibatches(self, size: int, round_index: int) -> Iterator[NDArray[np.int64]]:
@@ -199,6 +203,13 @@ class PolicyUpdater:
         for name, value in result.stats.items():
             total = value * result.stats["tokens_computed"]
             sums.statistics[name] = sums.statistics[name] + total if name in sums.statistics else total
+        if off_policy:
+            seen = _ratios_by_length(micro, result.logprobs)
+            sums.ratios = (
+                seen
+                if sums.ratios is None
+                else torch.cat([sums.ratios[:2] + seen[:2], torch.maximum(sums.ratios[2:], seen[2:])])
+            )
         if not sums.losses:  # the first step: this round's rollouts were drawn by this very policy
             fresh = micro.per_token(micro.round == round_index)
             sums.differences.append(torch.where(fresh, (result.logprobs - micro.logprobs).abs(), torch.nan))
@@ -214,6 +225,28 @@ def _largest_gap(micros: list[RolloutBatch], differences: list[Tensor], round_in
             gap = logprob_gaps(micro, difference)
             gaps.append(gap.index_select(0, to_device(fresh, gap.device)))
     return torch.cat(gaps).max() if gaps else None
+
+
+#: Completions are told apart by these lengths (tokens) where ratios are logged: drift adds up over a long one.
+LENGTHS = (0, 16, 64, 256, 1024, 4096, 16384)
+
+
+def _ratios_by_length(batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+    """Count, sum and largest of exp(logprobs - behavior), before any clip, by LENGTHS: float32 [3, lengths]."""
+    ratio = (logprobs - batch.logprobs).exp().float()
+    place = batch.per_token(torch.stack([batch.lengths >= least for least in LENGTHS]).sum(0) - 1)
+    count, total, most = torch.zeros(3, len(LENGTHS), device=ratio.device).unbind()
+    count = count.index_add(0, place, torch.ones_like(ratio))
+    return torch.stack([count, total.index_add(0, place, ratio), most.scatter_reduce(0, place, ratio, "amax")])
+
+
+def _by_length(ratios: list[list[float]]) -> dict[str, float]:
+    """The metrics of what `_ratios_by_length` gave, of the lengths that occurred."""
+    found: dict[str, float] = {}
+    for least, count, total, most in zip(LENGTHS, *ratios, strict=True):
+        if count:
+            found |= {f"ratio/length_{least}/mean": total / count, f"ratio/length_{least}/max": most}
+    return found
 
 
 def score_rollouts(

@@ -79,7 +79,7 @@ void policy_rows(const py::capsule& logits, const py::capsule& targets, float te
     const int64_t* t = targets_of(targets, rows);
     auto* l = memory.vector(logprobs, "logprobs", DType::f32, rows.count).as<float>();
     auto* h = memory.vector(entropy, "entropy", DType::f32, rows.count).as<float>();
-    require(kind >= 1 && kind <= 4 && kl >= 0 && kl <= 3, "kind or kl is out of range");
+    require(kind >= 1 && kind <= 5 && kl >= 0 && kl <= 3, "kind or kl is out of range");
     cpu::PolicyInputs in{};
     in.objective = {ObjectiveKind(kind), ratio_low, ratio_high, dual_clip, KlKind(kl), kl_coef, entropy_coef};
     in.advantages = memory.floats(advantages, "advantages", rows.count);
@@ -303,6 +303,7 @@ void add_enumerations(py::module_& m) {
         .value("importance", ObjectiveKind::importance)
         .value("ppo", ObjectiveKind::ppo)
         .value("cispo", ObjectiveKind::cispo)
+        .value("importance_mask", ObjectiveKind::importance_mask)
         .finalize();
     py::native_enum<KlKind>(m, "KLKind", "enum.IntEnum")
         .value("none", KlKind::none)

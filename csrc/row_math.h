@@ -51,12 +51,12 @@ struct Scaling {
 
 // The numbers are those of kernels/enumerations.py (Python and Triton); the module exports them, and a test compares.
 // given: dL/dlogp is the caller's.
-enum class ObjectiveKind : int { given = 0, reinforce = 1, importance = 2, ppo = 3, cispo = 4 };
+enum class ObjectiveKind : int { given = 0, reinforce = 1, importance = 2, ppo = 3, cispo = 4, importance_mask = 5 };
 enum class KlKind : int { none = 0, k1 = 1, k2 = 2, k3 = 3 };
 
 struct Objective {
     ObjectiveKind kind = ObjectiveKind::given;
-    float ratio_low = 0, ratio_high = 0;  // ppo, cispo: bounds of the ratio; importance: ratio_high is the cap
+    float ratio_low = 0, ratio_high = 0;  // bounds of the ratio; importance reads ratio_high alone
     float dual_clip = 0;                  // 0 means none
     KlKind kl = KlKind::none;
     float kl_coef = 0, entropy_coef = 0;
@@ -75,6 +75,9 @@ BRFT_INLINE float token_coefficient(const Objective& o, float logp, float ratio,
                 break;
             case ObjectiveKind::cispo:
                 factor = fminf(fmaxf(ratio, o.ratio_low), o.ratio_high);
+                break;
+            case ObjectiveKind::importance_mask:
+                factor = ratio < o.ratio_low || ratio > o.ratio_high ? 0.0f : ratio;
                 break;
             case ObjectiveKind::ppo: {
                 const bool clipped = (advantage < 0 && ratio < o.ratio_low) ||

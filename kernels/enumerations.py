@@ -17,6 +17,7 @@ class ObjectiveKind(IntEnum):
     importance = 2
     ppo = 3
     cispo = 4
+    importance_mask = 5
 
 
 class KLKind(IntEnum):

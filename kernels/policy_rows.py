@@ -49,7 +49,7 @@ def visit_rows(
     low, high, dual_clip, kl_coef, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. KIND: -1 only statistics, 0 given dL/dlogp (and dL/dentropy), 1-4 an objective."""
+    """One row a program. KIND: -1 only statistics, 0 given dL/dlogp (and dL/dentropy), 1-5 an objective."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     if temperatures is not None:

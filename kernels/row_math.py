@@ -19,8 +19,9 @@ from .enumerations import KLKind, ObjectiveKind
 
 #: Stands for -inf as a maximum: -inf - (-inf) would be NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-IMPORTANCE, PPO, CISPO = (
-    tl.constexpr(int(kind)) for kind in (ObjectiveKind.importance, ObjectiveKind.ppo, ObjectiveKind.cispo)
+IMPORTANCE, PPO, CISPO, IMPORTANCE_MASK = (
+    tl.constexpr(int(kind))
+    for kind in (ObjectiveKind.importance, ObjectiveKind.ppo, ObjectiveKind.cispo, ObjectiveKind.importance_mask)
 )
 NO_KL, K2, K3 = (tl.constexpr(int(kind)) for kind in (KLKind.none, KLKind.k2, KLKind.k3))
 
@@ -94,6 +95,8 @@ def token_coefficient(
         factor = tl.where(clipped, 0.0, ratio)
     elif KIND == CISPO:
         factor = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    elif KIND == IMPORTANCE_MASK:
+        factor = tl.where((ratio < low) | (ratio > high), 0.0, ratio)
     # An advantage of exactly zero says nothing, whatever the ratio: 0 * inf must not become NaN.
     c = tl.where((advantage == 0) | (factor == 0), 0.0, -advantage * weight * factor)
     if KL != NO_KL:

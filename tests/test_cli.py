@@ -398,6 +398,16 @@ SAMPLES: dict[str, str] = {
     "reward.length_penalty_from": "9 --reward.length_penalty 1", "report_to": "tensorboard,wandb",
     "rollout.keep": "2 --num_generations 4", "rollout.dynamic_sampling": "1 --num_generations 4",
     "num_generations": "4", "lora.dropout": "0", "reward.weights": "0.5,1", "objective.kind": "gspo",
+    "objective.importance_floor": "0.25 --objective.kind importance_mask --objective.dual_clip null",
+    "rollout.engine": "vllm --rollout.urls http://a:1", "rollout.urls": "http://a:1,https://b --rollout.engine vllm",
+    **{f"rollout.{key}": "a --rollout.engine vllm" for key in ("server_python", "server_command")},
+    **{
+        f"rollout.{key}": f"{value} --rollout.engine vllm --rollout.urls http://a:1"
+        for key, value in (
+            ("push", "folder"), ("push_folder", "a"), ("ahead", "1"), ("canary_prompts", "3"), ("max_requests", "3"),
+            ("request_timeout_s", "3"), ("retry_s", "3"), ("on_logprob_gap", "correct"),
+        )
+    },
     "min_lr_ratio": "0.25 --lr_scheduler_type linear", "lr_scheduler_rounds": "3 --lr_scheduler_type cosine",
 }  # fmt: skip
 

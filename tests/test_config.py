@@ -169,10 +169,11 @@ def test_choices_are_those_of_the_objective_and_of_replay() -> None:
 
 
 VALUES: dict[str, list[Any]] = {
-    "kind": ["reinforce", "importance", "ppo", "cispo", "gspo"],
+    "kind": ["reinforce", "importance", "importance_mask", "ppo", "cispo", "gspo"],
     "aggregation": ["token-mean", "seq-mean-token-sum-norm"],
     "clip_low": [-0.1, 0.0, 0.3, 1.0, 1.1], "clip_high": [-0.1, 0.0, 5.0], "dual_clip": [None, 0.5, 1.0, 3.0],
-    "importance_cap": [-1.0, 0.0, 2.0], "kl": ["none", "k1", "k2", "k3"], "kl_coef": [-0.1, 0.0, 0.1],
+    "importance_floor": [-0.1, 0.0, 0.9, 1.1], "importance_cap": [-1.0, 0.0, 0.5, 2.0],
+    "kl": ["none", "k1", "k2", "k3"], "kl_coef": [-0.1, 0.0, 0.1],
     "entropy_coef": [-0.1, 0.0, 0.1, math.nan], "norm_length": [None, 0, 100],
 }  # fmt: skip
 

@@ -167,7 +167,7 @@ def _other_policies(objective: ops.PolicyObjective, logprobs: Tensor, off_policy
     """behavior_logprobs and reference_logprobs [count], where the objective takes them."""
     place = torch.arange(len(logprobs), device=logprobs.device)
     others: dict[str, Any] = {}
-    if off_policy or objective.kind == "importance":
+    if off_policy or objective.weighs_sampler:
         moves = logprobs.new_tensor(_log_ratios(objective))
         one = len(logprobs) if objective.kind == "gspo" else place  # there all tokens of a sequence have one ratio
         others["behavior_logprobs"] = (logprobs - moves[one % len(moves)]).contiguous()
@@ -179,7 +179,11 @@ def _other_policies(objective: ops.PolicyObjective, logprobs: Tensor, off_policy
 def _log_ratios(objective: ops.PolicyObjective) -> list[float]:
     """Logarithms of ratios on both sides of every bound, farther from it than bfloat16 moves a log-probability."""
     o = objective
-    bounds = {"importance": [o.importance_cap], "reinforce": []}.get(o.kind, [1 - o.clip_low, 1 + o.clip_high])
+    bounds = {
+        "importance": [o.importance_cap],
+        "importance_mask": [o.importance_floor, o.importance_cap],
+        "reinforce": [],
+    }.get(o.kind, [1 - o.clip_low, 1 + o.clip_high])
     logs = sorted(math.log(bound) for bound in [*bounds, *([o.dual_clip] if o.dual_clip else [])] if bound > 0)
     if not logs:
         return [0.4, -0.4]

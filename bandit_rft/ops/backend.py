@@ -174,6 +174,7 @@ class Backend(ABC):
 
 
 def ratio_bounds(objective: PolicyObjective) -> tuple[float, float]:
-    """(lowest, highest) ratio before the objective clips or caps it."""
-    highest = objective.importance_cap if objective.kind == "importance" else 1 + objective.clip_high
-    return 1 - objective.clip_low, highest
+    """(lowest, highest) ratio before the objective clips, caps or masks it."""
+    if objective.kind in ("importance", "importance_mask"):
+        return objective.importance_floor, objective.importance_cap
+    return 1 - objective.clip_low, 1 + objective.clip_high

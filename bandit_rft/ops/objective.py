@@ -15,7 +15,7 @@ from torch import Tensor
 #: What float32 holds in full precision; a reciprocal of these is finite.
 SMALLEST, LARGEST = float(torch.finfo(torch.float32).tiny), float(torch.finfo(torch.float32).max)
 
-Kind = Literal["reinforce", "importance", "ppo", "cispo", "gspo"]
+Kind = Literal["reinforce", "importance", "importance_mask", "ppo", "cispo", "gspo"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KLEstimator = Literal["none", "k1", "k2", "k3"]
 
@@ -26,12 +26,14 @@ class PolicyObjective:
 
     The loss of a token by `kind`, with r = exp(logp - behavior) and A the advantage:
 
-        reinforce   -A logp                                             (Williams 1992)
-        importance  -A min(r, importance_cap) logp, ratio held constant (truncated importance sampling)
-        ppo         -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); for A < 0 at most -dual_clip A
-                    (arXiv 1707.06347; dual clip: arXiv 1912.09729)
-        cispo       -clip(r, 1 - clip_low, 1 + clip_high) A logp, clipped ratio held constant (arXiv 2506.13585)
-        gspo        the ppo form with r = exp(mean over the sequence of (logp - behavior))    (arXiv 2507.18071)
+        reinforce        -A logp                                             (Williams 1992)
+        importance       -A min(r, importance_cap) logp, ratio held constant (truncated importance sampling)
+        importance_mask  -A r logp, ratio held constant, where importance_floor <= r <= importance_cap; elsewhere 0
+                         (DIS of arXiv 2607.07508; IcePop)
+        ppo              -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); for A < 0 at most -dual_clip A
+                         (arXiv 1707.06347; dual clip: arXiv 1912.09729)
+        cispo            -clip(r, 1 - clip_low, 1 + clip_high) A logp, clipped ratio held constant (arXiv 2506.13585)
+        gspo             the ppo form with r = exp(mean over the sequence of (logp - behavior))    (arXiv 2507.18071)
 
     The loss by `aggregation` (verl's names; D is `normalizer` where one is given):
 
@@ -46,7 +48,8 @@ class PolicyObjective:
         clip_low: the ratio's lower bound is 1 - clip_low; in [0, 1].
         clip_high: the ratio's upper bound is 1 + clip_high; >= 0.
         dual_clip: ppo and gspo: for A < 0 the token loss is at most -dual_clip A; > 1, or None.
-        importance_cap: importance: the largest ratio.
+        importance_floor: importance_mask: tokens of a smaller ratio are dropped; in [0, 1].
+        importance_cap: importance: the largest ratio. importance_mask: tokens of a larger one are dropped; >= 1 there.
         kl: an estimator of KL(policy || reference) added to the token loss, times kl_coef. With d = logp - reference:
             k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Its gradient is the derivative of that expression.
         kl_coef: factor of the KL; >= 0.
@@ -62,6 +65,7 @@ class PolicyObjective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
+    importance_floor: float = 0.5
     importance_cap: float = 2.0
     kl: KLEstimator = "none"
     kl_coef: float = 0.0
@@ -76,7 +80,7 @@ class PolicyObjective:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        for name in ("clip_low", "clip_high", "importance_cap", "kl_coef", "entropy_coef"):
+        for name in ("clip_low", "clip_high", "importance_floor", "importance_cap", "kl_coef", "entropy_coef"):
             value = getattr(self, name)
             if not _is_number(value):
                 raise ValueError(f"{name} must be a finite number; got {value!r}")
@@ -88,6 +92,13 @@ class PolicyObjective:
             raise ValueError(f"clip_high must be >= 0 (the ratio's upper bound is 1 + clip_high); got {self.clip_high}")
         if self.importance_cap <= 0:
             raise ValueError(f"importance_cap must be > 0; got {self.importance_cap}")
+        if not 0 <= self.importance_floor <= 1:
+            raise ValueError(f"importance_floor must lie in [0, 1]; got {self.importance_floor}")
+        if self.kind == "importance_mask" and self.importance_cap < 1:
+            raise ValueError(
+                "importance_cap must be >= 1 for kind 'importance_mask' (a token of an unchanged policy, ratio 1, is "
+                f"kept); got {self.importance_cap}"
+            )
         if self.dual_clip is not None:
             if self.kind not in ("ppo", "gspo"):
                 raise ValueError(f"dual_clip applies to kind 'ppo' or 'gspo'; got kind={self.kind!r}")
@@ -109,6 +120,11 @@ class PolicyObjective:
     def every_token_counts(self) -> bool:
         """Whether a token with advantage 0 still has a gradient (through the KL or the entropy term)."""
         return self.kl_coef != 0 or self.entropy_coef != 0
+
+    @property
+    def weighs_sampler(self) -> bool:
+        """Whether the ratio to the sampler counts even where the sampler was this policy, to rounding."""
+        return self.kind in ("importance", "importance_mask")
 
     @property
     def token_separable(self) -> bool:
@@ -168,6 +184,8 @@ def token_losses(
         ratio = log_ratios(o, logprobs, behavior, sequence_of, lengths).exp()
         if o.kind == "importance":
             policy_term = -advantages * ratio.detach().clamp(max=o.importance_cap) * logprobs
+        elif o.kind == "importance_mask":
+            policy_term = -advantages * _masked(o, ratio.detach()) * logprobs
         elif o.kind == "cispo":
             policy_term = -advantages * ratio.detach().clamp(1 - o.clip_low, 1 + o.clip_high) * logprobs
         else:
@@ -186,6 +204,12 @@ def token_losses(
     return loss
 
 
+def _masked(objective: PolicyObjective, ratio: Tensor) -> Tensor:
+    """The ratio where it lies in the band, 0 where it does not; a NaN stays one."""
+    outside = (ratio < objective.importance_floor) | (ratio > objective.importance_cap)
+    return torch.where(outside, torch.zeros_like(ratio), ratio)
+
+
 def kl_estimate(kind: KLEstimator, logprobs: Tensor, reference: Tensor) -> Tensor:
     """The k1, k2 or k3 estimate of KL(policy || reference) at each token, [N] (Schulman, joschu.net/blog/kl-approx)."""
     d = logprobs - reference
@@ -198,7 +222,8 @@ def clip_masks(objective: PolicyObjective, ratio: Tensor, advantages: Tensor) ->
     """Where the ratio's clip acts on the token: (at the lower bound, at the upper bound, at the dual bound), bool [N].
 
     ppo and gspo clip on the side where the surrogate would overshoot (and lose the gradient there); cispo and
-    importance bound the weight on either side whatever the advantage's sign (and keep the gradient).
+    importance bound the weight on either side whatever the advantage's sign (and keep the gradient); importance_mask
+    drops the token on either side.
     """
     o, none = objective, torch.zeros_like(ratio, dtype=torch.bool)
     counts = advantages != 0
@@ -206,6 +231,8 @@ def clip_masks(objective: PolicyObjective, ratio: Tensor, advantages: Tensor) ->
         return none, none, none
     if o.kind == "importance":
         return none, counts & (ratio > o.importance_cap), none
+    if o.kind == "importance_mask":
+        return counts & (ratio < o.importance_floor), counts & (ratio > o.importance_cap), none
     low, high = ratio < 1 - o.clip_low, ratio > 1 + o.clip_high
     if o.kind == "cispo":
         return counts & low, counts & high, none
@@ -233,6 +260,8 @@ def token_coefficients(
         coefficient = -advantages * weights
     elif o.kind == "importance":
         coefficient = -advantages * weights * ratio.clamp(max=o.importance_cap)
+    elif o.kind == "importance_mask":
+        coefficient = -advantages * weights * _masked(o, ratio)
     elif o.kind == "cispo":
         coefficient = -advantages * weights * ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
     else:

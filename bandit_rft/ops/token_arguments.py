@@ -27,14 +27,14 @@ class ObjectiveFields(NamedTuple):
     """A PolicyObjective as a custom operation can take it; the aggregation is in the token weights by then."""
 
     kind: str
-    bounds: list[float]  # clip_low, clip_high, dual_clip (0: none), importance_cap
+    bounds: list[float]  # clip_low, clip_high, dual_clip (0: none), importance_floor, importance_cap
     kl: str
     coefficients: list[float]  # kl_coef, entropy_coef
 
     @classmethod
     def of(cls, o: PolicyObjective) -> ObjectiveFields:
         """The fields of an objective."""
-        bounds = [o.clip_low, o.clip_high, o.dual_clip or 0.0, o.importance_cap]
+        bounds = [o.clip_low, o.clip_high, o.dual_clip or 0.0, o.importance_floor, o.importance_cap]
         return cls(o.kind, bounds, o.kl if o.kl_coef else "none", [o.kl_coef, o.entropy_coef])
 
     def objective(self) -> PolicyObjective:
@@ -44,12 +44,13 @@ class ObjectiveFields(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _objective(
-    kind: Kind, clip_low: float, clip_high: float, dual_clip: float, importance_cap: float,
+    kind: Kind, clip_low: float, clip_high: float, dual_clip: float, importance_floor: float, importance_cap: float,
     kl: KLEstimator, kl_coef: float, entropy_coef: float,
 ) -> PolicyObjective:  # fmt: skip
     return PolicyObjective(
-        kind=kind, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip or None, importance_cap=importance_cap,
-        kl=kl, kl_coef=kl_coef, entropy_coef=entropy_coef,
+        kind=kind, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip or None,
+        importance_floor=importance_floor, importance_cap=importance_cap, kl=kl, kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
     )  # fmt: skip
 
 

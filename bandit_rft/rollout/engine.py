@@ -121,6 +121,7 @@ class RolloutEngine:
             )
         policy = Policy.of(policy)
         self.policy, self.max_completion_length, self.batch_size = policy, max_completion_length, batch_size
+        self.version: int | None = None
         self._stop_on_host = torch.zeros(policy.vocab_size, dtype=torch.bool)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]
         self._stop_on_host[stops] = True
@@ -180,12 +181,26 @@ class RolloutEngine:
             of_rows = [prompts[r // n] for r in rows]
             query, attempt = [r // n for r in rows], [r % n for r in rows]
             parts.append(
-                RolloutBatch.of(of_rows, tokens, lengths, logprobs, entropy, truncated, query=query, attempt=attempt)
-            )
+                RolloutBatch.of(
+                    of_rows, tokens, lengths, logprobs, entropy, truncated, query=query, attempt=attempt,
+                    weight_version=self.version or 0,
+                )
+            )  # fmt: skip
             order += rows
         batch = RolloutBatch.cat(parts)
         # back in the order they were asked for
         return batch if order == list(range(total)) else batch.select(np.argsort(order))
+
+    def push(self, version: int) -> None:
+        """Draw with the policy as it is now, as this version. Here it is the same memory; a server has to be told."""
+        self.version = version
+
+    def metrics(self) -> dict[str, float | int | None]:
+        """What a server would tell of its pushes and failures."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
 
     @property
     def max_length(self) -> int | None:

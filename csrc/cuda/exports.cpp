@@ -62,7 +62,7 @@ void py_policy_rows(const py::capsule& logits, const py::capsule& targets, float
                     const OptionalCapsule& out, uintptr_t stream) {
     const auto on = Capsules::beside(logits, "logits");
     const Logits rows = logits_of(on, logits, temperature, temperatures, softcap, logit_scale);
-    require(kind >= 1 && kind <= 4 && kl >= 0 && kl <= 3, "kind or kl is out of range");
+    require(kind >= 1 && kind <= 5 && kl >= 0 && kl <= 3, "kind or kl is out of range");
     PolicyInputs in{};
     in.objective = {ObjectiveKind(kind), ratio_low, ratio_high, dual_clip, KlKind(kl), kl_coef, entropy_coef};
     in.advantages = on.floats(advantages, "advantages", rows.count);

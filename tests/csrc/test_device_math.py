@@ -178,8 +178,8 @@ def test_objectives(kernels: ctypes.CDLL, name: str) -> None:
     advantages, weights = torch.randn(n), torch.rand(n)
     advantages[2] = 0
     behavior, ref = ((truth_logp + 0.4 * torch.randn(n)).float() for _ in range(2))
-    low, high = 1 - o.clip_low, (o.importance_cap if o.kind == "importance" else 1 + o.clip_high)
-    kind = ["", "reinforce", "importance", "ppo", "cispo"].index(o.kind)
+    low, high = (o.importance_floor, o.importance_cap) if o.weighs_sampler else (1 - o.clip_low, 1 + o.clip_high)
+    kind = ["", "reinforce", "importance", "ppo", "cispo", "importance_mask"].index(o.kind)
     kl = ["none", "k1", "k2", "k3"].index(o.kl)
     logp, entropy, gradient = torch.empty(n), torch.empty(n), z.clone()
     raise_if(

@@ -115,7 +115,7 @@ void wild_rows_case(Random& random) {
     }
     PolicyInputs in{};
     in.objective = {
-        ObjectiveKind(1 + random.below(4)), 0.8f, 1.2f, random.once_in(2) ? 0.0f : 3.0f, KlKind(random.below(4)), 0.1f,
+        ObjectiveKind(1 + random.below(5)), 0.8f, 1.2f, random.once_in(2) ? 0.0f : 3.0f, KlKind(random.below(4)), 0.1f,
         random.once_in(2) ? 0.0f : 0.01f};
     in.advantages = advantages.data(), in.weights = weights.data(), in.reference = ref.data();
     in.behavior = random.once_in(3) ? nullptr : behavior.data();

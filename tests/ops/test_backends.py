@@ -36,6 +36,7 @@ def test_triton_has_the_same_numbers() -> None:
 
     for name, number in (
         ("IMPORTANCE", ObjectiveKind.importance), ("PPO", ObjectiveKind.ppo), ("CISPO", ObjectiveKind.cispo),
+        ("IMPORTANCE_MASK", ObjectiveKind.importance_mask),
         ("NO_KL", KLKind.none), ("K2", KLKind.k2), ("K3", KLKind.k3),
     ):  # fmt: skip
         assert getattr(row_math, name).value == number, name

@@ -174,6 +174,12 @@ CASES = [
     (lambda: PolicyObjective("ppo", dual_clip=0.5), ValueError, r"dual_clip must be > 1"),
     (lambda: PolicyObjective("cispo", dual_clip=3.0), ValueError, r"dual_clip applies to kind 'ppo' or 'gspo'"),
     (lambda: PolicyObjective("importance", importance_cap=0), ValueError, r"importance_cap must be > 0"),
+    (lambda: PolicyObjective(importance_floor=1.5), ValueError, r"importance_floor must lie in \[0, 1\]; got 1.5"),
+    (
+        lambda: PolicyObjective("importance_mask", importance_cap=0.9),
+        ValueError,
+        r"importance_cap must be >= 1 for kind 'importance_mask'.*got 0.9",
+    ),
     (lambda: PolicyObjective(entropy_coef=math.nan), ValueError, r"entropy_coef must be a finite number"),
     (
         lambda: PolicyObjective(aggregation="seq-mean-token-sum-norm"),

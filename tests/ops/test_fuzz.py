@@ -222,7 +222,7 @@ def check_samples(data: st.DataObject) -> None:
 
 
 def drawn_objective(draw: Any) -> PolicyObjective:
-    kind = draw(st.sampled_from(["reinforce", "importance", "ppo", "cispo", "gspo"]))
+    kind = draw(st.sampled_from(["reinforce", "importance", "importance_mask", "ppo", "cispo", "gspo"]))
     aggregation = draw(
         st.sampled_from(["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
     )
@@ -230,7 +230,9 @@ def drawn_objective(draw: Any) -> PolicyObjective:
     return PolicyObjective(
         kind, aggregation, clip_low=draw(st.floats(0, 1)), clip_high=draw(st.floats(0, 2)),
         dual_clip=draw(st.none() | st.floats(1.01, 5)) if kind in ("ppo", "gspo") else None,
-        importance_cap=draw(st.floats(0.1, 5)), kl=kl, kl_coef=0.0 if kl == "none" else draw(st.floats(0, 1)),
+        importance_floor=draw(st.floats(0, 1)),
+        importance_cap=draw(st.floats(1 if kind == "importance_mask" else 0.1, 5)),
+        kl=kl, kl_coef=0.0 if kl == "none" else draw(st.floats(0, 1)),
         entropy_coef=draw(st.sampled_from([0.0, 0.01])),
         norm_length=draw(st.integers(1, 50)) if aggregation.endswith("norm") else None,
     )  # fmt: skip
@@ -283,7 +285,8 @@ def check_losses(data: st.DataObject) -> None:
         objective, logp.detach(), exact_options["behavior_logprobs"], sequence_of, torch.diff(cu.long())
     )
     ratio, most = log_ratio.exp(), 1e-5 + 8 * float(tolerance.max())
-    bounds = [1 - objective.clip_low, 1 + objective.clip_high, objective.dual_clip or -1.0, objective.importance_cap]
+    bounds = [1 - objective.clip_low, 1 + objective.clip_high, objective.dual_clip or -1.0]
+    bounds += [objective.importance_floor, objective.importance_cap]
     if most > 0.01 or any(((ratio - x).abs() <= 4 * most * (1 + x)).any() for x in bounds):
         return
     each = advantages.double() if len(advantages) == call.n else advantages.double()[sequence_of]

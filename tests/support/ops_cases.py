@@ -115,6 +115,7 @@ def assert_close_to_truth(name: str, got: Tensor, plain: Tensor, truth: Tensor, 
 OBJECTIVES = {
     "reinforce": PolicyObjective(),
     "importance": PolicyObjective("importance", "seq-mean-token-sum", importance_cap=1.1),
+    "importance_mask": PolicyObjective("importance_mask", importance_floor=0.8, importance_cap=1.2),
     "ppo": PolicyObjective("ppo", "seq-mean-token-mean", clip_low=0.1, clip_high=0.2),
     "ppo-dual": PolicyObjective("ppo", dual_clip=1.2, clip_low=0.1, clip_high=0.2),
     "cispo": PolicyObjective("cispo", "seq-mean-token-sum-norm", clip_low=0.1, clip_high=0.2, norm_length=50),
@@ -123,5 +124,8 @@ OBJECTIVES = {
     "ppo-kl2": PolicyObjective("ppo", kl="k2", kl_coef=0.1),
     "ppo-kl3-entropy": PolicyObjective("ppo", kl="k3", kl_coef=0.05, entropy_coef=0.02),
     "gspo-entropy": PolicyObjective("gspo", clip_low=0.3, clip_high=0.3, entropy_coef=0.02),
+    "importance_mask-kl3-entropy": PolicyObjective(
+        "importance_mask", importance_floor=0.8, importance_cap=1.2, kl="k3", kl_coef=0.1, entropy_coef=0.02
+    ),
     "importance-entropy": PolicyObjective("importance", "seq-mean-token-sum", entropy_coef=0.5),
 }

@@ -25,9 +25,9 @@ def some_batch(policy: Policy, *, stale: float = 0.0) -> RolloutBatch:
     return replace(batch, logprobs=logprobs + stale * torch.randn(len(tokens), generator=generator))
 
 
-def some_rollouts(seed: int = 0, count: int = 7) -> RolloutBatch:
+def some_rollouts(seed: int = 0, count: int = 7, longest: int = 8) -> RolloutBatch:
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     prompts = [torch.randint(3, 40, (int(k),), generator=generator).tolist() for k in torch.randint(1, 6, (count,))]
     tokens = torch.randint(2, 40, (sum(lengths),), generator=generator)
     logprobs = -torch.rand(len(tokens), generator=generator) * 4

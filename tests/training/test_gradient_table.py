@@ -36,6 +36,7 @@ from bandit_rft.update import Update
 
 BOUNDS: dict[str, dict[str, Any]] = {
     "importance": {"importance_cap": 1.15},
+    "importance_mask": {"importance_floor": 0.9, "importance_cap": 1.15},
     "ppo": {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.3},
     "cispo": {"clip_low": 0.1, "clip_high": 0.15},
     "gspo": {"clip_low": 0.03, "clip_high": 0.02},
@@ -78,6 +79,8 @@ def formula_loss(o: PolicyObjective, sequences: Sequence[Scored], divisor: float
             tokens = -a * s.logp
         elif o.kind == "importance":
             tokens = -a * torch.clamp(r, max=o.importance_cap).detach() * s.logp
+        elif o.kind == "importance_mask":
+            tokens = -a * (r * (r >= o.importance_floor) * (r <= o.importance_cap)).detach() * s.logp
         elif o.kind == "cispo":
             tokens = -a * torch.clamp(r, 1 - o.clip_low, 1 + o.clip_high).detach() * s.logp
         else:
@@ -312,7 +315,7 @@ class TableTrainer(Trainer):
             recorder = Recorder(self.optimizer)
             updater.objective, updater.optimizer, updater.epochs = objective, recorder, 1 + moved  # type: ignore[assignment]
             update = updater(batch, number)
-            real_ratio = moved or objective.kind == "importance"
+            real_ratio = moved or objective.kind in ("importance", "importance_mask")
             rows = [i for i, c in enumerate(counted) if c]
             sequences = [
                 replace(scored[i], advantage=advantages[i], old=scored[i].old if real_ratio else None) for i in rows

@@ -101,6 +101,7 @@ OBJECTIVES = [
     {"kind": "ppo", "dual_clip": 3.0},
     {"kind": "reinforce", "aggregation": "seq-mean-token-sum"},
     {"kind": "importance", "aggregation": "seq-mean-token-mean"},
+    {"kind": "importance_mask", "importance_floor": 0.6, "importance_cap": 1.5},
     {"kind": "cispo", "aggregation": "seq-mean-token-sum-norm", "norm_length": 20},
     {"kind": "gspo", "aggregation": "seq-mean-token-mean"},
     {"kind": "ppo", "kl": "k3", "kl_coef": 0.3},
@@ -135,7 +136,10 @@ def test_gradient_is_the_formula_whatever_the_split(
         ratio = (logp - logp.detach()).exp()  # on-policy: 1, with a gradient
         if objective["kind"] == "importance":
             ratio = (logp.detach() - behavior.double()).exp().clamp(max=2.0)
-        if objective["kind"] in ("reinforce", "importance", "cispo"):
+        if objective["kind"] == "importance_mask":
+            ratio = (logp.detach() - behavior.double()).exp()
+            ratio = torch.where((ratio < 0.6) | (ratio > 1.5), torch.zeros_like(ratio), ratio)
+        if objective["kind"] in ("reinforce", "importance", "importance_mask", "cispo"):
             token = -advantages[i] * ratio.detach() * logp
         else:
             token = (

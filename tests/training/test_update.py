@@ -14,7 +14,7 @@ from bandit_rft import PolicyObjective
 from bandit_rft.gates import GateError
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.update import PolicyUpdater, _score, _Sums, training_inputs
+from bandit_rft.update import PolicyUpdater, _score, _Sums, score_rollouts, training_inputs
 
 
 def on_a_device_that_cannot_answer(policy: Policy) -> Policy:
@@ -30,6 +30,7 @@ def on_a_device_that_cannot_answer(policy: Policy) -> Policy:
     [
         {"kind": "reinforce"},
         {"kind": "importance"},
+        {"kind": "importance_mask"},
         {"kind": "ppo", "kl": "k3", "kl_coef": 0.1},
         {"kind": "gspo", "entropy_coef": 0.1},
     ],
@@ -129,3 +130,21 @@ def test_the_check_can_fail() -> None:
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu()):
         with pytest.raises((RuntimeError, NotImplementedError)):
             wait()
+
+
+def test_ratios_are_logged_before_any_clip_by_the_rollouts_length() -> None:
+    updater = updater_of(False)
+    updater.objective = PolicyObjective("importance_mask", importance_floor=1.0, importance_cap=1.0)
+    updater.minibatches = 1
+    batch = some_rollouts(count=12, longest=40).with_columns(advantage=1.0)
+    short = batch.lengths < 16
+    assert 0 < int(short.sum()) < len(batch)
+    update = updater(batch, 1)
+    same = Policy(tiny_llama(), character_tokenizer())
+    trained = score_rollouts(same, batch, temperature=1.0, tokens_per_microbatch=10**6)
+    ratio, of_short = (trained - batch.logprobs).exp(), batch.per_token(short)
+    assert update.statistics["clip_fraction_low"] + update.statistics["clip_fraction_high"] > 0.9
+    for name, rows in (("0", of_short), ("16", ~of_short)):
+        assert update.ratio_by_length[f"ratio/length_{name}/mean"] == pytest.approx(float(ratio[rows].mean()), rel=1e-4)
+        assert update.ratio_by_length[f"ratio/length_{name}/max"] == pytest.approx(float(ratio[rows].max()), rel=1e-4)
+    assert len(update.ratio_by_length) == 4

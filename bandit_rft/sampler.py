@@ -1,0 +1,83 @@
+"""What a trainer draws with: an engine that has its weights, and the next round ahead where that is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from bandit_rft.assemble import logprob_gap_limit
+from bandit_rft.config import Config
+from bandit_rft.data import PromptSet
+from bandit_rft.gates import check_canaries
+from bandit_rft.metrics import Metrics
+from bandit_rft.model import Policy
+from bandit_rft.rollout import Ahead, RolloutEngine, Sampling, ServerEngine, sequence_ids
+from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.update import score_rollouts
+
+TRAINING_STREAM = 0
+
+
+class Sampler:
+    """Draws a trainer's rollouts.
+
+    Args:
+        engine: draws completions.
+        policy: the trainer's.
+        prompts: those trained on.
+        config: of the run.
+        ahead: holds the round that is drawn while another is trained on; None: none is.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine | ServerEngine, policy: Policy, prompts: PromptSet, config: Config,
+        ahead: Ahead | None,
+    ):  # fmt: skip
+        self.engine, self.policy, self.prompts, self.config, self.ahead = engine, policy, prompts, config, ahead
+        self._canary: Metrics = {}
+        r = config.rollout
+        self._sampling = Sampling(config.temperature, r.top_k, r.top_p, r.min_p)
+        if isinstance(engine, ServerEngine):
+            engine.canary_prompts = [list(tokens) for tokens in prompts.tokens[: r.canary_prompts]]
+
+    def refresh(self, version: int) -> None:
+        """Have the engine draw with the policy as it is now; of a server, see that it does.
+
+        Raises:
+            RolloutError: a server did not take the weights.
+            CanaryError: it took them, and draws with others.
+        """
+        if self.engine.version == version:
+            return
+        if self.ahead is not None:
+            self.ahead.settle()  # by the weights that it was begun with
+        config = self.config
+        score = partial(
+            score_rollouts, self.policy, temperature=config.temperature,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+        )  # fmt: skip
+        self._canary = check_canaries(
+            self.engine.push(version), score, logprob_gap_limit(self.policy, config),
+            correct=config.rollout.on_logprob_gap == "correct", where=f"round {version}",
+        )  # fmt: skip
+
+    def draw(self, positions: Sequence[int], number: int) -> RolloutBatch:
+        """The rollouts of round `number` of the prompts at some positions; nothing of the trainer is changed."""
+        prompts, n = self.prompts, self.config.num_generations
+        queries = np.array([prompts.indices[i] for i in positions for _ in range(n)])  # one a rollout
+        attempts = np.tile(np.arange(n), len(positions))
+        return self.engine.generate(
+            [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
+            seed=self.config.seed, sampling=self._sampling, n=n,
+        ).with_columns(query=queries, attempt=attempts, round=number)  # fmt: skip
+
+    def begin(self, positions: Sequence[int], end: int, number: int) -> None:
+        """Start to draw round `number` ahead; `end` is the place in the order of queries behind it."""
+        assert self.ahead is not None
+        self.ahead.begin(positions, end, partial(self.draw, positions, number))
+
+    def metrics(self) -> Metrics:
+        """Of the latest push, and what servers did since the last call."""
+        return self.engine.metrics() | self._canary
