@@ -82,7 +82,7 @@ test-lowest:
 	touch $@
 
 test-vllm: .venv/.built .venv-vllm/.installed
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest tests/real_server
 
 # What torch 2.8 (Triton 3.4) to the newest bring; hundreds of megabytes each, in build/triton.
 TRITON ?= 3.4.0 3.5.1 3.6.0 3.9.0
