@@ -10,7 +10,8 @@ import torch
 from ops_cases import OBJECTIVES, Case
 
 from bandit_rft import linear_logprobs, linear_policy_loss, linear_sample, logprobs_from_logits, sample_from_logits
-from bandit_rft.ops import policy_loss_from_logits
+from bandit_rft.ops import PolicyObjective, policy_loss_from_logits
+from bandit_rft.ops.token_arguments import ObjectiveFields
 
 OPS = torch.ops.bandit_rft
 
@@ -40,8 +41,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
         case.targets, case.advantages[sequence_of], torch.full((12,), 1 / 12), case.behavior, case.reference,
         sequence_of, lengths, case.cu_seqlens,
     )  # fmt: skip
-    for kind, kl, coefficients in (("ppo", "k3", [0.1, 0.01]), ("gspo", "none", [0.0, 0.0])):
-        objective = (kind, [0.2, 0.2, 0.0, 2.0], kl, coefficients)
+    for of in (PolicyObjective("ppo", kl="k3", kl_coef=0.1, entropy_coef=0.01), PolicyObjective("gspo")):
+        objective = ObjectiveFields.of(of)
         torch.library.opcheck(
             OPS.linear_policy_loss.default,
             (hidden, weight, bias, *tokens, *scaling, *objective, True, 0.0, [True, True, True]),
