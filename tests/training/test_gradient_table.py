@@ -274,6 +274,9 @@ class Recorder:
         torch._foreach_zero_(grads)
         return torch.zeros(())
 
+    def refused(self) -> Tensor:
+        return torch.zeros(())
+
 
 class TableTrainer(Trainer):
     """A trainer that computes the gradient of every objective in its third and fourth rounds, besides training.
