@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bandit_rft.data import Fingerprint
+from bandit_rft.files import sync
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
 
@@ -98,11 +99,11 @@ def save_checkpoint(
         state["state_sha256"] = state_checksum(state)
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in [*files, partial / "state.json", partial]:
-            _sync(path)
+            sync(path)
         if target.exists():  # a round that was saved, resumed from an earlier one, and reached again
             _remove(target)
         partial.rename(target)
-        _sync(folder)
+        sync(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
@@ -240,11 +241,3 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

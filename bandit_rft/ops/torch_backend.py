@@ -38,18 +38,22 @@ class TorchBackend(Backend):
         """The same gradient, with the coefficients of objective.py."""
         z = scaled_in_computing_dtype(logits, scaling)
         seen = _statistics(z, targets)
-        nowhere = torch.empty(0, dtype=torch.int64, device=logits.device)  # only gspo looks at sequences
-        coefficients = token_coefficients(
-            objective, seen.logprobs, inputs.advantages, inputs.weights, inputs.behavior, inputs.reference,
-            nowhere, nowhere,
-        )  # fmt: skip
-        of_entropy = -objective.entropy_coef * inputs.weights if objective.entropy_coef else None
-        _write_gradient(logits if into is None else into, z, targets, scaling, seen, coefficients, of_entropy)
+        given = given_gradients(objective, seen.logprobs, inputs)
+        _write_gradient(logits if into is None else into, z, targets, scaling, seen, *given)
         return seen
 
     def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:
         """The definition of reference.py on a chunk."""
         return reference.sample(scaled_in_computing_dtype(logits, scaling), **stream._asdict(), **filters._asdict())
+
+
+def given_gradients(objective: PolicyObjective, logprobs: Tensor, inputs: TokenInputs) -> tuple[Tensor, Tensor | None]:
+    """dL/dlogprob and dL/dentropy [N] of an objective whose tokens are separable."""
+    nowhere = torch.empty(0, dtype=torch.int64, device=logprobs.device)  # only gspo looks at sequences
+    coefficients = token_coefficients(
+        objective, logprobs, inputs.advantages, inputs.weights, inputs.behavior, inputs.reference, nowhere, nowhere
+    )
+    return coefficients, -objective.entropy_coef * inputs.weights if objective.entropy_coef else None
 
 
 def scaled_in_computing_dtype(logits: Tensor, scaling: Scaling) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import backends
 from .backend import Backend, Filters, RowStatistics, Scaling, Stream, TokenInputs
-from .objective import PolicyObjective, token_coefficients
+from .objective import PolicyObjective
 from .philox import gumbel_noise, random_words
 from .reference import Sample, computing_dtype
-from .torch_backend import TorchBackend, scaled_in_computing_dtype, write_gradient
+from .torch_backend import TorchBackend, given_gradients, scaled_in_computing_dtype, write_gradient
 
 
 class Shard(NamedTuple):
@@ -102,13 +102,8 @@ class VocabParallelBackend(Backend):
         """The same gradient, with the coefficients of objective.py, which are the same on every rank."""
         z = scaled_in_computing_dtype(logits, scaling)
         seen, lse = self._statistics(z, targets)
-        nowhere = torch.empty(0, dtype=torch.int64, device=logits.device)  # only gspo looks at sequences
-        coefficients = token_coefficients(
-            objective, seen.logprobs, inputs.advantages, inputs.weights, inputs.behavior, inputs.reference,
-            nowhere, nowhere,
-        )  # fmt: skip
-        of_entropy = -objective.entropy_coef * inputs.weights if objective.entropy_coef else None
-        self._write(logits if into is None else into, z, lse, targets, scaling, seen, coefficients, of_entropy)
+        given = given_gradients(objective, seen.logprobs, inputs)
+        self._write(logits if into is None else into, z, lse, targets, scaling, seen, *given)
         return seen
 
     def sample_rows(self, logits: Tensor, scaling: Scaling, stream: Stream, filters: Filters) -> Sample:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from bandit_rft.files import sync
 from bandit_rft.rollout.client import RolloutClient, ServerError
 
 #: Written last into a folder of weights: what reads such folders without being told takes one that has it.
@@ -59,11 +59,11 @@ class FolderPush:
         partial.mkdir(parents=True)
         self._save(partial)
         for path in (*sorted(partial.rglob("*")), partial):
-            _sync(path)
+            sync(path)
         partial.rename(target)
         (target / MARKER).touch()
         for path in (target / MARKER, target, self.root):
-            _sync(path)
+            sync(path)
         before, self._latest = self._latest, target
         for old in self.root.glob("step-*"):
             if old not in (target, before):
@@ -200,11 +200,3 @@ def _name(client: RolloutClient, label: str) -> None:
     client.set_version(label)
     if (told := client.version()) != label:
         raise ServerError(f"{client.url} says that it has weights {told!r}; {label!r} were pushed")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
