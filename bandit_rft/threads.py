@@ -2,8 +2,8 @@
 
 torch's threads (GNU OpenMP) spin between two parallel regions, for up to some milliseconds, so that the next one starts
 at once. Beside other busy processes such a thread burns a time slice that the thread it waits for would have needed,
-and a round takes several times as long (docs/performance.md). Spinning for some microseconds and sleeping after that
-keeps nearly all of the speed of a quiet machine and loses little on a busy one.
+and a round takes several times as long: benchmarks/thread_wait.py measures it. So they spin for some microseconds,
+long enough for the gaps within a round, and then sleep.
 """
 
 from __future__ import annotations
