@@ -208,6 +208,8 @@ def study(given: argparse.Namespace) -> int:
     action, file = given.action, Path(given.study)
     folder = Path(getattr(given, "output_dir", None) or (file if file.is_dir() else Path("runs") / file.stem))
     if action in ("status", "report"):
+        if action == "status" and not (folder / "plan.json").is_file():
+            folder = folder / "tuning" if (folder / "tuning" / "plan.json").is_file() else folder
         if not (folder / "plan.json").is_file():
             raise UsageError(f"{folder} is no study folder: it has no plan.json (study run makes one; or --output_dir)")
         if action == "report":
@@ -232,23 +234,36 @@ def study(given: argparse.Namespace) -> int:
 
 
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
+    """Run a study's cells; of one with `tune`, first those that decide each level's value."""
     choose_wait("bounded")
     from bandit_rft.study.plan import seed_warning
-    from bandit_rft.study.run import Runner
-    from bandit_rft.study.status import StudyProgress, show_plan, show_status
+    from bandit_rft.study.status import show_plan
+    from bandit_rft.study.tuning import FOLDER, choose
 
-    gpus = getattr(given, "gpus", [])
-    listener = StudyProgress(plan, folder, console, verbose="verbose" in given)
-    runner = Runner(
-        plan, folder, jobs=getattr(given, "jobs", len(gpus) or 1), threads=getattr(given, "threads", 1),
-        retry=getattr(given, "retry", 0), gpus=gpus, listener=listener,
-    )  # fmt: skip
     if "dry_run" in given:
+        _runner(plan, folder, given, console)  # checks its options
         show_plan(plan, console)
         return 0
-
     if (warning := seed_warning(plan)) is not None:
         console.print(f"note: {warning}", markup=False, style="yellow")
+    if plan.tuning is not None:
+        code = _run_cells(plan.tuning, folder / FOLDER, given, console)
+        if code == 130:
+            return code
+        plan = plan.tuned(choose(plan, folder))
+    code = _run_cells(plan, folder, given, console)
+    if code == 0:
+        from bandit_rft.study.report import write_study_report
+
+        console.print(f"report: {write_study_report(folder)}", markup=False, soft_wrap=True)
+    return code
+
+
+def _run_cells(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
+    """Run the cells of one plan: 0 when all are finished, 130 when stopped, else 1."""
+    from bandit_rft.study.status import show_status
+
+    runner = _runner(plan, folder, given, console)
 
     def stop(number: int, frame: object) -> None:
         console.print("stopping: cells finish their round and save; once more to kill them")
@@ -256,7 +271,7 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with listener:
+        with runner.listener:
             complete = runner.run()
     finally:
         for number, handler in before.items():
@@ -265,11 +280,19 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
     if runner.stop_requested:
         console.print(f"stopped; run the same command again to continue in {folder}", markup=False)
         return 130
-    if complete:
-        from bandit_rft.study.report import write_study_report
-
-        console.print(f"report: {write_study_report(folder)}", markup=False, soft_wrap=True)
     return 0 if complete else 1
+
+
+def _runner(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> Any:
+    from bandit_rft.study.run import Runner
+    from bandit_rft.study.status import StudyProgress
+
+    gpus = getattr(given, "gpus", [])
+    return Runner(
+        plan, folder, jobs=getattr(given, "jobs", len(gpus) or 1), threads=getattr(given, "threads", 1),
+        retry=getattr(given, "retry", 0), gpus=gpus,
+        listener=StudyProgress(plan, folder, console, verbose="verbose" in given),
+    )  # fmt: skip
 
 
 def env(given: argparse.Namespace) -> int:

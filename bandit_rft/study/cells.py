@@ -7,34 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-SPLITS = ("train", "test")
+from bandit_rft.study.measured import BUDGET_RULES, SPLITS, Measured, UnusableError, measure
+
+__all__ = ["BASELINE", "MEASURES", "SPLITS", "Cell", "Outcome", "Study", "load_study", "use"]
+
 BASELINE = ("baseline", "baseline")
 #: What is kept of a question: its reward before training, at the end, at the best evaluation, and over the whole run.
 MEASURES = ("initial", "final", "best", "auc")
-#: Summed over the rounds of a run.
-TOTALS = ("tokens/generated", "tokens/trained", "seconds/round", "seconds/evaluate")
-PATTERNS = {key: re.compile(f'"{key}": ([-+.0-9eE]+)') for key in ("round", *TOTALS)}
-#: What makes cells comparable, and so the axis of a learning curve: all have equally much of it.
-BUDGET_RULES = ("rounds", "tokens", "seconds")
 
 
 @dataclass
 class Outcome:
-    """One split of one cell: `queries` [Q] ascending, and a reward for each and every measure, [Q] float32."""
+    """One split of one cell: `queries` [Q] ascending, and for every measure each question's mean reward, [Q] float32.
+
+    `asked` tells questions apart that have the same place in different runs (measured.py); the mean is over `samples`.
+    """
 
     queries: NDArray[np.int64]
     rewards: dict[str, NDArray[np.float32]]
+    asked: int = 0
+    samples: int = 1
 
 
 @dataclass
@@ -51,15 +51,10 @@ class Cell:
     status: str
     problem: str = ""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # eval/<split>/<metric> -> (round, value)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # eval/<split>/pass@1 -> (round, value)
+    final: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     totals: dict[str, float] = field(default_factory=dict)  # rounds, tokens/..., seconds/..., summed over the run
     record: dict[str, Any] = field(default_factory=dict)  # cell.json
-
-    @cached_property
-    def final(self) -> dict[str, float]:
-        """Evaluation metrics of the last round."""
-        last = self.totals["rounds"]
-        return {key: curve[-1][1] for key, curve in self.curves.items() if curve[-1][0] == last}
 
     @property
     def condition(self) -> tuple[str, str]:
@@ -133,7 +128,9 @@ def load_study(folder: Path | str) -> Study:
     for cell in cells:
         if not cell.problem:
             try:
-                _measure(cell, folder / "cells" / cell.id, rule, shared)
+                use(cell, measure(folder / "cells" / cell.id, rule), shared)
+            except UnusableError as error:
+                cell.problem = str(error)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 cell.problem = f"metrics.jsonl: {error!r}"
     of_baseline = dict.fromkeys(place for cell in cells if cell.baseline for place in cell.places)
@@ -183,104 +180,25 @@ def _planned(entry: Mapping[str, Any], folder: Path) -> Cell:
     return cell
 
 
-def _measure(cell: Cell, folder: Path, rule: str, shared: dict[bytes, NDArray[Any]]) -> None:
-    """Fill in what a finished cell measured, or the problem that keeps it out."""
-    progress: dict[int, float] = {}
-    lines, totals = _lines(folder / "metrics.jsonl"), dict.fromkeys(TOTALS, 0.0)
-    for round_ in sorted(lines):
-        line = lines[round_]
-        for key in TOTALS:
-            totals[key] += line.get(key) or 0.0
-        if rule == "rounds":
-            progress[round_] = round_
-        elif rule == "tokens":
-            progress[round_] = totals["tokens/generated"]
-        else:
-            progress[round_] = totals["seconds/round"] - totals["seconds/evaluate"]
-        for key, value in line.items() if len(line) > len(PATTERNS) else ():  # else there was no evaluation
-            if key.startswith("eval/") and isinstance(value, int | float) and math.isfinite(value):
-                cell.curves.setdefault(key, []).append((round_, float(value)))
-    cell.totals = totals
-    if not lines:
-        cell.problem = "metrics.jsonl is missing or empty"
-        return
-    cell.totals["rounds"] = float(max(lines))
-    files: dict[str, list[tuple[int, Path]]] = {split: [] for split in SPLITS}
-    for path in (folder / "evaluations").glob("*.parquet"):
-        match = re.fullmatch(r"round-(\d+)-(.+)\.parquet", path.name)
-        if match and match[2] in files and int(match[1]) in lines:
-            files[match[2]].append((int(match[1]), path))
-    for split, found in files.items():
-        if not found:
-            cell.problem = f"no evaluation of the {split} split"
-            return
-        try:
-            cell.outcomes[split] = _outcome(sorted(found), progress, shared)
-        except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors and OSErrors
-            cell.problem = f"evaluation of the {split} split: {error}"
-            return
-        if max(found)[0] != max(lines):
-            cell.problem = f"its last round {max(lines)} was not evaluated on the {split} split"
-            return
-
-
-def _lines(path: Path) -> dict[int, dict[str, Any]]:
-    """metrics.jsonl by round: whole lines where there was an evaluation, the summed keys alone of the others.
-
-    Decoding 100 lines whole takes 1.6 ms, which is much for each of ten thousand cells.
-    """
-    lines: dict[int, dict[str, Any]] = {}
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return lines
-    for line in text.splitlines():
-        if not (line.startswith("{") and line.endswith("}")):  # torn by a kill
-            break
-        values = json.loads(line) if '"eval/' in line else {
-            key: float(match[1]) for key, pattern in PATTERNS.items() if (match := pattern.search(line))
-        }  # fmt: skip
-        lines[int(values["round"])] = values
-    return lines
-
-
-def _outcome(files: list[tuple[int, Path]], progress: dict[int, float], shared: dict[bytes, NDArray[Any]]) -> Outcome:
-    queries, first = _rewards(files[0][1])
-    rewards = [first]
-    for _, path in files[1:]:
-        of_round, values = _rewards(path)
-        if not np.array_equal(of_round, queries):
-            raise ValueError(f"{path.name} has other questions than {files[0][1].name}")
-        rewards.append(values)
-    at = np.array([progress[round_] for round_, _ in files])
-    best = int(np.argmax([values.mean() for values in rewards]))
-    measures = {"initial": first, "final": rewards[-1], "best": rewards[best]}
-    measures["auc"] = _area(at, np.stack(rewards))
+def use(cell: Cell, measured: Measured, shared: dict[bytes, NDArray[Any]]) -> None:
+    """Give a cell its results, reduced to a few numbers a question; equal arrays are kept once, in `shared`."""
+    cell.totals, cell.final = measured.totals, measured.final
 
     def once(array: NDArray[Any]) -> Any:
-        """Equal arrays are kept once: cells of a seed start alike, and all have the same questions."""
+        """Cells of a seed start alike, and all have the same questions."""
         return shared.setdefault(hashlib.blake2b(array.tobytes() + array.dtype.char.encode()).digest(), array)
 
-    return Outcome(once(queries), {name: once(values) for name, values in measures.items()})
-
-
-def _rewards(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Questions and the rewards of their first sample (Pass@1); a completion that was not scored earned 0."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
-        table = file.read(columns=["query", "sample", "reward"], use_threads=False)
-    query, sample, reward = (table[name].to_numpy() for name in ("query", "sample", "reward"))
-    if sample.any():  # more samples than the first, or the greedy answer (-1)
-        query, reward = query[sample == 0], reward[sample == 0]
-    reward = np.where(np.isnan(reward), 0, reward).astype(np.float32)
-    if (query[1:] < query[:-1]).any():
-        order = np.argsort(query)
-        query, reward = query[order], reward[order]
-    if not len(query) or (query[1:] == query[:-1]).any():
-        raise ValueError(f"{path.name} must hold one first sample of every question")
-    return query, reward
+    for split, found in measured.evaluations.items():
+        rewards = found.rewards.mean(-1)  # [E, Q]: all samples count
+        by_round = rewards.mean(-1, dtype=np.float64)
+        measures = {
+            "initial": rewards[0], "final": rewards[-1], "best": rewards[int(np.argmax(by_round))],
+            "auc": _area(np.array([measured.progress[round_] for round_ in found.rounds]), rewards),
+        }  # fmt: skip
+        samples = found.rewards.shape[-1]
+        of_question = {name: once(values) for name, values in measures.items()}
+        cell.outcomes[split] = Outcome(once(found.queries), of_question, found.asked, samples)
+        cell.curves[f"eval/{split}/pass@1"] = list(zip(found.rounds, by_round.tolist(), strict=True))
 
 
 def _area(at: NDArray[np.float64], rewards: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,24 +1,25 @@
 """From a study file to its cells: every level of every factor, for every model, task and seed; each run once.
 
-The seed alone decides data order and random streams, so cells of one seed are paired: rollout 0 of eight is the rollout
-of one. Levels that come out as the same configuration are one cell that stands for all of them.
+The seed alone decides data order and random streams, so cells of one model, task and seed are paired: rollout 0 of
+eight is the rollout of one. Other models and tasks have seeds of their own, so that their runs are independent. Levels
+that come out as the same configuration are one cell that stands for all of them.
+
+A study with `tune` is two plans. The first runs every level with every value of the tuned key, on seeds and questions
+of its own; the second runs every level with the value that was best for it (tuning.py).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bandit_rft.advantages import ADVANTAGES
-from bandit_rft.budget import evaluation_count, planned_rounds
 from bandit_rft.config import FREE, Config, ConfigError, build_config
 from bandit_rft.options import nearest, read_value, read_yaml
 from bandit_rft.paths import change_paths
@@ -34,6 +35,8 @@ KEYS = (
     "models",
     "tasks",
     "seeds",
+    "shared_seeds",
+    "tune",
     "budget",
     "stopping",
     "keep_checkpoints",
@@ -44,6 +47,10 @@ NOT_CONFIG = ("parameters", "cost")
 #: Runs that no budget in tokens or seconds stops earlier.
 MAX_ROUNDS = 1_000_000
 BASELINE = ("baseline", "baseline")
+#: How far apart the seeds of two tasks and of two models are, so that no two runs of a study share a seed.
+TASK_STRIDE, MODEL_STRIDE = 10**6, 10**9
+
+Level = tuple[str, str]
 
 
 class StudyError(ConfigError):
@@ -60,7 +67,7 @@ class PlannedCell:
         level: which value of that choice.
         model: as the study file names it.
         task: likewise.
-        seed: of the run.
+        seed: as the study file lists it; the run's own is config["seed"].
         baseline: whether it is the baseline.
         config: dotted overrides of the configuration.
         also: further (factor, level) pairs with the same configuration.
@@ -77,6 +84,23 @@ class PlannedCell:
     also: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Tune:
+    """How each level gets its own value of a key: by the final Pass@1 of runs that serve no other purpose.
+
+    Attributes:
+        key: of a run.
+        grid: the values that are tried.
+        seeds: of the runs that try them; none of the study's.
+        split: whose questions decide; not "test".
+    """
+
+    key: str
+    grid: tuple[Any, ...]
+    seeds: tuple[int, ...]
+    split: str
+
+
 @dataclass
 class Plan:
     """A checked study.
@@ -85,12 +109,16 @@ class Plan:
         settings: the study file as written.
         base: the folder that paths in it start from.
         cells: in the order they are run. Seeds come first in that order: a study that is stopped early has few seeds,
-            but whole ones.
+            but whole ones. Before `tuned`, levels have the tuned key's value that the baseline has.
+        tune: how levels get their value of a key, if they do.
+        tuning: the plan of the runs that decide it.
     """
 
     settings: dict[str, Any]
     base: Path
     cells: list[PlannedCell]
+    tune: Tune | None = None
+    tuning: Plan | None = None
 
     @property
     def name(self) -> str:
@@ -103,6 +131,15 @@ class Plan:
         for key, value in cell.config.items():
             overrides[key] = change_paths(key, value, self._from(folder))
         return build_config({**overrides, "output_dir": f"cells/{cell.id}"})
+
+    def tuned(self, chosen: Mapping[Level, Any]) -> Plan:
+        """The plan with the tuned key's value of each level, the baseline's under BASELINE."""
+        if self.tune is None:
+            raise ValueError("this study has no tune")
+        plan = Plan(self.settings, self.base, [], self.tune)
+        levels = {level: [("", {**keys, self.tune.key: chosen[level]})] for level, keys in _levels(self).items()}
+        plan.cells = list(_cells(plan, self.settings["seeds"], levels))
+        return plan
 
     def _from(self, folder: Path) -> Callable[[str], str]:
         """Paths that start at the study file, as they lead there from `folder`; any other text as it is."""
@@ -184,13 +221,52 @@ def load_plan(file: str | Path) -> Plan:
     for key in ("models", "tasks"):
         if not isinstance(settings.get(key), dict) or not settings[key]:
             raise StudyError(f"{key} must be a mapping with at least one entry; got {settings.get(key)!r}")
-    seeds = settings.setdefault("seeds", [0])
+    seeds = _read_seeds("seeds", settings.setdefault("seeds", [0]))
+    if not isinstance(settings.get("shared_seeds", False), bool):
+        raise StudyError(f"shared_seeds must be true or false; got {settings['shared_seeds']!r}")
+    if not settings.get("shared_seeds") and max(seeds) >= TASK_STRIDE:
+        raise StudyError(f"seeds must be below {TASK_STRIDE:,}, or shared_seeds: true be given; got {max(seeds)}")
+    plan = Plan(settings, file.absolute().parent, [], _read_tune(settings))
+    levels = _levels(plan)
+    plan.cells = list(_cells(plan, seeds, {level: [("", keys)] for level, keys in levels.items()}))
+    if (tune := plan.tune) is not None:
+        plan.tuning = Plan(settings, plan.base, [], tune)
+        once = {"evaluation.splits": [tune.split], "evaluation.greedy": False, "eval_steps": 0}
+        grid = {
+            level: [(f"-{_slug(f'{value:g}')}", {**keys, **once, tune.key: value}) for value in tune.grid]
+            for level, keys in levels.items()
+        }
+        plan.tuning.cells = list(_cells(plan.tuning, tune.seeds, grid))
+    return plan
+
+
+def _read_seeds(name: str, seeds: Any) -> list[int]:
     whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise StudyError(f"seeds must be a list of different whole numbers >= 0; got {seeds!r}")
-    plan = Plan(settings, file.absolute().parent, [])
-    plan.cells = list(_cells(plan))
-    return plan
+        raise StudyError(f"{name} must be a list of different whole numbers >= 0; got {seeds!r}")
+    return list(seeds)
+
+
+def _read_tune(settings: Mapping[str, Any]) -> Tune | None:
+    given = settings.get("tune")
+    if given is None:
+        return None
+    known = ("key", "grid", "seeds", "split")
+    if not isinstance(given, dict) or not {"grid", "seeds"} <= set(given) <= set(known):
+        raise StudyError(f"tune must be a mapping of grid and seeds, and of key and split at will; got {given!r}")
+    key, split = given.get("key", "learning_rate"), given.get("split", "validation")
+    grid = given["grid"] if isinstance(given["grid"], list) else []
+    values = [read_value(float, value) for value in grid]  # YAML 1.1 reads 1e-4 as text
+    if len(values) < 2 or not all(isinstance(v, float) for v in values) or len(set(values)) < len(values):
+        raise StudyError(f"tune.grid must be a list of at least two different numbers; got {given['grid']!r}")
+    seeds = _read_seeds("tune.seeds", given["seeds"])
+    if not isinstance(split, str) or split == "test":
+        raise StudyError(f"tune.split must name a split that nothing is reported on, so not test; got {split!r}")
+    if twice := set(seeds) & set(settings["seeds"]):
+        raise StudyError(
+            f"tune.seeds must be none of seeds, or the choice would be judged by its own luck; got {twice}"
+        )
+    return Tune(str(key), tuple(values), tuple(seeds), split)
 
 
 def _fill_in(settings: dict[str, Any]) -> None:
@@ -226,14 +302,18 @@ def seed_warning(plan: Plan) -> str | None:
     return None
 
 
-def _cells(plan: Plan) -> Iterator[PlannedCell]:
+def _cells(
+    plan: Plan, seeds: Sequence[int], levels: Mapping[Level, list[tuple[str, Mapping[str, Any]]]]
+) -> Iterator[PlannedCell]:
+    """The cells of all levels, each with its variants: (what its cells' names end in, the keys it changes)."""
     settings, budget = plan.settings, _budget(plan.settings)
-    levels = {BASELINE: {}, **_levels(settings)}
-    for seed in settings["seeds"]:
-        for model, of_model in settings["models"].items():
-            for task, of_task in settings["tasks"].items():
+    apart = (0, 0) if settings.get("shared_seeds") else (MODEL_STRIDE, TASK_STRIDE)
+    for seed in seeds:
+        for i, (model, of_model) in enumerate(settings["models"].items()):
+            for k, (task, of_task) in enumerate(settings["tasks"].items()):
                 same: dict[str, PlannedCell] = {}
-                for (factor, level), of_level in levels.items():
+                own = seed + i * apart[0] + k * apart[1]
+                for (factor, level), ending, keys in ((v, *variant) for v in levels for variant in levels[v]):
                     where = f"{level if factor == level else f'factors.{factor}.{level}'}, model {model}, task {task}"
                     parts = (
                         ("baseline", settings["baseline"]),
@@ -241,12 +321,12 @@ def _cells(plan: Plan) -> Iterator[PlannedCell]:
                         (f"tasks.{task}", of_task),
                     )
                     config: dict[str, Any] = {}
-                    for name, part in (*parts, (where, of_level)):
+                    for name, part in (*parts, (where, keys)):
                         config |= {
                             key: value for key, value in _dotted(part, name) if key.split(".")[0] not in NOT_CONFIG
                         }
-                    config |= {"seed": seed, **budget}
-                    name = "-".join(map(_slug, (str(model), str(task), factor, level))) + f"-s{seed}"
+                    config |= {"seed": own, **budget}
+                    name = "-".join(map(_slug, (str(model), str(task), factor, level))) + f"{ending}-s{seed}"
                     cell = PlannedCell(
                         name, factor, level, str(model), str(task), seed, (factor, level) == BASELINE, config
                     )
@@ -275,15 +355,18 @@ def _budget(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**rounds, BUDGETS[budget["rule"]]: budget["amount"]}
 
 
-def _levels(settings: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    levels: dict[tuple[str, str], Mapping[str, Any]] = {}
-    factors = settings.get("factors") or {}
+def _levels(plan: Plan) -> dict[Level, Mapping[str, Any]]:
+    """Every level with the keys it changes, the baseline first."""
+    levels: dict[Level, Mapping[str, Any]] = {BASELINE: {}}
+    factors = plan.settings.get("factors") or {}
     if not isinstance(factors, dict):
         raise StudyError(f"factors must be a mapping of factors to levels; got {factors!r}")
     for factor, of_factor in factors.items():
         if not isinstance(of_factor, dict) or not of_factor:
             raise StudyError(f"factors.{factor} must be a mapping of levels to keys; got {of_factor!r}")
         for level, keys in of_factor.items():
+            if plan.tune is not None and isinstance(keys, dict) and plan.tune.key in dict(_dotted(keys, str(level))):
+                raise StudyError(f"factors.{factor}.{level} sets {plan.tune.key}, which tune.grid decides")
             levels[str(factor), str(level)] = keys or {}
     return levels
 
@@ -301,80 +384,3 @@ def _dotted(tree: Any, name: str, prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_.") or "x"
-
-
-# --- what a study costs -----------------------------------------------------------------------------------------------
-
-#: Assumed where the study file's `cost` says nothing: an H100-class GPU in bfloat16 at a usual utilization.
-COST = {
-    "prompt_tokens": 128, "completion_tokens": 256, "train_questions": 7473, "test_questions": 1319,
-    "flops": 4e14, "bytes_per_second": 2.5e12, "bytes_per_parameter": 2, "decode_batch": 256,
-}  # fmt: skip
-
-
-@dataclass
-class Cost:
-    """An estimate: tokens drawn for training and for evaluation, tokens trained on, and GPU-hours."""
-
-    generated: float = 0.0
-    evaluated: float = 0.0
-    trained: float = 0.0
-    gpu_hours: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
-
-
-def estimate_cost(plan: Plan, cell: PlannedCell) -> Cost:
-    """What a cell uses up, from the study file's `cost` (lengths, questions, rates) and its model's `parameters` P.
-
-    FLOP: 2 P a token drawn, scored or read as a prompt, 6 P a token trained on. Decoding takes the longer of that and
-    of reading the weights once a step for every `decode_batch` sequences. Nothing is skipped: an upper estimate where
-    rewards of 0 cost no update. A budget in seconds buys rounds at that price; without P nobody knows how many, and
-    the tokens are NaN.
-    """
-    of_study, of_task = plan.settings.get("cost") or {}, plan.settings["tasks"][cell.task].get("cost") or {}
-    assumed = {**COST, **of_study, **of_task}
-    for name, value in assumed.items():
-        if name not in COST:
-            raise StudyError(f"cost.{name} is unknown{nearest(name, COST)}; known: {', '.join(COST)}")
-        assumed[name] = read_value(float, value)  # YAML 1.1 reads 4e14 as text
-        count = name.endswith(("_questions", "_tokens"))
-        if not isinstance(assumed[name], float) or not (assumed[name] > 0 or (count and assumed[name] == 0)):
-            raise StudyError(f"cost.{name} must be a number {'>=' if count else '>'} 0; got {value!r}")
-    parameters = float(plan.settings["models"][cell.model].get("parameters", 0))
-    c = plan.config(cell, plan.base)
-    rollouts = c.batch_size * c.num_generations
-    length, prompt = min(assumed["completion_tokens"], c.max_completion_length), assumed["prompt_tokens"]
-    kept = c.batch_size * (1 if ADVANTAGES[c.advantage].trains_on_first else c.rollout.keep or c.num_generations)
-    replayed = kept * c.replay.ratio if c.replay.capacity else 0.0
-    passes = (kept + replayed) * c.update.epochs
-    trained = passes * (prompt + length)  # in one round, as `scored` and `seconds`
-    scored = (passes if c.objective.kl_coef else replayed) * (prompt + length)
-
-    def decode(sequences: float) -> float:
-        compute = 2 * parameters * sequences * (prompt + length) / assumed["flops"]
-        reads = math.ceil(sequences / assumed["decode_batch"]) * length * parameters
-        return float(max(compute, reads * assumed["bytes_per_parameter"] / assumed["bytes_per_second"]))
-
-    seconds = decode(rollouts) + (6 * trained + 2 * scored) * parameters / assumed["flops"]
-    rounds = planned_rounds(c, int(assumed["train_questions"]))
-    if c.max_generated_tokens is not None:
-        rounds = min(rounds, math.ceil(c.max_generated_tokens / (rollouts * length)))
-    if c.max_seconds is not None:
-        if not parameters:
-            return Cost(math.nan, math.nan, math.nan)
-        rounds = min(rounds, math.ceil(c.max_seconds / seconds))
-    evaluations = evaluation_count(c, rounds)
-    splits = c.evaluation.splits or ["train", "test"]
-    questions = sum(
-        min(assumed.get(f"{split}_questions", assumed["test_questions"]), c.evaluation.max_queries or math.inf)
-        for split in splits
-    )
-    answers = evaluations * questions * (c.evaluation.num_samples + c.evaluation.greedy)
-    return Cost(
-        generated=float(rounds * rollouts * length),
-        evaluated=answers * length,
-        trained=float(rounds * trained),
-        gpu_hours=(rounds * seconds + decode(answers)) / 3600,
-    )

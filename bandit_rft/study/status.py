@@ -21,7 +21,8 @@ from rich.text import Text
 from bandit_rft.config import Config
 from bandit_rft.metrics import read_metrics
 from bandit_rft.progress import duration
-from bandit_rft.study.plan import Cost, Plan, PlannedCell, estimate_cost, planned_cells, seed_warning
+from bandit_rft.study.plan import Plan, PlannedCell, planned_cells, seed_warning
+from bandit_rft.study.price import Cost, estimate_cost
 from bandit_rft.study.run import read_record
 from bandit_rft.text import LIMIT, printable
 
@@ -155,6 +156,11 @@ def show_plan(plan: Plan, console: Console) -> None:
                           ("evaluated", "right"), ("trained", "right"), ("GPU-hours", "right")):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     total, by_level = Cost(), dict[tuple[str, str], list[Cost]]()
+    tried = [estimate_cost(plan.tuning, cell) for cell in plan.tuning.cells] if plan.tuning else []
+    if tried and plan.tune:
+        each = f"{len(plan.tune.grid)} values a level"
+        table.add_row(Text(f"choosing {plan.tune.key}"), each, str(len(tried)), *_cost_columns(sum(tried, Cost())))
+        total = sum(tried, total)
     shared: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for cell in plan.cells:
         cost = estimate_cost(plan, cell)
@@ -168,7 +174,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         if (factor, level) not in by_level:
             table.add_row(Text(factor), Text(level), "", "the cells of " + " / ".join(sorted(of)[0]))
     table.add_section()
-    table.add_row("all", "", str(len(plan.cells)), *_cost_columns(total))
+    table.add_row("all", "", str(len(plan.cells) + len(tried)), *_cost_columns(total))
     console.print(table)
     if (warning := seed_warning(plan)) is not None:
         console.print(f"note: {warning}", markup=False, style="yellow")

@@ -30,6 +30,7 @@ class Options(OptionModel):
     kinds: "sum" adds, "mixed" adds and subtracts, "product" starts with a product by one digit.
     digits: the most digits of a number (a multiplier always has one).
     extra_terms: a question of the "longer" split has 1 to extra_terms numbers more than max_terms.
+    validation_size: of a split "validation" to choose by. Where it is not 0, a quarter of the test side is its alone.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -40,6 +41,7 @@ class Options(OptionModel):
     train_size: int = Field(2000, ge=1, le=10**7)
     test_size: int = Field(500, ge=1, le=10**7)
     longer_size: int = Field(200, ge=0, le=10**7)
+    validation_size: int = Field(0, ge=0, le=10**7)
 
     @field_validator("kinds", mode="before")
     @classmethod
@@ -65,7 +67,8 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     """Make the task: splits "train", "test" and, unless its size or extra_terms is 0, "longer"; all questions distinct.
 
     The same seed and options give the same questions. Whether a question may be in "train" or only in "test" is a hash
-    of its text, the same for every seed: a model warm-started on train-side questions has seen no test question.
+    of its text, the same for every seed: a model warm-started on train-side questions has seen no test question, and
+    what is chosen by a "validation" split has seen none of any seed's "test".
 
     Raises:
         OptionError: a ValueError and TypeError that names the option: unknown, or impossible.
@@ -74,12 +77,15 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     dial = read_options("arithmetic", Options, options)
     trained = range(dial.min_terms, dial.max_terms + 1)
     longer = range(dial.max_terms + 1, dial.max_terms + dial.extra_terms + 1)
+    test = ("test",) if dial.validation_size else ("test", "validation")
     splits = {
-        "train": _split("train", seed, dial, dial.train_size, trained, held_out=False),
-        "test": _split("test", seed, dial, dial.test_size, trained, held_out=True),
+        "train": _split("train", seed, dial, dial.train_size, trained, ("train",)),
+        "test": _split("test", seed, dial, dial.test_size, trained, test),
     }
     if dial.longer_size and longer:
-        splits["longer"] = _split("longer", seed, dial, dial.longer_size, longer, held_out=True)
+        splits["longer"] = _split("longer", seed, dial, dial.longer_size, longer, test)
+    if dial.validation_size:
+        splits["validation"] = _split("validation", seed, dial, dial.validation_size, trained, ("validation",))
     return Task(name="arithmetic", splits=splits, rewards=[exact_answer], reward_weights=[1.0])
 
 
@@ -140,8 +146,15 @@ def is_held_out(question: str) -> bool:
     return zlib.crc32(question.encode()) % 8 == 0
 
 
-def _split(name: str, seed: int, dial: Options, size: int, terms: range, held_out: bool) -> list[Example]:
-    """Draw `size` distinct questions of one side, kinds and numbers of terms in equal parts as far as they last."""
+def side(question: str) -> str:
+    """The split that a question may be in where there are three: "train", "test" or, of the test side, "validation"."""
+    if not is_held_out(question):
+        return "train"
+    return "validation" if zlib.crc32(question.encode()) // 8 % 4 == 0 else "test"
+
+
+def _split(name: str, seed: int, dial: Options, size: int, terms: range, sides: tuple[str, ...]) -> list[Example]:
+    """Draw `size` distinct questions of these sides, kinds and numbers of terms in equal parts as far as they last."""
     rng = random.Random(f"arithmetic {name} {seed}")
     examples: dict[str, Example] = {}
     misses = 0  # draws since the last new question
@@ -154,7 +167,7 @@ def _split(name: str, seed: int, dial: Options, size: int, terms: range, held_ou
         kind, count = rng.choice(dial.kinds), rng.choice(terms)
         question = make_question(rng, kind, count, dial.digits)
         misses += 1
-        if is_held_out(question) == held_out and question not in examples:
+        if side(question) in sides and question not in examples:
             misses = 0
             answer = final_answer(work_out(question))
             examples[question] = Example(prompt=question, columns={"answer": answer, "kind": kind, "terms": count})

@@ -37,6 +37,7 @@ class Options(OptionModel):
     max_target: the largest target; the least is 1.
     operators: those a question can be answered with; a completion may use all of + - * / whatever they are.
     extra_numbers: a question of the "harder" split has 1 to extra_numbers numbers more.
+    validation_size: of a split "validation" to choose by. Where it is not 0, a quarter of the test side is its alone.
     """
 
     numbers: int = Field(3, ge=2, le=8)
@@ -47,6 +48,7 @@ class Options(OptionModel):
     train_size: int = Field(2000, ge=1, le=10**7)
     test_size: int = Field(500, ge=1, le=10**7)
     harder_size: int = Field(200, ge=0, le=10**7)
+    validation_size: int = Field(0, ge=0, le=10**7)
 
     @field_validator("operators", mode="before")
     @classmethod
@@ -72,7 +74,7 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
 
     The same seed and options give the same questions. No two ask for the same target from the same numbers in whatever
     order. Which of them may be in "train" is a hash, the same for every seed: a model warm-started on train-side
-    questions has seen no test question.
+    questions has seen no test question, and what is chosen by a "validation" split has seen none of any seed's "test".
 
     Raises:
         OptionError: a ValueError and TypeError that names the option: unknown, or impossible.
@@ -80,12 +82,15 @@ def load(seed: int = 0, options: dict[str, Any] | None = None) -> Task:
     """
     dial = read_options("countdown", Options, options)
     harder = range(dial.numbers + 1, dial.numbers + dial.extra_numbers + 1)
+    test = ("test",) if dial.validation_size else ("test", "validation")
     splits = {
-        "train": _split("train", seed, dial, dial.train_size, [dial.numbers], held_out=False),
-        "test": _split("test", seed, dial, dial.test_size, [dial.numbers], held_out=True),
+        "train": _split("train", seed, dial, dial.train_size, [dial.numbers], ("train",)),
+        "test": _split("test", seed, dial, dial.test_size, [dial.numbers], test),
     }
     if dial.harder_size and harder:
-        splits["harder"] = _split("harder", seed, dial, dial.harder_size, harder, held_out=True)
+        splits["harder"] = _split("harder", seed, dial, dial.harder_size, harder, test)
+    if dial.validation_size:
+        splits["validation"] = _split("validation", seed, dial, dial.validation_size, [dial.numbers], ("validation",))
     return Task(name="countdown", splits=splits, rewards=[reaches_target], reward_weights=[1.0])
 
 
@@ -163,6 +168,13 @@ def is_held_out(numbers: Sequence[int], target: int) -> bool:
     return zlib.crc32(question_text(sorted(numbers), target).encode()) % 8 == 0
 
 
+def side(numbers: Sequence[int], target: int) -> str:
+    """The split that a question may be in where there are three: "train", "test" or, of the test side, "validation"."""
+    if not is_held_out(numbers, target):
+        return "train"
+    return "validation" if zlib.crc32(question_text(sorted(numbers), target).encode()) // 8 % 4 == 0 else "test"
+
+
 def _tokens(expression: str) -> list[str]:
     """Split an expression into numbers, operators and brackets; nothing where it holds anything else."""
     tokens = TOKEN.findall(expression)
@@ -222,8 +234,10 @@ def _apply(operator: str, a: Fraction, b: Fraction) -> Fraction | None:
     return a / b if b else None
 
 
-def _split(name: str, seed: int, dial: Options, size: int, counts: Sequence[int], held_out: bool) -> list[Example]:
-    """Draw `size` distinct questions of one side."""
+def _split(
+    name: str, seed: int, dial: Options, size: int, counts: Sequence[int], sides: tuple[str, ...]
+) -> list[Example]:
+    """Draw `size` distinct questions of these sides."""
     rng = random.Random(f"countdown {name} {seed}")
     examples: dict[tuple[int, ...], Example] = {}
     misses = 0  # draws since the last new question
@@ -236,7 +250,7 @@ def _split(name: str, seed: int, dial: Options, size: int, counts: Sequence[int]
         numbers, way = make_question(rng, dial, rng.choice(counts))
         key = (way.value, *sorted(numbers))
         misses += 1
-        if is_held_out(numbers, way.value) == held_out and key not in examples:
+        if side(numbers, way.value) in sides and key not in examples:
             misses = 0
             columns = {"answer": way.expression, "numbers": numbers, "target": way.value}
             examples[key] = Example(prompt=question_text(numbers, way.value), columns=columns)

@@ -13,7 +13,8 @@ import yaml
 from paths import ROOT
 
 from bandit_rft.cli import main
-from bandit_rft.study.plan import Cost, Plan, StudyError, estimate_cost, load_plan, seed_warning
+from bandit_rft.study.plan import Plan, StudyError, load_plan, seed_warning
+from bandit_rft.study.price import Cost, estimate_cost
 
 STUDIES = ROOT / "studies"
 MINIMAL: dict[str, Any] = {

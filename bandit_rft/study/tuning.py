@@ -1,0 +1,86 @@
+"""Each level's own value of the tuned key, by the final Pass@1 of runs on seeds and questions that serve nothing else.
+
+A level is a procedure here: "try these values, keep the best, train". So every level, the baseline too, gets the same
+number of tries, and one value for all models and tasks: a recommendation that names a level can name its value. With a
+value for each model and task, the choice would rest on a run or two and be mostly noise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bandit_rft.study.measured import question_rewards
+from bandit_rft.study.plan import Level, Plan, PlannedCell, StudyError, Tune, replace_file
+from bandit_rft.study.run import read_record
+
+FOLDER = "tuning"  # in the study folder: the folder of the runs that decide
+FILE = "tuning.json"
+ENDED = ("finished", "failed")
+
+
+def undecided(tuning: Plan, folder: Path) -> int:
+    """How many cells of the tuning plan have not ended yet, in its folder."""
+    return sum(read_record(folder, cell.id).get("status") not in ENDED for cell in tuning.cells)
+
+
+def choose(plan: Plan, folder: Path) -> dict[Level, Any]:
+    """The value of every level, from the runs in `folder`/tuning; recorded in `folder`/tuning.json.
+
+    The mean over models, tasks and tuning seeds decides; equal means: the smaller value. A run that failed earned 0,
+    since a value that makes runs diverge is no choice.
+
+    Raises:
+        StudyError: a run has not ended, or a finished one left no evaluation of the split.
+    """
+    if plan.tune is None or plan.tuning is None:
+        raise StudyError("this study has no tune")
+    runs = folder / FOLDER
+    if missing := undecided(plan.tuning, runs):
+        raise StudyError(f"{missing} of {len(plan.tuning.cells)} runs that choose {plan.tune.key} have not ended")
+    rows = [_row(cell, plan.tune, runs) for cell in plan.tuning.cells]
+    chosen = best(plan.tune, rows)
+    text = {
+        "key": plan.tune.key, "grid": plan.tune.grid, "seeds": plan.tune.seeds, "split": plan.tune.split,
+        "chosen": [[*level, value] for level, value in chosen.items()], "runs": rows,
+    }  # fmt: skip
+    replace_file(folder / FILE, json.dumps(text, indent=1) + "\n")
+    return chosen
+
+
+def best(tune: Tune, rows: Sequence[Mapping[str, Any]]) -> dict[Level, Any]:
+    """The value of each level with the highest mean score, the smaller one of two that are alike."""
+    scores: dict[Level, dict[Any, list[float]]] = {}
+    for row in rows:
+        for factor, level in row["levels"]:
+            scores.setdefault((factor, level), {}).setdefault(row["value"], []).append(row["score"])
+    return {
+        level: max(sorted(of_level), key=lambda value: round(float(np.mean(of_level[value])), 12))
+        for level, of_level in scores.items()
+    }
+
+
+def _row(cell: PlannedCell, tune: Tune, folder: Path) -> dict[str, Any]:
+    """One run: what it stands for, its value, and its mean reward on the split at its end."""
+    failed = read_record(folder, cell.id).get("status") == "failed"
+    return {
+        "levels": [[cell.factor, cell.level], *map(list, cell.also)], "model": cell.model, "task": cell.task,
+        "seed": cell.seed, "value": cell.config[tune.key], "failed": failed,
+        "score": 0.0 if failed else _score(folder / "cells" / cell.id, tune.split),
+    }  # fmt: skip
+
+
+def _score(cell: Path, split: str) -> float:
+    files = {
+        int(found[1]): path
+        for path in (cell / "evaluations").glob("*.parquet")
+        if (found := re.fullmatch(rf"round-(\d+)-{re.escape(split)}\.parquet", path.name))
+    }
+    if not files:
+        raise StudyError(f"{cell.name} is finished but has no evaluation of the {split} split")
+    return float(question_rewards(files[max(files)])[1].mean())
