@@ -210,7 +210,8 @@ def study(given: argparse.Namespace) -> int:
     if action in ("status", "report"):
         if action == "status" and not (folder / "plan.json").is_file():
             folder = folder / "tuning" if (folder / "tuning" / "plan.json").is_file() else folder
-        if not (folder / "plan.json").is_file():
+        packed = action == "report" and (folder / "cells.npz").is_file()
+        if not packed and not (folder / "plan.json").is_file():
             raise UsageError(f"{folder} is no study folder: it has no plan.json (study run makes one; or --output_dir)")
         if action == "report":
             from bandit_rft.study.report import write_study_report

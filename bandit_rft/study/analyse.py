@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandit_rft.study.cells import BASELINE, SPLITS, Cell, Outcome, Study, load_study
+from bandit_rft.study.packed import Packer
 from bandit_rft.study.statistics import (
     Array,
     bca,
@@ -76,14 +77,18 @@ class Analysis:
         return self._index.get((*level, metric, split, model, task))
 
 
-def analyse_study(folder: Path | str) -> Analysis:
-    """Analyse the finished cells of a study folder.
+def analyse_study(folder: Path | str, packer: Packer | None = None) -> Analysis:
+    """Analyse the finished cells of a study folder, or of one that was packed into cells.npz.
+
+    Args:
+        folder: as `load_study` takes it.
+        packer: is given every cell as it is read.
 
     Raises:
-        FileNotFoundError: study.yaml or plan.json is missing.
-        ValueError: naming what is wrong in one of them.
+        FileNotFoundError: neither a study nor a packed one is there.
+        ValueError: naming what is wrong in it.
     """
-    study = load_study(folder)
+    study = load_study(folder, packer)
     index = study.index()
     results: list[Row] = []
     levels = [BASELINE, *study.levels]

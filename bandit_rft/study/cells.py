@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandit_rft.study.measured import BUDGET_RULES, SPLITS, Measured, UnusableError, measure
+from bandit_rft.study.packed import FILE, Packed, Packer
 
 __all__ = ["BASELINE", "MEASURES", "SPLITS", "Cell", "Outcome", "Study", "load_study", "use"]
 
@@ -76,6 +77,7 @@ class Study:
     conditions: list[tuple[str, str]]
     seeds: list[int]
     same_as: dict[tuple[str, str], tuple[str, str]]  # a level that is another's cells by another name -> that level
+    tuning: dict[str, Any] | None = None  # tuning.json: how levels got their value of the tuned key
 
     @property
     def unused(self) -> list[Cell]:
@@ -93,55 +95,146 @@ class Study:
         return found
 
 
-def load_study(folder: Path | str) -> Study:
-    """Read a study folder.
+def load_study(folder: Path | str, packer: Packer | None = None) -> Study:
+    """Read a study folder, or the results of one that were packed into cells.npz.
+
+    Args:
+        folder: what `study run` made, or a folder that holds cells.npz.
+        packer: is given every cell as it is read.
 
     Raises:
-        FileNotFoundError: study.yaml or plan.json is missing.
+        FileNotFoundError: neither plan.json and study.yaml are there nor cells.npz.
         ValueError: naming what is wrong in one of them.
     """
     import yaml
 
     folder = Path(folder)
-    for name in ("plan.json", "study.yaml"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"study_folder: {folder} holds no {name}; expected what `study run` makes")
-    text = (folder / "study.yaml").read_text(encoding="utf-8")
+    packed = Packed(folder / FILE) if not (folder / "plan.json").is_file() and (folder / FILE).is_file() else None
+    if packed is not None:
+        text, tuning = str(packed.description["study"]), packed.description["tuning"]
+    else:
+        for name in ("plan.json", "study.yaml"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"study_folder: {folder} holds no {name}; expected what `study run` makes")
+        text, tuning = (folder / "study.yaml").read_text(encoding="utf-8"), _tuning(folder / "tuning.json")
     settings = yaml.safe_load(text)
     if not isinstance(settings, dict):
-        raise ValueError(f"study_folder: {folder / 'study.yaml'} must hold keys and values")
+        raise ValueError(f"study_folder: study.yaml of {folder} must hold keys and values")
     budget = settings.get("budget")
     rule = budget.get("rule", "rounds") if isinstance(budget, dict) else "rounds"
     if rule not in BUDGET_RULES:
         raise ValueError(f"budget.rule must be one of {', '.join(BUDGET_RULES)}; got {rule!r}")
+    name = str(settings.get("name") or folder.resolve().name)
+    if packer is not None:
+        packer.study(name, text, tuning)
+    cells = _packed_cells(packed, packer) if packed is not None else _run_cells(folder, rule, packer)
+    if not any(cell.baseline for cell in cells):
+        raise ValueError(
+            f"study_folder: {folder} has no baseline cell in its plan: there is nothing to compare with"
+        )
+    of_baseline = dict.fromkeys(place for cell in cells if cell.baseline for place in cell.places)
+    places = [cell.places[0] for cell in cells] + [place for cell in cells for place in cell.places]
+    levels = _ordered(dict.fromkeys(places), settings.get("factors"))
+    return Study(
+        folder, name, settings, text, cells,
+        [v for v in levels if v not in of_baseline], [v for v in levels if v in of_baseline],
+        list(dict.fromkeys(cell.condition for cell in cells)), sorted({cell.seed for cell in cells}),
+        {place: cell.places[0] for cell in reversed(cells) for place in cell.places[1:] if place not in of_baseline},
+        tuning,
+    )  # fmt: skip
+
+
+def _run_cells(folder: Path, rule: str, packer: Packer | None) -> list[Cell]:
+    """The cells of a plan with what their run folders hold."""
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         entries = plan["cells"] if isinstance(plan, dict) else plan
         cells = [_planned(entry, folder) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"study_folder: {folder / 'plan.json'} is not a list of cells ({error!r})") from None
-    if not any(cell.baseline for cell in cells):
-        raise ValueError(
-            f"study_folder: {folder / 'plan.json'} has no baseline cell, so there is nothing to compare with"
-        )
     shared: dict[bytes, NDArray[Any]] = {}
+    resolved: dict[Any, dict[str, Any]] = {}
     for cell in cells:
+        measured = None
         if not cell.problem:
             try:
-                use(cell, measure(folder / "cells" / cell.id, rule), shared)
+                measured = measure(folder / "cells" / cell.id, rule)
+                use(cell, measured, shared)
             except UnusableError as error:
-                cell.problem = str(error)
+                measured, cell.problem = None, str(error)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                cell.problem = f"metrics.jsonl: {error!r}"
-    of_baseline = dict.fromkeys(place for cell in cells if cell.baseline for place in cell.places)
-    places = [cell.places[0] for cell in cells] + [place for cell in cells for place in cell.places]
-    levels = _ordered(dict.fromkeys(places), settings.get("factors"))
-    return Study(
-        folder, str(settings.get("name") or folder.resolve().name), settings, text, cells,
-        [v for v in levels if v not in of_baseline], [v for v in levels if v in of_baseline],
-        list(dict.fromkeys(cell.condition for cell in cells)), sorted({cell.seed for cell in cells}),
-        {place: cell.places[0] for cell in reversed(cells) for place in cell.places[1:] if place not in of_baseline},
-    )  # fmt: skip
+                measured, cell.problem = None, f"metrics.jsonl: {error!r}"
+        if measured is not None:  # cells that differ in nothing but the seed have one configuration
+            kind = (cell.places[0], cell.condition)
+            if kind not in resolved:
+                resolved[kind] = resolved_config(folder, cell)
+            cell.config = resolved[kind] | {"seed": cell.config.get("seed", cell.seed)}
+        if packer is not None:
+            packer.add(_entry(cell), cell.record, measured)
+    return cells
+
+
+def _entry(cell: Cell) -> dict[str, Any]:
+    """A cell as cells.npz describes it."""
+    keys = ("id", "model", "task", "seed", "baseline", "config", "status", "problem")
+    return {"places": [list(place) for place in cell.places]} | {key: getattr(cell, key) for key in keys}
+
+
+def _packed_cells(packed: Packed, packer: Packer | None) -> list[Cell]:
+    shared: dict[bytes, NDArray[Any]] = {}
+    cells = []
+    for entry, record, measured in packed.cells():
+        places = [(str(factor), str(level)) for factor, level in entry["places"]]
+        cell = Cell(
+            entry["id"], places, entry["model"], entry["task"], entry["seed"], entry["baseline"], entry["config"],
+            entry["status"], entry["problem"], record=record,
+        )  # fmt: skip
+        if measured is not None:
+            use(cell, measured, shared)
+        if packer is not None:
+            packer.add(_entry(cell), record, measured)
+        cells.append(cell)
+    return cells
+
+
+def _tuning(path: Path) -> dict[str, Any] | None:
+    """What tuning.json says of how levels got their values; None for a study without."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """A nested mapping by dotted key."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def resolved_config(folder: Path, cell: Cell) -> dict[str, Any]:
+    """The cell's config.yaml by dotted key, without where it was written; the plan's overrides where it is missing."""
+    import yaml
+
+    path = folder / "cells" / cell.id / "config.yaml"
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        loaded = None
+    config = dict(flat(loaded if isinstance(loaded, dict) else cell.config))
+    config.pop("output_dir", None)
+    for key in ("model_name_or_path", "data_path"):
+        if isinstance(config.get(key), str):
+            config[key] = short(config[key])
+    return config
+
+
+def short(name: str) -> str:
+    """The last part of a path to a model, so that a report says nothing of the machine; hub names as they are."""
+    return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
 
 
 def _ordered(places: Iterable[tuple[str, str]], factors: Any) -> list[tuple[str, str]]:

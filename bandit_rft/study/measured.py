@@ -1,4 +1,4 @@
-"""What a finished cell left in its run folder: tokens and seconds of its rounds, and every reward of its evaluations."""
+"""What a finished cell left in its run folder: tokens and seconds of its rounds, every reward of its evaluations."""
 
 from __future__ import annotations
 

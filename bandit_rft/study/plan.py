@@ -263,9 +263,7 @@ def _read_tune(settings: Mapping[str, Any]) -> Tune | None:
     if not isinstance(split, str) or split == "test":
         raise StudyError(f"tune.split must name a split that nothing is reported on, so not test; got {split!r}")
     if twice := set(seeds) & set(settings["seeds"]):
-        raise StudyError(
-            f"tune.seeds must be none of seeds, or the choice would be judged by its own luck; got {twice}"
-        )
+        raise StudyError(f"tune.seeds must be none of seeds, or a choice would be judged by its own luck; got {twice}")
     return Tune(str(key), tuple(values), tuple(seeds), split)
 
 
@@ -303,7 +301,7 @@ def seed_warning(plan: Plan) -> str | None:
 
 
 def _cells(
-    plan: Plan, seeds: Sequence[int], levels: Mapping[Level, list[tuple[str, Mapping[str, Any]]]]
+    plan: Plan, seeds: Sequence[int], levels: Mapping[Level, Sequence[tuple[str, Mapping[str, Any]]]]
 ) -> Iterator[PlannedCell]:
     """The cells of all levels, each with its variants: (what its cells' names end in, the keys it changes)."""
     settings, budget = plan.settings, _budget(plan.settings)

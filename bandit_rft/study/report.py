@@ -19,6 +19,7 @@ from bandit_rft.report.shell import environment, markdown_block, render_page
 from bandit_rft.study.analyse import Analysis, Row, analyse_study
 from bandit_rft.study.figures import curves, forests, maps
 from bandit_rft.study.findings import baseline_finding, finding, recommend
+from bandit_rft.study.packed import CLOCKS, FILE, Packer
 from bandit_rft.study.points import Pairs
 from bandit_rft.study.tables import LEFT_ALIGNED, Tables
 
@@ -40,23 +41,28 @@ SECTIONS = [
 def write_study_report(study_folder: Path | str, output: Path | None = None) -> Path:
     """Analyse a study folder and write its report: report.html, report.md, and the tables behind them.
 
-    The tables are results.csv, results.parquet, curves.csv, costs.csv, cells.csv and timings.csv. Each file is replaced
-    in one step.
+    The tables are results.csv, results.parquet, curves.csv, costs.csv, cells.csv and timings.csv. cells.npz (with
+    clocks.csv) holds all that they are made of. Each file is replaced in one step.
 
     Args:
-        study_folder: what `study run` made; it may be unfinished.
-        output: the folder to write to; report/ in the study folder by default.
+        study_folder: what `study run` made, finished or not; or a folder that holds cells.npz.
+        output: the folder to write to; by default report/ in a study folder, and the folder of cells.npz itself.
 
     Returns:
         The path of report.html.
 
     Raises:
-        FileNotFoundError: plan.json or study.yaml is missing.
+        FileNotFoundError: neither plan.json and study.yaml are there nor cells.npz.
         ValueError: one of them cannot be used.
     """
-    analysis = analyse_study(study_folder)
-    folder = Path(study_folder) / "report" if output is None else Path(output)
+    packer = Packer()
+    analysis = analyse_study(study_folder, packer)
+    source = Path(study_folder)
+    folder = Path(output) if output is not None else source / "report" if (source / "plan.json").is_file() else source
     folder.mkdir(parents=True, exist_ok=True)
+    cells, clocks = packer.content()
+    _replace(folder / FILE, cells)
+    _replace(folder / CLOCKS, clocks.encode())
     tables = {"results": analysis.results, "curves": analysis.curves, "costs": analysis.costs, "cells": analysis.cells}
     for name, rows in {**tables, "timings": analysis.timings}.items():
         _replace(folder / f"{name}.csv", to_csv(rows).encode())

@@ -21,7 +21,8 @@ from simulated_study import make_study  # noqa: E402
 
 from bandit_rft.report.figures import Charts  # noqa: E402
 from bandit_rft.study.analyse import analyse_study  # noqa: E402
-from bandit_rft.study.designs import designs, planes, short  # noqa: E402
+from bandit_rft.study.cells import short  # noqa: E402
+from bandit_rft.study.designs import designs, planes  # noqa: E402
 from bandit_rft.study.figures import curves, forests, maps  # noqa: E402
 from bandit_rft.study.findings import baseline_finding, distinct, finding, recommend  # noqa: E402
 from bandit_rft.study.plots import Forest, Mark, heat_map, signed  # noqa: E402
@@ -38,7 +39,10 @@ FILES = {
     "costs.csv",
     "cells.csv",
     "timings.csv",
+    "cells.npz",
+    "clocks.csv",
 }
+CLOCKED = {"report.html", "report.md", "timings.csv", "clocks.csv"}
 FAILED = "rollouts-n_16-models_llama_tiny-arithmetic-s0"
 SMALL: dict[str, Any] = dict(
     levels={("rollouts", "n=8"): (0.05, 0.05, {"num_generations": 8, "batch_size": 32})},
@@ -149,7 +153,7 @@ def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
     for path in (folder / "cells").glob("*/cell.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "attempts": 4, "seconds": 99.0, "host": "there"}))
     after = {p.name: p.read_bytes() for p in write_study_report(folder).parent.iterdir()}
-    assert {name for name in FILES if before[name] != after[name]} == {"report.html", "report.md", "timings.csv"}
+    assert {name for name in FILES if before[name] != after[name]} == CLOCKED
     for name in ("report.html", "report.md"):
         texts = [content[name].decode() for content in (before, after)]
         assert without_timings(texts[0]) == without_timings(texts[1])
