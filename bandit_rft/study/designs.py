@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bandit_rft.config import NOT_DESIGN
-from bandit_rft.study.analyse import Level
 from bandit_rft.study.cells import BASELINE, Study, flat
+from bandit_rft.study.pairing import Level
 
 
 @dataclass(frozen=True)

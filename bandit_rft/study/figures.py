@@ -12,9 +12,9 @@ from bandit_rft.report.figures import TEST, TRAIN, Charts, Figure, shared_range
 from bandit_rft.report.plot import SMALL, Line
 from bandit_rft.report.shell import signed
 from bandit_rft.report.text import visible
-from bandit_rft.study.analyse import ALL, Condition, Level
 from bandit_rft.study.cells import BASELINE, SPLITS, short
 from bandit_rft.study.findings import SIGNIFICANT
+from bandit_rft.study.pairing import ALL, Condition, Level
 from bandit_rft.study.plots import Forest, Mark, heat_map
 from bandit_rft.study.points import Curve, Pairs, simultaneous
 from bandit_rft.study.tables import Tables, Text, interval

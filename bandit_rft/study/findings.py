@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from bandit_rft.report.plot import number
 from bandit_rft.report.shell import signed
-from bandit_rft.study.analyse import ALL, Analysis, Level, Row
+from bandit_rft.study.analyse import Analysis
 from bandit_rft.study.cells import BASELINE, SPLITS
+from bandit_rft.study.pairing import ALL, Level, Row
 from bandit_rft.study.points import detectable, simultaneous
 
 SIGNIFICANT = 0.05

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ KEYS = (
     "seeds",
     "shared_seeds",
     "tune",
+    "contrasts",
     "budget",
     "stopping",
     "keep_checkpoints",
@@ -228,6 +229,7 @@ def load_plan(file: str | Path) -> Plan:
         raise StudyError(f"seeds must be below {TASK_STRIDE:,}, or shared_seeds: true be given; got {max(seeds)}")
     plan = Plan(settings, file.absolute().parent, [], _read_tune(settings))
     levels = _levels(plan)
+    read_contrasts(settings, levels)
     plan.cells = list(_cells(plan, seeds, {level: [("", keys)] for level, keys in levels.items()}))
     if (tune := plan.tune) is not None:
         plan.tuning = Plan(settings, plan.base, [], tune)
@@ -238,6 +240,32 @@ def load_plan(file: str | Path) -> Plan:
         }
         plan.tuning.cells = list(_cells(plan.tuning, tune.seeds, grid))
     return plan
+
+
+def read_contrasts(settings: Mapping[str, Any], levels: Collection[Level]) -> dict[tuple[str, str], dict[Level, float]]:
+    """(family, name) -> the weights of levels, which sum to 0, of the comparisons that a study file asks for.
+
+    Raises:
+        StudyError: naming the comparison.
+    """
+    given = settings.get("contrasts") or {}
+    named = {f"{factor}/{level}": (factor, level) for factor, level in levels} | {"baseline": BASELINE}
+    found: dict[tuple[str, str], dict[Level, float]] = {}
+    if not isinstance(given, dict) or not all(isinstance(family, dict) and family for family in given.values()):
+        raise StudyError(f"contrasts must be a mapping of families to names to levels and weights; got {given!r}")
+    for family, name, weights in ((f, n, w) for f, names in given.items() for n, w in names.items()):
+        where = f"contrasts.{family}.{name}"
+        if not isinstance(weights, dict) or len(weights) < 2:
+            raise StudyError(f"{where} must give weights to two levels or more; got {weights!r}")
+        for level, weight in weights.items():
+            if level not in named:
+                raise StudyError(f"{where}: there is no level {level!r}{nearest(str(level), named)}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise StudyError(f"{where}.{level} must be a number; got {weight!r}")
+        if abs(sum(weights.values())) > 1e-9:
+            raise StudyError(f"{where}: the weights must sum to 0; got {sum(weights.values()):g}")
+        found[str(family), str(name)] = {named[level]: float(weight) for level, weight in weights.items()}
+    return found
 
 
 def _read_seeds(name: str, seeds: Any) -> list[int]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bandit_rft.study.analyse import Condition, Level, Row
 from bandit_rft.study.cells import BASELINE, Cell, Study
+from bandit_rft.study.pairing import Condition, Level, Row
 from bandit_rft.study.statistics import CONFIDENCE, POWER, Array, contrast, t_interval, t_quantile
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from bandit_rft.report.figures import Charts
 from bandit_rft.report.shell import environment, markdown_block, render_page
-from bandit_rft.study.analyse import Analysis, Row, analyse_study
+from bandit_rft.study.analyse import Analysis, analyse_study
 from bandit_rft.study.figures import curves, forests, maps
 from bandit_rft.study.findings import baseline_finding, finding, recommend
 from bandit_rft.study.packed import CLOCKS, FILE, Packer
+from bandit_rft.study.pairing import Row
 from bandit_rft.study.points import Pairs
 from bandit_rft.study.tables import LEFT_ALIGNED, Tables
 

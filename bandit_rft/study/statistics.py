@@ -5,16 +5,17 @@ same seeds and questions stand on both sides. The model is two crossed random ef
 
     D[s, q] = gain + a[s] + b[q] + c[s, q],    Var(mean of D) = var_a / S + var_b / Q + var_c / (S Q),
 
-so that the interval speaks about new seeds and new questions, not only about those that were run. Leading dimensions
-are independent problems, computed together.
+so that the interval speaks about new seeds and new questions, not only about those that were run. Where every run had
+questions of its own there is no b: questions belong to the run's luck a. Leading dimensions are independent problems,
+computed together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,30 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
 POWER = 0.8
+#: A gain within -+ this counts as little: a tenth of what the baseline of the tiny study learned.
+MARGIN = 0.02
 RESAMPLES = 1000
 MAX_SEEDS = 10_000
+
+
+class Block(NamedTuple):
+    """A term of a contrast: weight * mean(values), values [..., S, Q].
+
+    Blocks of one `seeds` key were run with the same seeds, those of one `questions` key answered the same questions.
+    `questions` None: every run had questions of its own, which then belong to the run's luck.
+    """
+
+    weight: float
+    values: Array
+    seeds: Hashable = 0
+    questions: Hashable | None = ()  # (): of this block alone, the same for all its seeds
+
+
+class Part(NamedTuple):
+    """An estimated part of a variance [...] and its degrees of freedom."""
+
+    value: Array
+    degrees: float
 
 
 @dataclass(frozen=True)
@@ -38,13 +61,17 @@ class Contrast:
     seeds: Array
     questions: Array
     residual: Array
-    degrees: Array  # of freedom of the variance (Satterthwaite)
-    seed_count: int
+    degrees: Array  # of freedom of the variance
+    seed_count: int  # of the group of blocks with the fewest
 
     @property
     def variance(self) -> Array:
-        """seeds + questions - residual; a negative estimate of the questions' own part counts as 0."""
-        return self.seeds + np.maximum(self.questions - self.residual, 0)
+        """max(seeds, residual) + max(0, questions - residual).
+
+        The seeds' part holds the residual, so it can only be smaller by accident; the questions' own part is not
+        negative.
+        """
+        return np.fmax(self.seeds, self.residual) + np.maximum(self.questions - self.residual, 0)
 
     @property
     def error(self) -> Array:
@@ -54,44 +81,107 @@ class Contrast:
         return np.where(unknown | (self.seed_count < 2), np.nan, error)
 
 
-def contrast(blocks: Sequence[tuple[float, Array]]) -> Contrast:
-    """Sum of weight * mean(D) over blocks [(weight, D [..., S, Q_block])] and its variance.
+def contrast(blocks: Sequence[Block | tuple[float, Array]]) -> Contrast:
+    """Sum of weight * mean(D) over blocks and its variance.
 
-    Blocks share their seeds, not their questions: tasks to be averaged, or train (+1) and test (-1). Variance parts are
-    the mean squares of the two-way layout without replication, degrees of freedom are Satterthwaite's (1946).
+    Blocks may share seeds (one seed list for all tasks; train +1 and test -1) and questions (models on one task). Parts
+    of the variance are the mean squares of the two-way layout without replication, where what shares seeds, questions,
+    or both is added up first.
+
+    Raises:
+        ValueError: blocks of one key have different numbers of seeds or of questions.
     """
-    first = np.asarray(blocks[0][1], dtype=np.float64)
-    count = first.shape[-2]
-    by_seed = np.zeros(first.shape[:-1])
-    questions, residual, spread = (np.zeros(first.shape[:-2]) for _ in range(3))
-    for weight, block in blocks:
-        block = np.asarray(block, dtype=np.float64)
-        if block.shape[-2] != count:
-            raise ValueError(f"blocks must share their seeds; got {count} and {block.shape[-2]}")
-        n = block.shape[-1]
-        rows, columns = block.mean(-1), block.mean(-2)
-        mean = rows.mean(-1)
-        by_seed += weight * rows
+    by_seed: dict[Hashable, Array] = {}
+    by_question: dict[Hashable, Array] = {}
+    crossed, within = list[Part](), list[Part]()
+    for weight, values, seeds_key, questions_key in merged(blocks):
+        count, n = values.shape[-2:]
+        rows, columns = values.mean(-1), values.mean(-2)
+        _add(by_seed, seeds_key, weight * rows, "seeds")
         if n < 2:
             continue
-        of_questions = weight**2 * columns.var(-1, ddof=1) / n
-        questions += of_questions
-        spread += of_questions**2 / (n - 1)
+        if questions_key is None:
+            square = ((values - rows[..., None]) ** 2).sum((-2, -1)) / (count * (n - 1))
+            within.append(Part(weight**2 * square / (count * n), count * (n - 1)))
+            continue
+        _add(by_question, questions_key, weight * columns, "questions")
         if count > 1:
             # sum of squares about both margins = total - rows - columns, without an [S, Q] temporary
-            total = ((block - mean[..., None, None]) ** 2).sum((-2, -1))
+            total = ((values - rows.mean(-1)[..., None, None]) ** 2).sum((-2, -1))
             rest = total - n * count * (rows.var(-1) + columns.var(-1))
             freedom = (count - 1) * (n - 1)
-            of_residual = weight**2 * np.maximum(rest, 0) / freedom / (count * n)
-            residual += of_residual
-            spread += of_residual**2 / freedom
-    seeds = by_seed.var(-1, ddof=1) / count if count > 1 else np.full(first.shape[:-2], np.nan)
-    variance = seeds + np.maximum(questions - residual, 0)
-    spread = spread + (seeds**2 / (count - 1) if count > 1 else np.nan)
+            crossed.append(Part(weight**2 * np.maximum(rest, 0) / freedom / (count * n), freedom))
+    gain = np.sum([rows.mean(-1) for rows in by_seed.values()], axis=0)
+    seeds, questions = ([_margin(values) for values in margin.values()] for margin in (by_seed, by_question))
+    return combine(gain, seeds, questions, crossed, within, min(rows.shape[-1] for rows in by_seed.values()))
+
+
+def merged(blocks: Sequence[Block | tuple[float, Array]]) -> list[Block]:
+    """Blocks with seeds and questions in common added up, so that each pair of keys stands once; float64."""
+    found: dict[tuple[Hashable, Hashable], Block] = {}
+    for i, given in enumerate(blocks):
+        block = Block(*given)
+        values = np.asarray(block.values, dtype=np.float64)
+        questions = (i,) if block.questions == () else block.questions
+        key = (block.seeds, questions if questions is not None else ("own", i))
+        if key in found:
+            before = found[key]
+            if before.values.shape != values.shape:
+                raise ValueError(
+                    f"blocks must share their seeds and questions; got {before.values.shape} and {values.shape}"
+                )
+            values, weight = before.weight * before.values + block.weight * values, 1.0
+        else:
+            weight = block.weight
+        found[key] = Block(weight, values, block.seeds, questions)
+    return list(found.values())
+
+
+def _add(sums: dict[Hashable, Array], key: Hashable, values: Array, what: str) -> None:
+    if key in sums and sums[key].shape != values.shape:
+        raise ValueError(f"blocks must share their {what}; got {sums[key].shape[-1]} and {values.shape[-1]}")
+    sums[key] = sums[key] + values if key in sums else values
+
+
+def _margin(values: Array) -> Part:
+    """The variance of a mean over the last axis; unknown where that has one entry."""
+    count = values.shape[-1]
+    return Part(values.var(-1, ddof=1) / count if count > 1 else np.full(values.shape[:-1], np.nan), max(count - 1, 1))
+
+
+def combine(
+    gain: Array,
+    seeds: Sequence[Part],
+    questions: Sequence[Part],
+    crossed: Sequence[Part],
+    within: Sequence[Part],
+    seed_count: int,
+) -> Contrast:
+    """The contrast whose variance has these parts, and its degrees of freedom.
+
+    Args:
+        gain: [...].
+        seeds: one a group of blocks with the same seeds.
+        questions: likewise.
+        crossed: residuals of seeds against questions; seeds and questions hold them too.
+        within: of runs that had questions of their own; seeds hold them too.
+        seed_count: of the group with the fewest.
+    """
+    zero = np.zeros(np.shape(gain))
+    of_seeds, of_questions, rest, own = (
+        np.sum([zero, *(part.value for part in parts)], axis=0) for parts in (seeds, questions, crossed, within)
+    )
+    found = Contrast(gain, of_seeds, of_questions + own, rest + own, zero, seed_count)
+    of_seeds_spread, of_questions_spread, rest_spread, own_spread = (
+        np.sum([zero, *(part.value**2 / part.degrees for part in parts)], axis=0)
+        for parts in (seeds, questions, crossed, within)
+    )
+    spread = of_seeds_spread + of_questions_spread + rest_spread
+    spread = spread + np.where(of_seeds < rest + own, rest_spread + own_spread, 0)
+    least = max(seed_count - 1, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        degrees = np.where(spread > 0, variance**2 / spread, max(count - 1, 1))
-    degrees = np.maximum(degrees, max(count - 1, 1))
-    return Contrast(by_seed.mean(-1), seeds, questions, residual, degrees, count)
+        degrees = np.where(spread > 0, found.variance**2 / spread, least)
+    return replace(found, degrees=np.maximum(degrees, least))
 
 
 def t_quantile(degrees: Any, level: float) -> Array:
@@ -116,6 +206,20 @@ def p_value(gain: Array, error: Array, degrees: Array) -> Array:
     return np.where((gain == 0) & (error == 0), 1.0, p)
 
 
+def equivalence(gain: Array, error: Array, degrees: Array, margin: float = MARGIN) -> Array:
+    """p-value of two one-sided tests (Schuirmann 1987): small where the gain is shown to lie within -+ margin."""
+    from scipy.special import stdtr
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = stdtr(degrees, (np.abs(gain) - margin) / error)
+    return np.where(np.isnan(error), np.nan, p)
+
+
+def no_difference_bound(pairs: int) -> float:
+    """What a share is below with 95% confidence when none of so many pairs differed: about 3 / pairs."""
+    return float(1 - (1 - CONFIDENCE) ** (1 / pairs))
+
+
 def holm(p: Array) -> Array:
     """Holm's (1979) step-down adjusted p-values of one family; NaN stays NaN but counts as a test."""
     filled = np.where(np.isnan(p), 1.0, p)
@@ -134,10 +238,10 @@ def minimum_detectable(error: Array, degrees: Array) -> Array:
 def seeds_needed(seeds: Array, questions: Array, residual: Array, count: Array, gain: float = 0.01) -> Array:
     """Seeds at which `minimum_detectable` falls to `gain` with the same questions; inf where MAX_SEEDS are too few.
 
-    From the variance parts [R] of contrasts over count [R] seeds. More seeds shrink var_a and var_c, never var_b / Q:
-    where that alone is too much, only more questions help.
+    From the variance parts [R] of contrasts over count [R] seeds (a condition, where conditions have seeds of their
+    own). More seeds shrink var_a and var_c, never var_b / Q: where that alone is too much, only more questions help.
     """
-    of_seeds = count * seeds  # var_a + var_c / Q
+    of_seeds = count * np.fmax(seeds, residual)  # var_a + var_c / Q
     fixed = np.maximum(questions - residual, 0)  # var_b / Q
 
     def enough(tried: Array) -> NDArray[np.bool_]:
@@ -153,13 +257,13 @@ def seeds_needed(seeds: Array, questions: Array, residual: Array, count: Array, 
         middle = np.floor((low + high) / 2).clip(2)
         found = enough(middle)
         low, high = np.where(found, low, middle), np.where(found, middle, high)
-    return np.where(np.isnan(of_seeds), np.nan, np.where(reachable, high, np.inf))
+    return np.where(np.isnan(seeds), np.nan, np.where(reachable, high, np.inf))
 
 
 # ---- the bootstrap beside it -----------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _weights(count: int, stream: int) -> NDArray[np.float32]:
     """How often each of `count` units is drawn in each resample, divided by count: [count, RESAMPLES]."""
     draws = np.random.default_rng([stream, count]).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
@@ -168,28 +272,36 @@ def _weights(count: int, stream: int) -> NDArray[np.float32]:
     return weights
 
 
-def bca(blocks: Sequence[tuple[float, Array]]) -> tuple[Array, Array]:
+def bca(blocks: Sequence[Block | tuple[float, Array]]) -> tuple[Array, Array]:
     """BCa interval (Efron 1987) of the same sum of blocks [M, S, Q], seeds and questions both drawn with replacement.
 
-    A drawn seed is drawn in every block and on both sides, a drawn question with every seed (Owen 2007, the pigeonhole
-    bootstrap). The acceleration is that of several samples (Efron & Tibshirani 1993, section 14.3).
+    A drawn seed is drawn in every block of its seeds and on both sides, a drawn question with every seed (Owen 2007,
+    the pigeonhole bootstrap); questions that belong to a run are drawn with it. The acceleration is that of several
+    samples (Efron & Tibshirani 1993, section 14.3).
     """
     from scipy.special import ndtr, ndtri
 
-    problems, count = blocks[0][1].shape[:2]
-    of_seeds = _weights(count, 0)
-    resampled, by_seed = np.zeros((problems, RESAMPLES)), np.zeros((problems, count))
-    cubes, squares = np.zeros(problems), np.zeros(problems)
-    for stream, (weight, block) in enumerate(blocks, start=1):
-        questions = block.shape[-1]
-        resampled += weight * (of_seeds * (block.astype(np.float32) @ _weights(questions, stream))).sum(1)
-        rows = block.mean(-1)
-        by_seed += weight * rows
-        influence = weight * (block.mean(-2) - rows.mean(-1, keepdims=True)) / questions
-        cubes, squares = cubes + (influence**3).sum(-1), squares + (influence**2).sum(-1)
-    observed = by_seed.mean(-1)
-    influence = (by_seed - observed[:, None]) / count
-    cubes, squares = cubes + (influence**3).sum(-1), squares + (influence**2).sum(-1)
+    terms = merged(blocks)
+    problems = terms[0].values.shape[0]
+    streams = {key: i for i, key in enumerate(dict.fromkeys(block.seeds for block in terms))}
+    streams |= {("q", key): len(streams) + i for i, key in enumerate(dict.fromkeys(b.questions for b in terms))}
+    resampled, observed = np.zeros((problems, RESAMPLES)), np.zeros(problems)
+    influence: dict[Hashable, Array] = {}  # of each seed or question, by group
+    for weight, values, seeds, questions in terms:
+        count, n = values.shape[-2:]
+        rows, mean = values.mean(-1), values.mean((-2, -1))
+        of_seeds = _weights(count, 2 * streams[seeds])
+        influence[seeds] = influence.get(seeds, 0) + weight * (rows - mean[:, None]) / count
+        observed = observed + weight * mean
+        if questions is None or n < 2:
+            resampled += weight * (rows.astype(np.float32) @ of_seeds)
+            continue
+        drawn = values.astype(np.float32) @ _weights(n, 2 * streams["q", questions] + 1)
+        resampled += weight * (of_seeds * drawn).sum(1)
+        key = ("q", questions)
+        influence[key] = influence.get(key, 0) + weight * (values.mean(-2) - mean[:, None]) / n
+    cubes = np.sum([(values**3).sum(-1) for values in influence.values()], axis=0)
+    squares = np.sum([(values**2).sum(-1) for values in influence.values()], axis=0)
     resampled.sort(-1)
     below = (resampled < observed[:, None]).mean(-1) + 0.5 * (resampled == observed[:, None]).mean(-1)
     bias = ndtri(below.clip(1 / RESAMPLES, 1 - 1 / RESAMPLES))
@@ -201,7 +313,8 @@ def bca(blocks: Sequence[tuple[float, Array]]) -> tuple[Array, Array]:
         whole = np.floor(position).astype(int).clip(0, RESAMPLES - 2)
         pair = np.take_along_axis(resampled, np.stack([whole, whole + 1], -1), -1)
         ends.append(pair[:, 0] + (position - whole) * (pair[:, 1] - pair[:, 0]))
-    unknown = ((squares == 0) & (observed != 0)) | (count < 2)
+    few = min(block.values.shape[-2] for block in terms) < 2
+    unknown = ((squares == 0) & (observed != 0)) | few
     return np.where(unknown, np.nan, ends[0]), np.where(unknown, np.nan, ends[1])
 
 

@@ -13,10 +13,11 @@ import numpy as np
 from bandit_rft.report.ledger import duration
 from bandit_rft.report.plot import number
 from bandit_rft.report.shell import signed
-from bandit_rft.study.analyse import ALL, Analysis, Level, Row, compare_levels
+from bandit_rft.study.analyse import Analysis, compare_levels
 from bandit_rft.study.cells import BASELINE, short
 from bandit_rft.study.designs import designs, planes
 from bandit_rft.study.findings import distinct
+from bandit_rft.study.pairing import ALL, Level, Row
 from bandit_rft.study.points import detectable, simultaneous
 from bandit_rft.study.statistics import Array, holm
 
