@@ -48,7 +48,9 @@ def make_tokenizer(tasks: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A float32 model of random weights with tied embeddings."""
+    """A float32 model of random weights with tied embeddings, or the one that --base names."""
+    if args.base is not None:
+        return AutoModelForCausalLM.from_pretrained(args.base, attn_implementation="sdpa").float().train()
     config = AutoConfig.for_model(
         args.architecture,
         vocab_size=len(tokenizer),
@@ -266,6 +268,7 @@ def report(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrain
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--base", type=Path, help="go on from a model made here, instead of random weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--architecture", choices=["llama", "qwen3", "olmo2"], default="llama")

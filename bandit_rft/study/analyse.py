@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bandit_rft.study.cells import BASELINE, SPLITS, Study, load_study
+from bandit_rft.study.contrasts import contrast_rows
 from bandit_rft.study.packed import Packer
 from bandit_rft.study.pairing import (
     ALL,
@@ -48,6 +49,8 @@ from bandit_rft.study.statistics import (
     seeds_needed,
     t_interval,
 )
+from bandit_rft.study.tuning import tuning_rows
+from bandit_rft.study.wider import add_wider
 
 #: Metrics of an evaluation that are not compared from the log: Pass@1 is known question by question.
 NOT_COMPARED = ("/pass@1", "/unscored")
@@ -66,6 +69,8 @@ class Analysis:
         costs: tokens a run and a point of gain cost.
         timings: likewise in seconds, which no other machine will repeat.
         cells: every cell and whether it is used.
+        contrasts: the comparisons that the study file names.
+        tuning: each level's tries of the tuned key, and which was chosen.
     """
 
     study: Study
@@ -74,6 +79,8 @@ class Analysis:
     costs: list[Row]
     timings: list[Row]
     cells: list[Row]
+    contrasts: list[Row] = field(default_factory=list)
+    tuning: list[Row] = field(default_factory=list)
     _index: dict[tuple[Any, ...], Row] = field(default_factory=dict)
 
     def row(
@@ -110,6 +117,7 @@ def analyse_study(folder: Path | str, packer: Packer | None = None) -> Analysis:
         same = rows[study.same_as.get(level, level)]
         results += [row | {"factor": level[0], "level": level[1]} for row in same]
     _finish(study, results)
+    add_wider(study, results)
     costs, timings = cost_rows(study, index, results)
     cells = [
         {
@@ -119,7 +127,9 @@ def analyse_study(folder: Path | str, packer: Packer | None = None) -> Analysis:
         }
         for cell in study.cells
     ]  # fmt: skip
-    return Analysis(study, results, curve_rows(study, index), costs, timings, cells)
+    return Analysis(
+        study, results, curve_rows(study, index), costs, timings, cells, contrast_rows(study), tuning_rows(study)
+    )
 
 
 # ---- marginal gains --------------------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ def question_count(blocks: Sequence[Block]) -> int:
     """Different questions that were asked: those of runs that had their own, and shared ones once."""
     shared = {block.questions: block.values.shape[-1] for block in blocks if block.questions is not None}
     own = [block.values.shape[-1] * block.values.shape[-2] for block in blocks if block.questions is None]
-    return sum(shared.values()) + sum(own)
+    return int(sum(shared.values()) + sum(own))
 
 
 def _logged(

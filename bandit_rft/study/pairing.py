@@ -96,6 +96,21 @@ def difference(
     return Difference(queries, level - against, level.mean(-1), against.mean(-1), asked)
 
 
+def combination(sides: Sequence[tuple[float, Sequence[Outcome]]], metrics: Sequence[str]) -> Difference:
+    """A weighted sum of levels in one condition, with as many runs of each, paired by seed; R is the metrics."""
+    queries = common_queries([outcome.queries for _, outcomes in sides for outcome in outcomes])
+    values = sum(
+        weight
+        * np.array(
+            [[_pick(o.rewards[METRICS[m]], o.queries, queries) for o in outcomes] for m in metrics], dtype=np.float64
+        )
+        for weight, outcomes in sides
+    )
+    values = np.asarray(values, dtype=np.float64)
+    means = values.mean(-1)
+    return Difference(queries, values, means, np.zeros_like(means), tuple(o.asked for o in sides[0][1]))
+
+
 def common_queries(of_each: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """The questions that all have; one array is usually shared by all."""
     common = of_each[0]
@@ -123,7 +138,7 @@ def blocks_of(
         key = (c[1], found.asked[:1] if crossed else found.asked)
         alike.setdefault(key if crossed or shared else (key, c), []).append(c)
     blocks = []
-    for key, conditions in alike.items():
+    for same, conditions in alike.items():
         parts = [differences[c] for c in conditions]
         queries = common_queries([d.queries for d in parts])
         crossed = len(set(parts[0].asked)) == 1
@@ -132,5 +147,5 @@ def blocks_of(
         if shared:
             values, conditions, each = [np.mean(values, axis=0)], conditions[:1], each * len(parts)
         for c, of_condition in zip(conditions, values, strict=True):
-            blocks.append(Block(each, of_condition, "all" if shared else c, (split, key) if crossed else None))
+            blocks.append(Block(each, of_condition, "all" if shared else c, (split, same) if crossed else None))
     return blocks

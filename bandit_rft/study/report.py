@@ -42,8 +42,9 @@ SECTIONS = [
 def write_study_report(study_folder: Path | str, output: Path | None = None) -> Path:
     """Analyse a study folder and write its report: report.html, report.md, and the tables behind them.
 
-    The tables are results.csv, results.parquet, curves.csv, costs.csv, cells.csv and timings.csv. cells.npz (with
-    clocks.csv) holds all that they are made of. Each file is replaced in one step.
+    The tables are results.csv, results.parquet, curves.csv, costs.csv, cells.csv, timings.csv and, where the study file
+    asks for them, contrasts.csv and tuning.csv. cells.npz (with clocks.csv) holds all that they are made of. Each file
+    is replaced in one step.
 
     Args:
         study_folder: what `study run` made, finished or not; or a folder that holds cells.npz.
@@ -65,6 +66,7 @@ def write_study_report(study_folder: Path | str, output: Path | None = None) -> 
     _replace(folder / FILE, cells)
     _replace(folder / CLOCKS, clocks.encode())
     tables = {"results": analysis.results, "curves": analysis.curves, "costs": analysis.costs, "cells": analysis.cells}
+    tables |= {name: rows for name in ("contrasts", "tuning") if (rows := getattr(analysis, name))}
     for name, rows in {**tables, "timings": analysis.timings}.items():
         _replace(folder / f"{name}.csv", to_csv(rows).encode())
     _replace(folder / "results.parquet", _to_parquet(analysis.results))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bandit_rft.study.cells import Study
 from bandit_rft.study.measured import question_rewards
 from bandit_rft.study.plan import Level, Plan, PlannedCell, StudyError, Tune, replace_file
 from bandit_rft.study.run import read_record
@@ -63,6 +64,25 @@ def best(tune: Tune, rows: Sequence[Mapping[str, Any]]) -> dict[Level, Any]:
         level: max(sorted(of_level), key=lambda value: round(float(np.mean(of_level[value])), 12))
         for level, of_level in scores.items()
     }
+
+
+def tuning_rows(study: Study) -> list[dict[str, Any]]:
+    """The mean score of every level and value, over models, tasks and tuning seeds, and whether it was chosen."""
+    if study.tuning is None:
+        return []
+    chosen = {(factor, level): value for factor, level, value in study.tuning["chosen"]}
+    scores: dict[Level, dict[float, list[float]]] = {}
+    for row in study.tuning["runs"]:
+        for factor, level in row["levels"]:
+            scores.setdefault((factor, level), {}).setdefault(row["value"], []).append(row["score"])
+    return [
+        {
+            "factor": level[0], "level": level[1], "key": study.tuning["key"], "value": value, "runs": len(found),
+            "score": float(np.mean(found)), "chosen": value == chosen.get(level),
+        }
+        for level, of_level in scores.items()
+        for value, found in sorted(of_level.items())
+    ]  # fmt: skip
 
 
 def _row(cell: PlannedCell, tune: Tune, folder: Path) -> dict[str, Any]:
