@@ -30,6 +30,8 @@ SECTIONS = [
     ("gains", "Gains"),
     ("curves", "Curves"),
     ("plane", "Batch and rollouts"),
+    ("endpoints", "Endpoints"),
+    ("wider", "Wider claims"),
     ("beyond", "Beyond Pass@1"),
     ("cost", "Cost"),
     ("precision", "Precision"),

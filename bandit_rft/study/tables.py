@@ -16,10 +16,10 @@ from bandit_rft.report.shell import signed
 from bandit_rft.study.analyse import Analysis, compare_levels
 from bandit_rft.study.cells import BASELINE, short
 from bandit_rft.study.designs import designs, planes
-from bandit_rft.study.findings import distinct
+from bandit_rft.study.findings import SIGNIFICANT, distinct
 from bandit_rft.study.pairing import ALL, Level, Row
 from bandit_rft.study.points import detectable, simultaneous
-from bandit_rft.study.statistics import Array, holm
+from bandit_rft.study.statistics import MARGIN, Array, holm
 
 MAX_UNUSED_SHOWN = 200
 #: A cell is text, or a number and its interval, which the page sets under each other.
@@ -27,7 +27,7 @@ Text = str | tuple[str, str]
 Table = tuple[list[str], list[list[Text]]]
 LEFT_ALIGNED = {
     "factor", "level", "differs from the baseline in", "stands for", "status", "why it is not used", "what", "version",
-    "replay level", "same B, n without replay", "where", "cell",
+    "replay level", "same B, n without replay", "where", "cell", "family", "comparison",
 }  # fmt: skip
 
 
@@ -128,6 +128,74 @@ class Tables:
                 cells: list[Text] = ["" if r is None else (decimal(r["gain"]), interval(r, decimal)) for r in found]
                 rows.append([*self._name(level), *cells])
         return ["factor", "level", "train gain − test gain", *columns], rows
+
+    def endpoints(self) -> Table:
+        """Final Pass@1 and the area under the curve, test and train: which differ, and which are shown to be alike."""
+        ends = [("final", "test"), ("final", "train"), ("auc", "test"), ("auc", "train")]
+        head = ["factor", "level"]
+        head += [f"{'area' if metric == 'auc' else metric} {split}" for metric, split in ends]
+        rows: list[list[Text]] = []
+        for level in self.levels:
+            found = [self.analysis.row(level, *end) for end in ends]
+            if all(found):
+                rows.append([*self._name(level), *(_verdict(row) for row in found if row is not None)])
+        return head, rows
+
+    def wider(self) -> Table:
+        """Final test Pass@1: for new models and tasks, whether conditions differ, and failed runs at their worst."""
+        head = [
+            "factor",
+            "level",
+            "gain",
+            "new models",
+            "new models and tasks",
+            "conditions differ, Holm p",
+            "worst case",
+        ]
+        rows: list[list[Text]] = []
+        for level in self.levels:
+            if (row := self.analysis.row(level)) is not None:
+                pairs = [brackets(row[f"{of}_low"], row[f"{of}_high"]) or "–" for of in ("models", "conditions")]
+                worst = brackets(row["worst_low"], row["worst_high"])
+                rows.append([
+                    *self._name(level), (signed(row["gain"]), interval(row)), *pairs, p_text(row["p_interaction_holm"]),
+                    worst if (row["worst_low"], row["worst_high"]) != (row["low"], row["high"]) else "no run failed",
+                ])  # fmt: skip
+        return head, rows
+
+    def contrasts(self) -> Table:
+        """The comparisons that the study file names, in final Pass@1."""
+        head = ["family", "comparison", "test", "Holm p", "within ±0.02, p", "train", "Holm p (train)"]
+        found = {
+            (row["family"], row["name"], row["split"]): row
+            for row in self.analysis.contrasts
+            if row["metric"] == "final" and row["model"] == row["task"] == ALL
+        }
+        rows: list[list[Text]] = []
+        for family, name, split in found:
+            test, train = found[family, name, "test"], found[family, name, "train"]
+            if split == "test":
+                rows.append([
+                    family, name, (signed(test["gain"]), interval(test)), p_text(test["p_holm"]),
+                    p_text(test["p_equivalent"]), (signed(train["gain"]), interval(train)), p_text(train["p_holm"]),
+                ])  # fmt: skip
+        return head, rows
+
+    def tuning(self) -> Table:
+        """The tries of the tuned key: mean validation score of each value, and the one that was chosen."""
+        tried = self.analysis.tuning
+        if not tried:
+            return [], []
+        values = sorted({row["value"] for row in tried})
+        head = ["factor", "level", f"{tried[0]['key']}", *(f"Pass@1 at {value:g}" for value in values)]
+        rows: list[list[Text]] = []
+        for level in [BASELINE, *self.levels]:
+            of_level = {row["value"]: row for row in tried if (row["factor"], row["level"]) == level}
+            if of_level:
+                chosen = next((f"{value:g}" for value, row in of_level.items() if row["chosen"]), "–")
+                scores: list[Text] = [decimal(of_level[v]["score"]) if v in of_level else "–" for v in values]
+                rows.append([*level, chosen, *scores])
+        return head, rows
 
     def precision(self) -> Table:
         """How small a gain this study could have found, and what a finer one would need."""
@@ -288,6 +356,16 @@ def decimal(value: float, digits: int = 3) -> str:
     """A number with `digits` significant digits."""
     # differences of fractions that cancel leave 1e-21: an artefact of summing, not a gain
     return "–" if math.isnan(value) else number(value if abs(value) > 1e-12 else 0.0, digits)
+
+
+def _verdict(row: Row) -> Text:
+    """A gain with its interval, and in a word what is shown: above, below, or within the margin (TOST)."""
+    word = ""
+    if row["p_holm"] <= SIGNIFICANT:
+        word = " above" if row["gain"] > 0 else " below"
+    elif row["p_equivalent"] <= SIGNIFICANT:
+        word = f" within ±{MARGIN:g}"
+    return signed(row["gain"]) + word, interval(row)
 
 
 def _main(row: Row) -> bool:

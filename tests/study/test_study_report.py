@@ -329,7 +329,7 @@ def test_every_section_says_when_it_is_empty(tmp_path: Path) -> None:
         assert words in page.text
     ids = [a["id"] for tag, a in page.elements if tag == "section" and "id" in a]
     goto = [a["data-goto"] for tag, a in page.elements if "data-goto" in a]
-    assert set(goto) <= set(ids) and len(goto) == len(set(goto)) == 10
+    assert set(goto) <= set(ids) and len(goto) == len(set(goto)) == 12
     whole = make_study(tmp_path / "whole", **SMALL)
     assert "None: every planned cell is used." in Page(write_study_report(whole).read_text()).text
 

@@ -1,0 +1,50 @@
+"""studies/recompute.py, which knows nothing of the package, finds the report's numbers in the committed data."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+pytest.importorskip("scipy")
+pytest.importorskip("pyarrow")
+from simulated_study import make_study
+
+from bandit_rft.study.analyse import analyse_study
+from bandit_rft.study.report import write_study_report
+
+COMMITTED = sorted(path.parent for path in (ROOT / "studies" / "results").glob("*/cells.npz"))
+
+
+@pytest.fixture(scope="module")
+def recompute() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "studies" / "recompute.py"))
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_simulated_studies(tmp_path: Path, recompute: dict[str, Any], seeds: int) -> None:
+    failed = "rollouts-n_16-models_llama_tiny-arithmetic-s1"
+    folder = make_study(tmp_path, seeds=seeds, questions=40, problems={failed: "failed"})
+    report = write_study_report(folder).parent
+    compared, differing = recompute["main"](report)
+    assert compared > 100 and differing == []
+    keys = ("factor", "level", "metric", "split", "model", "task")
+    rows = {tuple(row[key] for key in keys): row for row in analyse_study(folder).results}
+    for key, found in recompute["recompute"](report).items():
+        for name, value in found.items():
+            assert value == pytest.approx(rows[key][name], abs=1e-6, rel=1e-8, nan_ok=True), (key, name)
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=[folder.name for folder in COMMITTED])
+def test_committed_results(folder: Path, recompute: dict[str, Any], tmp_path: Path) -> None:
+    compared, differing = recompute["main"](folder)
+    assert compared > 100 and differing == []
+    for name in ("cells.npz", "clocks.csv"):
+        shutil.copy(folder / name, tmp_path / name)
+    report = write_study_report(tmp_path)
+    for name in ("results.csv", "curves.csv", "costs.csv"):
+        assert report.with_name(name).read_bytes() == (folder / name).read_bytes(), f"{name} is not what the data give"
