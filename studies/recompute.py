@@ -147,7 +147,7 @@ def estimate(pairs, split, metric, shared):
                 own += part
                 own_spread += part**2 / (seeds * (questions - 1))
     if fewest < 2:
-        return gain, math.nan, math.nan
+        return gain, math.nan, 1.0  # one seed: no interval
     of_seeds = [(r.var(ddof=1) / len(r), len(r) - 1) for r in rows_of.values()]
     of_questions = [(c.var(ddof=1) / len(c), len(c) - 1) for c in columns_of.values()]
     a, b, floor = sum(v for v, _ in of_seeds), sum(v for v, _ in of_questions), rest + own

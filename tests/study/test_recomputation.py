@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -11,11 +12,11 @@ import pytest
 from paths import ROOT
 
 pytest.importorskip("scipy")
-pytest.importorskip("pyarrow")
-from simulated_study import make_study
+pq = pytest.importorskip("pyarrow.parquet")
+from simulated_study import make_study  # noqa: E402
 
-from bandit_rft.study.analyse import analyse_study
-from bandit_rft.study.report import write_study_report
+from bandit_rft.study.analyse import analyse_study  # noqa: E402
+from bandit_rft.study.report import write_study_report  # noqa: E402
 
 COMMITTED = sorted(path.parent for path in (ROOT / "studies" / "results").glob("*/cells.npz"))
 
@@ -25,10 +26,25 @@ def recompute() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "studies" / "recompute.py"))
 
 
-@pytest.mark.parametrize("seeds", [1, 4])
-def test_simulated_studies(tmp_path: Path, recompute: dict[str, Any], seeds: int) -> None:
+def with_own_seeds(folder: Path) -> Path:
+    """The study as if each condition had seeds, and each run questions, of its own."""
+    plan = json.loads((folder / "plan.json").read_text())
+    conditions = list(dict.fromkeys((entry["model"], entry["task"]) for entry in plan))
+    for entry in plan:
+        own = entry["seed"] + 10**6 * conditions.index((entry["model"], entry["task"]))
+        entry["config"] = {**entry["config"], "seed": own}
+        for path in folder.glob(f"cells/{entry['id']}/evaluations/*.parquet"):
+            table = pq.read_table(path).drop_columns("prompt")
+            pq.write_table(table.append_column("prompt", [[f"{own}?"] * len(table)]), path)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+@pytest.mark.parametrize(("seeds", "own"), [(1, False), (4, False), (4, True)])
+def test_simulated_studies(tmp_path: Path, recompute: dict[str, Any], seeds: int, own: bool) -> None:
     failed = "rollouts-n_16-models_llama_tiny-arithmetic-s1"
     folder = make_study(tmp_path, seeds=seeds, questions=40, problems={failed: "failed"})
+    folder = with_own_seeds(folder) if own else folder
     report = write_study_report(folder).parent
     compared, differing = recompute["main"](report)
     assert compared > 100 and differing == []
