@@ -64,3 +64,11 @@ def test_committed_results(folder: Path, recompute: dict[str, Any], tmp_path: Pa
     report = write_study_report(tmp_path)
     for name in ("results.csv", "curves.csv", "costs.csv"):
         assert report.with_name(name).read_bytes() == (folder / name).read_bytes(), f"{name} is not what the data give"
+
+
+def test_the_picture_in_the_readme_is_what_the_table_gives() -> None:
+    draw = runpy.run_path(str(ROOT / "studies" / "forest.py"))
+    drawn = draw["svg"](draw["rows"](ROOT / "studies" / "results" / "tiny"))
+    picture = ROOT / "docs" / "images" / "tiny-gains.svg"
+    assert picture.read_text(encoding="utf-8") == drawn
+    assert "docs/images/tiny-gains.svg" in (ROOT / "README.md").read_text(encoding="utf-8")

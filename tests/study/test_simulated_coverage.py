@@ -1,4 +1,4 @@
-"""The simulation behind studies/simulations/coverage.md, in small: with seeds of their own it keeps what is promised."""
+"""The simulation behind studies/simulations/coverage.md, in small: seeds of their own keep what is promised."""
 
 from __future__ import annotations
 
