@@ -150,15 +150,18 @@ class Tables:
             "new models",
             "new models and tasks",
             "conditions differ, Holm p",
+            "slope over competence",
             "worst case",
         ]
         rows: list[list[Text]] = []
         for level in self.levels:
             if (row := self.analysis.row(level)) is not None:
                 pairs = [brackets(row[f"{of}_low"], row[f"{of}_high"]) or "–" for of in ("models", "conditions")]
+                slope = signed(row["competence_slope"]) if not math.isnan(row["competence_slope"]) else "–"
                 worst = brackets(row["worst_low"], row["worst_high"])
                 rows.append([
                     *self._name(level), (signed(row["gain"]), interval(row)), *pairs, p_text(row["p_interaction_holm"]),
+                    (slope, brackets(row["competence_low"], row["competence_high"])),
                     worst if (row["worst_low"], row["worst_high"]) != (row["low"], row["high"]) else "no run failed",
                 ])  # fmt: skip
         return head, rows

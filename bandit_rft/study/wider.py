@@ -20,8 +20,9 @@ def add_wider(study: Study, rows: Sequence[Row]) -> None:
 
     `models_low`, `models_high`: a 95% t-interval over the models' mean gains, for models that were not run;
     `conditions_low`, `conditions_high`: over all conditions. `p_interaction`: of "the gain is the same in every
-    condition" (Welch's test), `p_interaction_holm` over the levels. `worst_low`, `worst_high`: the interval if each
-    failed run had come out as badly, or as well, as a run can.
+    condition" (Welch's test), `p_interaction_holm` over the levels. `competence_slope` with its interval: how much the
+    gain changes with a condition's Pass@1 before training, within tasks. `worst_low`, `worst_high`: the interval if
+    each failed run had come out as badly, or as well, as a run can.
     """
     of_condition: dict[tuple[Level, str, str], dict[Condition, Row]] = {}
     for row in rows:
@@ -36,6 +37,8 @@ def add_wider(study: Study, rows: Sequence[Row]) -> None:
         level = (row["factor"], row["level"])
         own = of_condition.get((level, row["metric"], row["split"]), {})
         row |= _over_models(own) | {"p_interaction": welch(own), "p_interaction_holm": math.nan}
+        start = {c: r["baseline"] for c, r in of_condition.get((BASELINE, "learned", row["split"]), {}).items()}
+        row |= competence(own, start)
         row |= _worst(row, failed.get(level, {}), study) if row["metric"] in BOUNDED else {}
         families.setdefault((row["metric"], row["split"]), {}).setdefault(study.same_as.get(level, level), row)
     for family in families.values():
@@ -83,6 +86,28 @@ def welch(own: Mapping[Condition, Row]) -> float:
     between = (weight * (gain - mean) ** 2).sum() / (count - 1)
     statistic = between / (1 + 2 * (count - 2) / (count**2 - 1) * spread)
     return float(fdtrc(count - 1, (count**2 - 1) / (3 * spread), statistic))
+
+
+def competence(own: Mapping[Condition, Row], start: Mapping[Condition, float]) -> Row:
+    """The slope of the conditions' gains over their Pass@1 before training, each task with a mean of its own.
+
+    Ordinary least squares; the interval is Student's, over conditions. Unknown with fewer than three conditions more
+    than tasks.
+    """
+    conditions = [c for c in own if c in start]
+    tasks = dict.fromkeys(task for _, task in conditions)
+    x, y = (np.array([of[c] for c in conditions]) for of in (start, {c: own[c]["gain"] for c in conditions}))
+    for task in tasks:
+        members = np.array([c[1] == task for c in conditions])
+        x[members], y[members] = x[members] - x[members].mean(), y[members] - y[members].mean()
+    degrees, spread = len(conditions) - len(tasks) - 1, float((x**2).sum()) if len(x) else 0.0
+    names = ("competence_slope", "competence_low", "competence_high")
+    if degrees < 2 or spread < 1e-12:
+        return dict.fromkeys(names, math.nan)
+    slope = float((x * y).sum() / spread)
+    error = math.sqrt(float(((y - slope * x) ** 2).sum()) / degrees / spread)
+    low, high = t_interval(np.asarray(slope), np.asarray(error), np.asarray(float(degrees)))
+    return dict(zip(names, (slope, float(low), float(high)), strict=True))
 
 
 def _failed(study: Study) -> dict[Level, dict[Condition, int]]:

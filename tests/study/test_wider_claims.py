@@ -18,7 +18,7 @@ from bandit_rft.study.analyse import analyse_study, compare_levels
 from bandit_rft.study.pairing import share_seeds
 from bandit_rft.study.plan import StudyError, read_contrasts
 from bandit_rft.study.statistics import Block, contrast, equivalence, no_difference_bound
-from bandit_rft.study.wider import welch
+from bandit_rft.study.wider import competence, welch
 
 N8, BIG = ("rollouts", "n=8"), ("batch", "B=64")
 TWO: dict[Any, Any] = {
@@ -140,6 +140,21 @@ def test_interactions_are_welchs_test() -> None:
         assert 0 < welch(own) < 1 and weight.all()  # this SciPy has no Welch to compare with
         return
     assert welch(own) == pytest.approx(stats.f_oneway(*groups, equal_var=False).pvalue)
+
+
+def test_the_slope_over_competence_is_that_of_a_regression_with_a_mean_for_each_task() -> None:
+    rng = np.random.default_rng(4)
+    conditions = [(f"m{i}", task) for i in range(5) for task in ("a", "b")]
+    start = {c: 0.1 + 0.02 * i + 0.3 * (c[1] == "b") for i, c in enumerate(conditions)}
+    own = {c: {"gain": 0.5 * start[c] - 0.2 * (c[1] == "b") + 0.01 * rng.standard_normal()} for c in conditions}
+    found = competence(own, start)
+    design = np.array([[start[c], c[1] == "a", c[1] == "b"] for c in conditions], dtype=float)
+    gains = np.array([row["gain"] for row in own.values()])
+    beta, rest, *_ = np.linalg.lstsq(design, gains, rcond=None)
+    error = np.sqrt(rest[0] / 7 * np.linalg.inv(design.T @ design)[0, 0])
+    assert found["competence_slope"] == pytest.approx(beta[0])
+    assert found["competence_high"] == pytest.approx(beta[0] + stats.t.ppf(0.975, 7) * error)
+    assert np.isnan(competence(dict(list(own.items())[:4]), start)["competence_slope"])
 
 
 def test_a_failed_run_widens_what_is_said(tmp_path: Path) -> None:
