@@ -22,7 +22,6 @@ from typing import Any
 from bandit_rft.options import read_yaml
 from bandit_rft.study.plan import PlannedCell
 
-LAUNCHERS = ("slurm", "ray", "local")
 #: Jobs of one array where `scontrol show config` does not say MaxArraySize; SLURM's own default is 1001.
 ARRAY = 1000
 PR_SET_PDEATHSIG = 1
@@ -62,7 +61,7 @@ class Worker:
 
         It may be called in a signal handler, which a lock of the Popen that it interrupted would stop for ever.
         """
-        if self.process is not None:
+        if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has just ended by itself
                 os.kill(self.process.pid, signal.SIGINT)
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)

@@ -190,6 +190,19 @@ def test_without_slurm_launching_says_so(tmp_path: Path, monkeypatch: pytest.Mon
         start_slurm(Worker(["true"]), 2, tmp_path, {"time": 5})
 
 
+@pytest.mark.parametrize(("launcher", "library"), [("slurm", "submitit"), ("ray", "ray"), ("local", "submitit")])
+def test_a_launcher_without_its_library_names_the_extra(
+    launcher: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    line = f"study run {write_study(tmp_path)} --output_dir {tmp_path / 'out'} --launcher {launcher}"
+    assert cli.main([*line.split(), *(["--launcher_option", "time=5"] if launcher == "slurm" else [])]) == 1
+    extra = "ray" if library == "ray" else "slurm"
+    assert (
+        f"{library} is not installed; this needs an extra: pip install 'bandit_rft[{extra}]'" in capsys.readouterr().err
+    )
+
+
 def test_a_worker_deals_out_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their numbers are the machine's, where SLURM does not hide the others."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
