@@ -129,9 +129,7 @@ def load_study(folder: Path | str, packer: Packer | None = None) -> Study:
         packer.study(name, text, tuning)
     cells = _packed_cells(packed, packer) if packed is not None else _run_cells(folder, rule, packer)
     if not any(cell.baseline for cell in cells):
-        raise ValueError(
-            f"study_folder: plan.json of {folder} has no baseline cell, so there is nothing to compare with"
-        )
+        raise ValueError(f"study_folder: plan.json of {folder} has no baseline cell: there is nothing to compare with")
     of_baseline = dict.fromkeys(place for cell in cells if cell.baseline for place in cell.places)
     places = [cell.places[0] for cell in cells] + [place for cell in cells for place in cell.places]
     levels = _ordered(dict.fromkeys(places), settings.get("factors"))
