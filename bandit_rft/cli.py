@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -307,7 +308,7 @@ def _runner(plan: Any, folder: Path, given: argparse.Namespace, console: Any, en
         retry=getattr(given, "retry", 0), gpus=gpus,
         listener=StudyProgress(plan, folder, console, verbose="verbose" in given),
         cells=share(plan.cells, given.shard) if "shard" in given else None,
-        limit=None if ends is None else TimeLimit(max(1.0, ends - time.monotonic()), folder),
+        limit=None if ends is None else TimeLimit(max(1, math.ceil(ends - time.monotonic())), folder),
     )  # fmt: skip
 
 

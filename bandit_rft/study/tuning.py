@@ -43,9 +43,8 @@ def choose(plan: Plan, folder: Path) -> dict[Level, Any]:
         raise StudyError("this study has no tune")
     runs = folder / FOLDER
     if missing := undecided(plan.tuning, runs):
-        raise StudyError(
-            f"{missing} of {len(plan.tuning.cells)} runs that choose {plan.tune.key} have not ended; run the study again"
-        )
+        of = f"{missing} of {len(plan.tuning.cells)} runs that choose {plan.tune.key} have not ended"
+        raise StudyError(f"{of}; run the study again when they have")
     rows = [_row(cell, plan.tune, runs) for cell in plan.tuning.cells]
     chosen = best(plan.tune, rows)
     text = {
