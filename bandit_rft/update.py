@@ -161,7 +161,9 @@ class PolicyUpdater:
                 if self.reference is not None:
                     self.ranks.take_part(self.reference, backward=False)
                 self.ranks.take_part(self.policy, backward=True)
-        loss = self.ranks.sum(torch.stack(losses).sum() if losses else torch.zeros((), device=self.policy.device))
+        dtype = torch.promote_types(self.policy.weight.dtype, torch.float32)
+        own_loss = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype, device=self.policy.device)
+        loss = self.ranks.sum(own_loss)
         gap = None
         if not sums.losses and bool((batch.round[torch.from_numpy(computed)] == round_index).any()):
             own = _largest_gap(micros, sums.differences, round_index)
@@ -290,9 +292,9 @@ def score_rollouts(
         ]
         for _ in range(most - len(micros) if ranks.lockstep else 0):
             ranks.take_part(policy, backward=False)
-    shares = (rows[longest_first(batch, rows)] for rows in ranks.shares(_sizes(batch)))
-    order = np.concatenate(list(shares))  # as the ranks give them, one behind the other
-    logprobs = ranks.join(torch.cat(scored).cpu() if scored else torch.zeros(0))
+    shares = [longest_first(batch, rows) for rows in ranks.shares(_sizes(batch))]
+    order = np.concatenate(shares)  # as the ranks give them, one behind the other
+    logprobs = ranks.join(torch.cat(scored).float().cpu() if scored else torch.zeros(0))
     return replace(batch.select(order), logprobs=logprobs).select(np.argsort(order)).logprobs
 
 

@@ -1,0 +1,117 @@
+"""Two and three ranks train what one does: the same tokens, every parameter to rounding, the same lines."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import World
+from safetensors.torch import load_file
+
+from bandit_rft.metrics import read_metrics
+
+Values = dict[str, Any]
+#: Of a parameter, in units of a step of AdamW (the learning rate). Weights, gradients and moments are float64, where
+#: rounding leaves 1e-15 of a sum; but log-probabilities are kept in float32 between sampler and update, and one that
+#: lies between two floats may be rounded either way: 1e-7 of a ratio, an importance weight or a KL. A wrong normalizer,
+#: or a share that was left out, is a tenth of a step or more.
+TOLERANCE = 1e-5
+#: Differs with the number of ranks: times, and means whose terms come in another order.
+NOT_COMPARED = ("seconds/", "verify/")
+
+CASES: dict[str, tuple[int, str, Values]] = {
+    "fsdp, untied": (2, "untied", {}),
+    "fsdp, tied, three ranks": (3, "tied", {}),
+    "ddp, untied, three ranks": (3, "untied", {"distributed.shard": "ddp"}),
+    "ddp, tied": (2, "tied", {"distributed.shard": "ddp"}),
+    # Of two rollouts a round one rank has none, and often two have none: their advantage is 0.
+    "fsdp, ranks without work, skipping": (3, "tied", {"advantage": "reward", "batch_size": 2}),
+    "fsdp, micro-batches, recomputed layers": (
+        2, "untied", {"batch_size": 7, "tokens_per_microbatch": 12, "gradient_checkpointing": True},
+    ),
+    "fsdp, KL in the loss": (2, "tied", {"objective.kl": "k3", "objective.kl_coef": 0.1, "tokens_per_microbatch": 20}),
+    "fsdp, KL in the reward": (
+        2, "untied", {"objective.kl": "k3", "objective.kl_coef": 0.1, "kl.where": "reward", "kl.target": 0.01},
+    ),
+    "fsdp, adapters and KL": (2, "tied", {"lora.rank": 2, "objective.kl": "k3", "objective.kl_coef": 0.1}),
+    "ddp, adapters": (2, "untied", {"lora.rank": 2, "distributed.shard": "ddp"}),
+    "fsdp, replay and old policies": (
+        3, "untied", {"replay.capacity": 20, "advantage": "spo", "num_generations": 2, "batch_size": 3},
+    ),
+    "fsdp, several steps": (
+        2, "tied",
+        {"objective.kind": "ppo", "update.epochs": 2, "update.minibatches": 2, "objective.aggregation":
+         "seq-mean-token-mean", "objective.entropy_coef": 0.01},
+    ),
+    "fsdp, groups": (
+        2, "untied",
+        {"advantage": "group_mean", "num_generations": 4, "rollout.dynamic_sampling": 2, "rollout.keep": 3,
+         "rollout.mask_truncated": True, "objective.kind": "gspo"},
+    ),
+}  # fmt: skip
+
+
+class Alone:
+    """Runs of one rank, each made once."""
+
+    def __init__(self, world: World, models: dict[str, str], folder: Path):
+        self._world, self._models, self._folder, self._runs = world, models, folder, dict[str, Path]()
+
+    def __call__(self, model: str, values: Values) -> Path:
+        values = {k: v for k, v in values.items() if not k.startswith("distributed.")}
+        key = repr((model, values))
+        if key not in self._runs:
+            folder = self._folder / str(len(self._runs))
+            self._runs[key] = self._world.trains(
+                1, {**values, "model_name_or_path": self._models[model], "output_dir": str(folder)}, save=[1]
+            )
+        return self._runs[key]
+
+
+@pytest.fixture(scope="module")
+def alone(world: World, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(world, models, tmp_path_factory.mktemp("alone"))
+
+
+def same_weights(folder: Path, whole: Path, number: int, atol: float) -> None:
+    """Every tensor of a round's checkpoint, the optimizer's too, to `atol`."""
+    for pattern in ("*model.safetensors", "optimizer.safetensors"):
+        (one,) = (folder / "checkpoints" / f"checkpoint-{number}").glob(pattern)
+        found, expected = load_file(one), load_file(whole / "checkpoints" / f"checkpoint-{number}" / one.name)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def same_lines(folder: Path, whole: Path) -> None:
+    lines, expected = read_metrics(folder), read_metrics(whole)
+    assert [line.keys() for line in lines] == [line.keys() for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        for key, value in other.items():
+            if key.startswith(NOT_COMPARED) or value is None or isinstance(value, str):
+                assert line[key] == value or key.startswith(NOT_COMPARED), key
+            else:  # logged log-probabilities are float32
+                assert math.isclose(line[key], value, rel_tol=1e-5, abs_tol=1e-6), (line["round"], key)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_several_ranks_train_what_one_does(
+    world: World, models: dict[str, str], alone: Alone, case: str, tmp_path: Path
+) -> None:
+    count, model, values = CASES[case]
+    run = {**values, "model_name_or_path": models[model], "output_dir": str(tmp_path)}
+    whole, folder = alone(model, values), world.trains(count, run, save=[1])
+    first, last = (load_file(next((whole / "checkpoints" / f"checkpoint-{n}").glob("*model.safetensors")))
+                   for n in (1, 10))  # fmt: skip
+    assert any(not torch.equal(first[name], last[name]) for name in first)  # there was something to learn
+    for number in (1, 10):
+        same_weights(folder, whole, number, atol=TOLERANCE * 1e-2)
+    same_lines(folder, whole)
+    for path in sorted((whole / "rollouts").glob("*.parquet")):
+        of_one, of_many = pq.read_table(path).to_pydict(), pq.read_table(folder / "rollouts" / path.name).to_pydict()
+        assert of_many["token_ids"] == of_one["token_ids"] and of_many["query"] == of_one["query"]
