@@ -111,7 +111,9 @@ class ProcessRanks(Ranks):
         if isinstance(policy, BasePolicy):  # what lies beneath adapters is sharded with them
             return policy
         for tensor in [*policy.model.parameters(), *policy.model.buffers()]:  # a program may give each rank another
-            dist.broadcast(tensor.detach(), 0)
+            first = tensor.detach().contiguous()
+            dist.broadcast(first, 0)
+            tensor.detach().copy_(first)
         if not self.lockstep:
             return policy
         sharded = ShardedPolicy(policy)

@@ -1,4 +1,4 @@
-"""When one rank dies, hangs or fails, the others end and say which one it was; then the run goes on as if it had not."""
+"""When one rank dies, hangs or fails, the others end and name it; and the run can go on as if it had not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World
-from test_ranks_resume import REMEMBERING
+from rank_world import REMEMBERING, World
 
 from bandit_rft.metrics import read_metrics
 from bandit_rft.run_folder import RunFolder

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import World
+from rank_world import TOLERANCE, World, same_lines, same_weights
 from safetensors.torch import load_file
 
-from bandit_rft.metrics import read_metrics
-
 Values = dict[str, Any]
-#: Of a parameter, in units of a step of AdamW (the learning rate). Weights, gradients and moments are float64, where
-#: rounding leaves 1e-15 of a sum; but log-probabilities are kept in float32 between sampler and update, and one that
-#: lies between two floats may be rounded either way: 1e-7 of a ratio, an importance weight or a KL. A wrong normalizer,
-#: or a share that was left out, is a tenth of a step or more.
-TOLERANCE = 1e-5
-#: Differs from run to run, or with the rounding of two computations that are compared.
-NOT_COMPARED = ("seconds/", "verify/")
 
 CASES: dict[str, tuple[int, str, Values]] = {
     "fsdp, untied": (2, "untied", {}),
@@ -75,31 +65,6 @@ class Alone:
 @pytest.fixture(scope="module")
 def alone(world: World, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return Alone(world, models, tmp_path_factory.mktemp("alone"))
-
-
-def same_weights(folder: Path, whole: Path, number: int, atol: float) -> None:
-    """Every tensor of a round's checkpoint, the optimizer's too, to `atol`."""
-    for pattern in ("*model.safetensors", "optimizer.safetensors"):
-        (one,) = (folder / "checkpoints" / f"checkpoint-{number}").glob(pattern)
-        found, expected = load_file(one), load_file(whole / "checkpoints" / f"checkpoint-{number}" / one.name)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def same_lines(folder: Path, whole: Path) -> None:
-    lines, expected = (
-        [{key: x for key, x in line.items() if not key.startswith(NOT_COMPARED)} for line in read_metrics(of)]
-        for of in (folder, whole)
-    )
-    assert [line.keys() for line in lines] == [line.keys() for line in expected]
-    for line, other in zip(lines, expected, strict=True):
-        for key, value in other.items():
-            if value is None or isinstance(value, str):
-                assert line[key] == value, (line["round"], key)
-            else:  # logged log-probabilities are float32
-                assert math.isclose(line[key], value, rel_tol=1e-5, abs_tol=1e-6), (line["round"], key)
 
 
 @pytest.mark.parametrize("case", CASES)

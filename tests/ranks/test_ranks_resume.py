@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World
-from test_ranks import TOLERANCE, same_lines, same_weights
+from rank_world import REMEMBERING, TOLERANCE, World, same_lines, same_weights
 
 from bandit_rft.metrics import read_metrics
-
-#: Something of everything that is kept: moments, a KL coefficient that moves, rollouts, rewards of the past.
-REMEMBERING = {
-    "max_rounds": 6, "advantage": "history_norm", "replay.capacity": 20, "objective.kl": "k3",
-    "objective.kl_coef": 0.05, "kl.target": 0.002, "kl.horizon": 100, "lr_scheduler_type": "linear",
-    "lr_scheduler_rounds": 6, "distributed.shard": "fsdp",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["float64", "bfloat16"])
