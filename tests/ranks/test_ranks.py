@@ -29,6 +29,7 @@ CASES: dict[str, tuple[int, str, Values]] = {
     ),
     "fsdp, adapters and KL": (2, "tied", {"lora.rank": 2, "objective.kl": "k3", "objective.kl_coef": 0.1}),
     "ddp, adapters": (2, "untied", {"lora.rank": 2, "distributed.shard": "ddp"}),
+    "fsdp, a bias of the head": (2, "biased", {}),
     "fsdp, replay and old policies": (
         3, "untied", {"replay.capacity": 20, "advantage": "spo", "num_generations": 2, "batch_size": 3},
     ),
