@@ -87,8 +87,6 @@ def train(given: argparse.Namespace) -> int:
     from bandit_rft.report import ReportWriter
 
     _set_loudness(given)
-    if rank:  # the first one speaks for all
-        logging.getLogger("bandit_rft").setLevel(logging.ERROR)
     console = Console(highlight=False, quiet="quiet" in given or rank > 0)
     listener, report = ConsoleListener(config, console), ReportWriter()
     with listener.loading():

@@ -7,6 +7,7 @@ MASTER_PORT. Without them it is alone, and there is no process group.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,11 +60,16 @@ def join_ranks(*, sharded: bool, timeout_s: float) -> Iterator[Ranks]:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     mine = dist.PrefixStore(f"bandit_rft/{attempt}/{next(_RUNS)}", store)  # type: ignore[attr-defined]
+    log = logging.getLogger("bandit_rft")
+    loudness = log.level
+    if rank:  # the first one speaks for all
+        log.setLevel(logging.ERROR)
     with Watch(rank, world, mine, where=f"{store.host}:{store.port}", hosted=hosted):
         if not given:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)
         yield ProcessRanks(sharded=sharded)
         dist.barrier()  # the first rank may serve the store: nobody leaves while others still need it
-        if not given:  # after a failure, leaving the group would wait for ranks that are gone
-            dist.destroy_process_group()
+    log.setLevel(loudness)
+    if not given:  # after a failure, leaving the group would wait for ranks that are gone
+        dist.destroy_process_group()
