@@ -71,7 +71,7 @@ class ProcessRanks(Ranks):
             digest.update(part)
         digests = self.gather_bytes(digest.digest())
         if other := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
-            raise RuntimeError(
+            raise ValueError(
                 f"rank {other[0]} does not hold the same {what} as rank 0: the ranks must run the same version of "
                 "everything, and see the same files"
             )

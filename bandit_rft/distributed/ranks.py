@@ -68,7 +68,7 @@ class Ranks:
         return value
 
     def check_same(self, what: str, parts: Iterable[bytes]) -> None:
-        """Refuse to go on where the ranks do not hold the same (RuntimeError)."""
+        """Refuse to go on where the ranks do not hold the same (ValueError)."""
 
     # --- the parts of a run -------------------------------------------------------------------------------------------
 

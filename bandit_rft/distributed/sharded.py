@@ -160,17 +160,16 @@ def _share(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
 def _shard(base: nn.Module, mesh: DeviceMesh) -> None:
     """Split a model's layers, and what is outside of them."""
     computing = next((p.dtype for p in base.parameters() if p.requires_grad and p.dtype not in SUMS), None)
-    if computing is not None:
-        for parameter in base.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     options: dict[str, Any] = {
         "mesh": mesh, "reshard_after_forward": True,
         # Its inputs are token ids and positions: nothing to cast.
         "mp_policy": MixedPrecisionPolicy(computing, torch.float32 if computing else None, cast_forward_inputs=False),
     }  # fmt: skip
-    for layer in [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        fully_shard(layer, **options)
-    fully_shard(base, **options)
+    for module in [*(m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)), base]:
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.dtype not in SUMS:  # a layer at a time: all would need memory
+                parameter.data = parameter.data.float()
+        fully_shard(module, **options)
     for module in base.modules():
         if isinstance(module, FSDPModule):  # the setters are not recursive in every version
             module.set_force_sum_reduction_for_comms(True)
