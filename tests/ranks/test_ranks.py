@@ -16,6 +16,7 @@ Values = dict[str, Any]
 CASES: dict[str, tuple[int, str, Values]] = {
     "fsdp, untied": (2, "untied", {}),
     "fsdp, tied, three ranks": (3, "tied", {}),
+    "fsdp, float32": (2, "tied", {"dtype": "float32"}),
     "ddp, untied, three ranks": (3, "untied", {"distributed.shard": "ddp"}),
     "ddp, tied": (2, "tied", {"distributed.shard": "ddp"}),
     # Of two rollouts a round one rank has none, and often two have none: their advantage is 0.
@@ -28,7 +29,6 @@ CASES: dict[str, tuple[int, str, Values]] = {
         2, "untied", {"objective.kl": "k3", "objective.kl_coef": 0.1, "kl.where": "reward", "kl.target": 0.01},
     ),
     "fsdp, adapters and KL": (2, "tied", {"lora.rank": 2, "objective.kl": "k3", "objective.kl_coef": 0.1}),
-    "ddp, adapters": (2, "untied", {"lora.rank": 2, "distributed.shard": "ddp"}),
     "fsdp, a bias of the head": (2, "biased", {}),
     "fsdp, replay and old policies": (
         3, "untied", {"replay.capacity": 20, "advantage": "spo", "num_generations": 2, "batch_size": 3},
@@ -78,8 +78,11 @@ def test_several_ranks_train_what_one_does(
     first, last = (load_file(next((whole / "checkpoints" / f"checkpoint-{n}").glob("*model.safetensors")))
                    for n in (1, 10))  # fmt: skip
     assert any(not torch.equal(first[name], last[name]) for name in first)  # there was something to learn
+    step = 1e-2  # the learning rate
+    # In float32 a gradient next to 0 is known to 1e-4 of itself, and AdamW's first steps have its sign and size 1.
+    tolerance = 1e-2 if values.get("dtype") == "float32" else TOLERANCE
     for number in (1, 10):
-        same_weights(folder, whole, number, atol=TOLERANCE * 1e-2)
+        same_weights(folder, whole, number, atol=tolerance * step)
     same_lines(folder, whole)
     for path in sorted((whole / "rollouts").glob("*.parquet")):
         of_one, of_many = pq.read_table(path).to_pydict(), pq.read_table(folder / "rollouts" / path.name).to_pydict()

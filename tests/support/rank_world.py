@@ -20,10 +20,10 @@ from bandit_rft.metrics import read_metrics
 #: What every run begins with. In float64 two orders of a sum differ by 1e-15 of it, so that a wrong normalizer, a
 #: gradient counted twice or left out, and a stale weight all stand far above rounding.
 TINY = {
-    "task": "arithmetic", "device": "cpu", "dtype": "float64", "max_rounds": 10,
-    "batch_size": 6, "max_prompt_length": 16,
-    "max_completion_length": 8, "learning_rate": 1e-2, "advantage": "batch_mean", "eval_steps": 0, "save_steps": 0,
-    "save_total_limit": 0, "verify_steps": 9, "evaluation.greedy": False,
+    "task": "arithmetic", "device": "cpu", "dtype": "float64", "max_rounds": 10, "batch_size": 6,
+    "max_prompt_length": 16, "max_completion_length": 8, "learning_rate": 1e-2, "advantage": "batch_mean",
+    "eval_steps": 0, "save_steps": 0, "save_total_limit": 0, "verify_steps": 9, "evaluation.greedy": False,
+    "evaluation.max_queries": 5, "log_rollouts_steps": 5,
 }  # fmt: skip
 
 #: Something of everything that is kept: moments, a KL coefficient that moves, rollouts, rewards of the past.
