@@ -21,11 +21,10 @@ from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.budget import check_schedule
 from bandit_rft.options import (
     STRICT,
-    OptionModel,
+    check_options,
     choices,
     fields_of,
     nearest,
-    option_problems,
     problems,
     read_given,
     read_value,
@@ -64,15 +63,11 @@ class Config(Section):
 
     preset: str | None = Key(None, "start from these values: " + " | ".join(PRESETS), may_change=True, design=False)
     model_name_or_path: str = Key(
-        "",
-        "a Hugging Face causal LM: folder, hub name, or arithmetic-base (built in)",
-        also=("model",),
-        may_change=True,
-    )
+        "", "a Hugging Face causal LM: folder, hub name, or arithmetic-base (built in)",
+        also=("model",), may_change=True,
+    )  # fmt: skip
     task: str = Key(
-        "",
-        "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym",
-        also=("dataset",),
+        "", "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym", also=("dataset",)
     )
     data_path: str | None = Key(
         None, "folder or file with the task's data; null: where the task gets it by default", may_change=True
@@ -144,19 +139,13 @@ class Config(Section):
         False, "keep no activations within a layer; the update computes a third more", may_change=True, design=False
     )
     verify_steps: int = Key(
-        100,
-        "rounds between checks of one rollout's loss and gradient by plain PyTorch, from the first round on; 0: never",
-        may_change=True,
-        design=False,
-        ge=0,
-    )
+        100, "rounds between checks of one rollout's loss and gradient by plain PyTorch, from the first on; 0: never",
+        may_change=True, design=False, ge=0,
+    )  # fmt: skip
     max_verify_error: float | None = Key(
-        None,
-        "largest relative error of such a check; null: 0.001 in float32, 0.2 in bfloat16",
-        may_change=True,
-        design=False,
-        gt=0,
-    )
+        None, "largest relative error of such a check; null: 0.001 in float32, 0.2 in bfloat16",
+        may_change=True, design=False, gt=0,
+    )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Key(
         "auto",
         "of the weights; auto: bfloat16 on a GPU, else float32. bfloat16 keeps float32 master weights in the optimizer",
@@ -168,9 +157,8 @@ class Config(Section):
         "bounded",
         "how idle CPU threads wait: bounded (spin briefly, then sleep) | active (spin: for a machine of one's own) | "
         "passive (sleep). OMP_WAIT_POLICY and GOMP_SPINCOUNT of the environment go first",
-        may_change=True,
-        design=False,
-    )
+        may_change=True, design=False,
+    )  # fmt: skip
     save_steps: int = Key(100, "rounds between checkpoints; 0: only at the end", may_change=True, design=False, ge=0)
     save_total_limit: int = Key(2, "checkpoints kept, the newest; 0: all", may_change=True, design=False, ge=0)
     eval_steps: int = Key(
@@ -222,7 +210,7 @@ class Config(Section):
         _check_advantage(self)
         check_schedule(self)
         if (model := task_option_model(self.task)) is not None:
-            _check_options("task_options", f"task={self.task}", model, self.task_options, {})
+            check_options("task_options", f"task={self.task}", model, self.task_options, {})
         for section in (self.replay, self.rollout, self.update, self.kl, self.reward, self.evaluation, self.objective):
             section.fits(self)
         return self
@@ -240,22 +228,11 @@ def _check_advantage(config: Config) -> None:
             "(advantage=reward, batch_mean or history_norm work with one)"
         )
     hints = {"window": "; the window is replay.window"}
-    _check_options("advantage_options", f"advantage={name}", advantage.option_model, config.advantage_options, hints)
+    check_options("advantage_options", f"advantage={name}", advantage.option_model, config.advantage_options, hints)
     try:
         advantage.make_memory(advantage_options(config))
     except ValueError as error:  # what its options say to each other
         raise ValueError(f"advantage={name}: {error}") from None
-
-
-def _check_options(
-    key: str, owner: str, model: type[OptionModel], options: Mapping[str, Any], hints: Mapping[str, str]
-) -> None:
-    own = [name for name in model.model_fields if name not in hints]
-    for name in sorted(options.keys() - set(own)):
-        hint = hints[name] if name in hints and name in model.model_fields else nearest(name, own)
-        raise ValueError(f"{key}.{name} is no option of {owner} (it has: {', '.join(own) or 'none'}){hint}")
-    if found := option_problems(model, options, f"{key}."):
-        raise ValueError("\n".join(map(str, found)))
 
 
 def advantage_options(config: Config) -> dict[str, Any]:

@@ -296,3 +296,23 @@ def _field_at(model: type, loc: tuple[int | str, ...]) -> FieldInfo | None:
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+
+
+def check_options(
+    key: str, owner: str, model: type[OptionModel], options: Mapping[str, Any], hints: Mapping[str, str]
+) -> None:
+    """Raise ValueError where one is unknown or its value cannot be.
+
+    Args:
+        key: "task_options" or "advantage_options".
+        owner: whose options they are, for the message.
+        model: which there are.
+        options: by name.
+        hints: what to say about an option that is given elsewhere, by its name.
+    """
+    own = [name for name in model.model_fields if name not in hints]
+    for name in sorted(options.keys() - set(own)):
+        hint = hints[name] if name in hints and name in model.model_fields else nearest(name, own)
+        raise ValueError(f"{key}.{name} is no option of {owner} (it has: {', '.join(own) or 'none'}){hint}")
+    if found := option_problems(model, options, f"{key}."):
+        raise ValueError("\n".join(map(str, found)))

@@ -1,7 +1,7 @@
 """The training loop: draw, score, compare, update, log. `Trainer.train_round` is one round, top to bottom.
 
 What is not here: the rollout engine (rollout/), rewards to advantages (advantages.py), the optimizer steps (update.py),
-the loss and its gradients (ops/).
+the loss and its gradients (ops/), what is written (records.py).
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +22,6 @@ from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     check_course,
     check_initial,
-    head_digest,
     keep_initial,
     load_policy,
     load_reference,
@@ -37,31 +34,25 @@ from bandit_rft.assemble import (
     resolve_dtype,
     takes_ratios,
 )
-from bandit_rft.budget import evaluation_rollouts
-from bandit_rft.checkpoint import CheckpointError, load_arrays, load_optimizer, save_checkpoint
-from bandit_rft.config import Config, advantage_options, to_yaml
-from bandit_rft.data import completion_texts, prompt_text, query_order, score
-from bandit_rft.evaluate import answer_text, evaluate
+from bandit_rft.checkpoint import CheckpointError, load_optimizer
+from bandit_rft.config import Config, advantage_options
+from bandit_rft.data import completion_texts, query_order, score
 from bandit_rft.gates import CanaryError, GateError, SpotCheck
 from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import (
     Metrics,
-    MetricsLog,
     Stopwatch,
-    open_trackers,
     read_metrics,
     reward_metrics,
     rollout_metrics,
     update_metrics,
-    write_parquet,
 )
 from bandit_rft.model import Policy
 from bandit_rft.model.surroundings import plain_surroundings
-from bandit_rft.model_card import model_card
 from bandit_rft.ops.objective import kl_estimate
-from bandit_rft.paths import absolute, saved_tree
+from bandit_rft.records import Records, restore
 from bandit_rft.replay import Replay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import Ahead, RolloutError, staleness
@@ -102,6 +93,8 @@ class Trainer:
         ConfigError, ValueError, TypeError: naming the argument and what was expected.
     """
 
+    make_records = Records
+
     def __init__(
         self,
         config: Config | None = None,
@@ -135,20 +128,12 @@ class Trainer:
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = Replay(config.replay.capacity) if config.replay.capacity else None
         self.ahead = Ahead() if config.rollout.ahead else None
-        self._saving: Metrics = {}
-        self._given, self._initial = run.policy, keep_initial(run.policy, config)
+        self._given, self.initial = run.policy, keep_initial(run.policy, config)
 
     @property
     def folder(self) -> Path:
         """The run folder's path."""
         return self.run_folder.path
-
-    @property
-    def _before_divergence(self) -> str:
-        return (
-            f"What is in {self.run_folder.checkpoints} is from before: give a checkpoint there as model_name_or_path, "
-            "a new output_dir and a lower learning_rate"
-        )
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -167,12 +152,12 @@ class Trainer:
                 try:
                     self.train_round()
                 except (RolloutError, CanaryError):  # the policy is as it was: nothing that was drawn is trained on
-                    if self.round and self._saved_round != self.round:
+                    if self.round and self.records.saved_round != self.round:
                         self.position = start
-                        self._save()
+                        self.records.checkpoint()
                     raise
-            if self._saved_round != self.round:
-                self._save()
+            if self.records.saved_round != self.round:
+                self.records.checkpoint()
         self.listener.finished(self)
         return RunResult(self.folder, read_metrics(self.folder), self.policy, self.finished)
 
@@ -222,7 +207,7 @@ class Trainer:
             dropped = constant_groups(batch.reward.numpy(), batch.query.numpy())
             metrics |= {"rollout/queries": len(batch.query.unique()), "rollout/dropped": len(dropped)}
         if self.config.log_rollouts_steps and number % self.config.log_rollouts_steps == 0:
-            self._log_rollouts(batch, texts)
+            self.records.rollouts(batch, texts)
         self._finish_round(clock, metrics)
 
     def draw(self, number: int, clock: Stopwatch) -> tuple[RolloutBatch, list[str], RewardResult]:
@@ -255,7 +240,7 @@ class Trainer:
             broken = sum(not bool(part.isfinite().all()) for part in batch.split(batch.logprobs))
             raise FloatingPointError(
                 f"round {number}: {broken} of {len(batch)} rollouts have log-probabilities that are not finite: the "
-                f"policy has diverged. {self._before_divergence}"
+                f"policy has diverged. {self.records.before_divergence}"
             )
         return batch, texts, RewardResult.join(rewards)
 
@@ -372,19 +357,19 @@ class Trainer:
             policy, batch, temperature=config.temperature, tokens_per_microbatch=config.tokens_per_microbatch
         )
 
-    # --- starting, measuring, saving ----------------------------------------------------------------------------------
+    # --- starting, finishing a round ----------------------------------------------------------------------------------
 
     def _start(self, stack: ExitStack) -> None:
         """Load everything, from the beginning or from a checkpoint."""
-        config, self._saved_round = self.config, -1
+        config = self.config
         found = self.run_folder.find_checkpoint(config.resume, asdict(config))
         self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given)
         self.optimizer = make_optimizer(self.policy, config)
         if found is not None:
             load_optimizer(found[0], self.optimizer)
-            self._restore(*found)
+            restore(self, *found)
             logger.info("continuing from %s", found[0])
-        reference = load_reference(self.policy, config, self._initial)
+        reference = load_reference(self.policy, config, self.initial)
         in_loss = config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
         self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
@@ -402,33 +387,13 @@ class Trainer:
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
-            check_initial(found[0], found[1].get("initial"), self._initial)
+            check_initial(found[0], found[1].get("initial"), self.initial)
             check_course(found[0], found[1].get("course"), self.learning_rate)
         self.scorer = stack.enter_context(make_scorer(self.task, config))
         if config.resume != "never" and found is None and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
-        self.run_folder.set_aside(None if found is None else self.round)
-        (self.folder / "config.yaml").write_text(to_yaml(config, self.folder))
-        self.log = MetricsLog(
-            self.folder, from_round=None if found is None else self.round,
-            trackers=open_trackers(config.report_to, self.folder, asdict(config)),
-        )  # fmt: skip
-        stack.callback(self.log.close)
-
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Take up the counters and what is remembered of earlier rounds."""
-        self.round = self._saved_round = state["round"]
-        self.position, self.kl.coef = state["position"], state["kl_coef"]
-        self.generated_tokens, self.seconds = state["generated_tokens"], state["seconds"]
-        arrays = load_arrays(path)
-        for name, part in self._remembering().items():
-            prefix = f"{name}|"
-            part.restore({key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)})
-
-    def _remembering(self) -> dict[str, Any]:
-        """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
-        parts = {"history": self.memory, "replay": self.replay, "ahead": self.ahead}
-        return {name: part for name, part in parts.items() if part is not None}
+        self.records = self.make_records(self, resumed=found is not None)
+        stack.callback(self.records.close)
 
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
@@ -440,67 +405,15 @@ class Trainer:
                 self.listener.phase("evaluate")
                 try:
                     self.sampler.refresh(number)
-                    metrics |= self.evaluate()
+                    metrics |= self.records.evaluation()
                 except (RolloutError, CanaryError) as error:  # the round is done: its line and checkpoint come first
                     failed = error
-        # A checkpoint claims its round's line, so its time is in the next.
-        metrics |= clock.metrics() | self.sampler.metrics() | self._saving
-        self._saving = {}
-        self.log.write(metrics)
+        metrics = self.records.line(metrics | clock.metrics() | self.sampler.metrics())
         if number and (last or failed or (config.save_steps and number % config.save_steps == 0)):
-            self._save()
+            self.records.checkpoint()
         if failed is not None:
             raise failed
         self.listener.round_done(metrics)
-
-    def evaluate(self) -> Metrics:
-        """Measure every evaluation split with the current weights and keep the completions."""
-        metrics: Metrics = {}
-        e, total = self.config.evaluation, evaluation_rollouts(self.config, map(len, self.data.evaluation))
-        for prompts in self.data.evaluation:
-            result = evaluate(
-                self.engine, self.scorer, prompts,
-                seed=self.config.seed, num_samples=e.num_samples, temperature=e.temperature, greedy=e.greedy,
-                drawn=partial(self.listener.evaluated, total=total),
-            )  # fmt: skip
-            metrics |= result.metrics
-            write_parquet(
-                self.run_folder.evaluations / f"round-{self.round:06d}-{prompts.name}.parquet", result.columns
-            )
-        return metrics
-
-    def _save(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.parameters()):
-            raise FloatingPointError(
-                f"round {self.round} left weights that are not finite: the policy has diverged, nothing was saved. "
-                f"{self._before_divergence}"
-            )
-        self.log.sync()
-        state = {
-            "config": saved_tree(asdict(self.config), absolute), "folder": str(self.folder.resolve()),
-            "data": self.data.fingerprints, "torch": torch.__version__, "position": self.position,
-            "kl_coef": self.kl.coef, "generated_tokens": self.generated_tokens, "seconds": self.seconds,
-            "course": self.learning_rate.course, "initial": head_digest(self._initial),
-        }  # fmt: skip
-        arrays = {f"{name}|{k}": x for name, part in self._remembering().items() for k, x in part.arrays().items()}
-        clock = Stopwatch()
-        with clock.phase("checkpoint"):
-            save_checkpoint(
-                self.run_folder.checkpoints, self.round, self.policy, self.optimizer, state, arrays,
-                self.config.save_total_limit, self._card(),
-            )  # fmt: skip
-        self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
-        self._saved_round = self.round
-
-    def _card(self) -> str:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        lines = read_metrics(self.folder)
-        return model_card(self.config, self.task, lines, self.run_folder.evaluations, versions)
-
-    def _log_rollouts(self, batch: RolloutBatch, texts: Sequence[str]) -> None:
-        examples = [self.task.splits["train"][query] for query in batch.query.tolist()]
-        prompts = [prompt_text(example.prompt) for example in examples]
-        self.run_folder.write_rollouts(batch, prompts, texts, [answer_text(example) for example in examples])
 
 
 __all__ = ["CheckpointError", "GateError", "Listener", "Trainer", "load_policy", "make_scorer"]

@@ -10,17 +10,22 @@ from tempfile import TemporaryDirectory
 from bandit_rft.budget import evaluation_count, evaluation_rollouts, planned_rounds
 from bandit_rft.config import Config
 from bandit_rft.progress import duration
+from bandit_rft.records import Records
 from bandit_rft.trainer import Trainer
 
 #: Questions of a split that are evaluated, at least.
 QUESTIONS = 16
 
 
-class _Probe(Trainer):
-    """Trains in a folder that is thrown away, and saves nothing."""
+class _NothingSaved(Records):
+    """Of a folder that is thrown away."""
 
-    def _save(self) -> None:
-        self._saved_round = self.round
+    def checkpoint(self) -> None:
+        self.saved_round = self.trainer.round
+
+
+class _Probe(Trainer):
+    make_records = _NothingSaved
 
 
 def probe_round(config: Config) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from .backend import Head, Scaling, TokenInputs
 from .head_gradients import GivenGradients, HeadGradients
 from .logprobs import _linear_logprobs_backward, score
 from .objective import PolicyObjective, token_coefficients
-from .policy_loss import scaled
+from .ready_gradients import scaled
 from .reference import computing_dtype
 from .registry import once
 

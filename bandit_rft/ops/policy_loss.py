@@ -24,8 +24,9 @@ from .counted import clear_, ignored, may_have_gradient, replaced, rows_that_cou
 from .head_gradients import GivenGradients, HeadGradients, empty_gradients
 from .logprobs import rows_with_gradient, score, with_unit_columns
 from .objective import STATISTICS, PolicyObjective, loss_and_statistics, token_coefficients
+from .ready_gradients import scaled, with_gradients
 from .reference import computing_dtype
-from .registry import autograd, once, operation
+from .registry import autograd, operation
 from .token_arguments import ObjectiveFields, Selection, Sequences, check_weight_grad, token_arguments
 from .vocab_parallel import Shard, VocabParallelBackend
 
@@ -132,7 +133,7 @@ def linear_policy_loss(
     if weight_grad is not None:
         detached = [None if t is None else t.detach() for t in (hidden, weight, bias)]
         loss, stats, logprobs, *found = _linear_policy_loss_into(weight_grad, *detached, *arguments, wanted)
-        loss = _WithGradients.apply(hidden, weight, bias, weight_grad, loss, *found)  # type: ignore[no-untyped-call]
+        loss = with_gradients(hidden, weight, bias, weight_grad, loss, *found)
         return PolicyLoss(*_named(loss, stats, logprobs))
     loss, stats, logprobs, *_ = _linear_policy_loss(hidden, weight, bias, *arguments, wanted)
     return PolicyLoss(*_named(loss, stats, logprobs))
@@ -311,21 +312,6 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
 autograd("linear_policy_loss", _backward, _setup)
 
 
-def scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """gradient * grad_loss without a second [V, H]: in place, and not at all where the factor is seen to be 1.
-
-    On a CPU the host sees it; on a GPU, where it would have to wait, a kernel does that returns at once (`backend`).
-
-    (Autograd's version counter refuses a second backward pass over a gradient that was scaled in place.)
-    """
-    traced = torch.compiler.is_compiling() or type(grad_loss) is not Tensor or type(gradient) is not Tensor
-    if traced:
-        return (gradient * grad_loss.to(gradient.dtype)).to(dtype)
-    if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
-        return gradient.to(dtype)
-    return backends.named(backend).scale_(gradient, grad_loss).to(dtype)
-
-
 # --- head, with the weight's gradient added straight into a buffer that exists ----------------------------------------
 
 
@@ -343,49 +329,6 @@ def _linear_policy_loss_into(
     gradients.weight = None  # it is where it belongs
     of_hidden, of_weight, of_bias = gradients.results(rounded=False)
     return *seen, of_hidden, of_weight, of_bias
-
-
-class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients were computed with it, as a function of what they are the gradients of."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None, loss: Tensor,
-        *found: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(*found)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.weight_grad = weight_grad
-        ctx.backend = backends.scaling(hidden.device, computing_dtype(hidden))
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        factor = grad_loss if ctx.weight_grad is None else _unit_factor(grad_loss, ctx.weight_grad)
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and ctx.weight_grad is None, ctx.needs_input_grad[2]]
-        gradients = tuple(
-            scaled(gradient, factor, dtype, ctx.backend) if want else None
-            for want, gradient, dtype in zip(wanted, ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*once(gradients), *(None,) * (len(ctx.needs_input_grad) - len(gradients)))
-
-
-def _unit_factor(grad_loss: Tensor, weight_grad: Tensor) -> Tensor:
-    """grad_loss, which must be 1: the weight's gradient was added for that factor, and cannot be scaled any more.
-
-    Raises RuntimeError where looking does not wait for a GPU; otherwise all gradients become NaN, weight_grad's first
-    entry with them, so that the step is seen to be wrong.
-    """
-    if type(grad_loss) is Tensor and checks.readable(grad_loss):
-        if (factor := grad_loss.item()) != 1.0:
-            raise RuntimeError(
-                "a loss computed with weight_grad must be backpropagated unscaled: the weight's gradient was added in "
-                f"the forward call, for a factor of 1; got {factor}. Scale through normalizer, or leave weight_grad out"
-            )
-        return grad_loss
-    unit = torch.where(grad_loss == 1, grad_loss, math.nan)
-    weight_grad[:1, :1].mul_(unit.to(weight_grad.dtype))
-    return unit
 
 
 # --- head, a slice of the vocabulary on each rank ---------------------------------------------------------------------
@@ -409,7 +352,7 @@ def _vocab_parallel(
         if weight_grad is not None:
             gradients.weight = None  # it is where it belongs
         found = gradients.results(rounded=False)
-    return _WithGradients.apply(*of, weight_grad, loss, *found), statistics, logprobs  # type: ignore[no-untyped-call]
+    return with_gradients(*of, weight_grad, loss, *found), statistics, logprobs
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
