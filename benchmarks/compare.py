@@ -54,7 +54,8 @@ def reference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], list[str], list[str]]:
     """(of the cases that both have timed, cases of `old` alone, cases of `new` alone)."""
     timed = [
-        {name for name, case in run["cases"].items() if case["sides"].get(OURS, {}).get("seconds")} for run in (old, new)
+        {name for name, case in run["cases"].items() if case["sides"].get(OURS, {}).get("seconds")}
+        for run in (old, new)
     ]
     found = []
     for name in old["cases"]:

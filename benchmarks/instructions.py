@@ -1,6 +1,6 @@
 """How many instructions the compiled core executes a token, by valgrind's callgrind: the same total in every run.
 
-    python benchmarks/instructions.py             count, and compare with the committed counts   (make bench-instructions)
+    python benchmarks/instructions.py             count, and compare with the committed counts (make bench-instructions)
     python benchmarks/instructions.py --write     count twice, and commit to these
 
 Where times drift by a factor of two, instructions do not drift at all, so a change of one percent shows. They are not

@@ -134,8 +134,8 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         times.append(time.perf_counter())
-        phases = dict(zip(("rollout", "reward", "update"), torch.tensor(times, dtype=torch.float64).diff().tolist(), strict=True))
-        return {**phases, "round": times[-1] - times[0]}
+        a, b, c, d = times
+        return {"rollout": b - a, "reward": c - b, "update": d - c, "round": d - a}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ from comparison.record import OURS
 
 from bandit_rft.ops import backends
 
-pytestmark = [pytest.mark.skipif(backends.native is None, reason="measures the compiled core"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.skipif(backends.native is None, reason="measures the compiled core"),
+    pytest.mark.timeout(900),
+]
 
 
 def dimensions(shape: tuple[int, ...]) -> str:
@@ -24,9 +27,7 @@ def dimensions(shape: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("operation", ["loss", "logprobs"])
-def test_peaks(
-    operation: str, each_shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]
-) -> None:
+def test_peaks(operation: str, each_shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
     name, names = {
         "loss": ("linear_policy_loss, forward + backward", LOSS),
         "logprobs": ("linear_logprobs, forward", LOGPROBS),
@@ -57,9 +58,7 @@ def test_a_real_vocabulary(benchmark: Any, keep: Callable[..., None]) -> None:
     found = fresh.measure("loss", OURS, shape, once=True)
     assert "missing" not in found, found
     figures = {"process GiB": found["process_mib"] / 1024, "logits GiB": 4 * shape[0] * shape[2] / 2**30}
-    sides = {
-        OURS: {"role": "ours", "seconds": [found["seconds"]], "peak_mib": found["peak_mib"], "figures": figures}
-    }
+    sides = {OURS: {"role": "ours", "seconds": [found["seconds"]], "peak_mib": found["peak_mib"], "figures": figures}}
     line = f"\n    {found['process_mib'] / 1024:.2f} GiB the whole process, {found['seconds']:.0f} s"
     keep(f"linear_policy_loss, once, {dimensions(shape)}", {"group": "large", "sides": sides, "shape": shape}, line)
     benchmark.pedantic(lambda: None)

@@ -61,7 +61,9 @@ def ours(
     )  # fmt: skip
     Trainer(config, task=task).run()
     lines = [line for line in read_metrics(output) if line["round"] > skip]
-    return [{k.removeprefix("seconds/"): v for k, v in line.items() if k.startswith("seconds/") and v} for line in lines]
+    return [
+        {k.removeprefix("seconds/"): v for k, v in line.items() if k.startswith("seconds/") and v} for line in lines
+    ]
 
 
 def trl_steps(trainer_name: str, folder: Path, output: Path, steps: int = 10) -> list[dict[str, float]]:

@@ -24,14 +24,21 @@ from bandit_rft.model import Policy
 from bandit_rft.ops import backends
 from bandit_rft.rollout import RolloutEngine, sequence_ids
 
-pytestmark = [pytest.mark.skipif(backends.native is None, reason="measures the compiled core"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.skipif(backends.native is None, reason="measures the compiled core"),
+    pytest.mark.timeout(900),
+]
 Keep = Callable[..., None]
 K = 1024
 #: curve -> (what grows, its values, the loss's shape and share of zeros at a value, threads)
 LOSS_CURVES: dict[str, tuple[str, Sequence[float], Callable[[Any], tuple[tuple[int, int, int], float]]]] = {
     "tokens": ("N", (K, 4 * K, 16 * K, 64 * K), lambda n: ((n, 256, 8000), 0.0)),
     "vocabulary": ("V", (K, 8 * K, 32 * K, 128 * K, 256 * K), lambda v: ((K, 256, v), 0.0)),
-    "zero rows": ("share of the sequences at advantage 0", (0.0, 0.25, 0.5, 0.75, 0.9), lambda z: ((2 * K, 512, 16000), z)),
+    "zero rows": (
+        "share of the sequences at advantage 0",
+        (0.0, 0.25, 0.5, 0.75, 0.9),
+        lambda z: ((2 * K, 512, 16000), z),
+    ),
 }
 COMPARED = (OURS, PLAIN, TORCH, CCE)
 

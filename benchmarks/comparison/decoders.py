@@ -87,6 +87,7 @@ def llama_cpp(task: Task) -> Run:
     import ctypes
 
     import llama_cpp as api
+
     from comparison import gguf_model
 
     file = task.folder / "model-f32.gguf"
@@ -116,7 +117,9 @@ def llama_cpp(task: Task) -> Run:
         ctx = contexts[count]
         api.llama_memory_clear(api.llama_get_memory(ctx), True)
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy() if greedy else api.llama_sampler_init_dist(1))
+        api.llama_sampler_chain_add(
+            chain, api.llama_sampler_init_greedy() if greedy else api.llama_sampler_init_dist(1)
+        )
         room = max(512, count)
         batch = api.llama_batch_init(room, 0, 1)
         drawn: list[list[int]] = [[] for _ in range(count)]

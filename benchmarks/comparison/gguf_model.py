@@ -1,4 +1,4 @@
-"""A Hugging Face Llama as llama.cpp reads it: float32 GGUF, by the `gguf` package's own writer. No tokenizer is needed."""
+"""A Hugging Face Llama as llama.cpp reads it: float32 GGUF, by the `gguf` package's own writer, without a tokenizer."""
 
 from __future__ import annotations
 

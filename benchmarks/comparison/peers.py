@@ -20,7 +20,12 @@ from .record import OURS
 
 Work = Callable[[], Any]
 PLAIN, COMPILED = "plain PyTorch", "torch.compile, max-autotune"
-TORCH, TRL, LIGER, CCE = "F.linear_cross_entropy", "TRL ChunkedLogProbFunction", "Liger chunked GRPO", "cut-cross-entropy"
+TORCH, TRL, LIGER, CCE = (
+    "F.linear_cross_entropy",
+    "TRL ChunkedLogProbFunction",
+    "Liger chunked GRPO",
+    "cut-cross-entropy",
+)
 PRODUCTS, PRODUCT = "three bare products", "the bare product"
 
 
