@@ -38,6 +38,7 @@ class Task(NamedTuple):
         return [[words.randrange(3, vocabulary) for _ in range(self.prompt)] for _ in range(count)]
 
 
+KEPT: list[Any] = []
 Run = Callable[[int, bool], list[list[int]]]  # (sequences, greedy) -> their tokens
 
 
@@ -93,8 +94,9 @@ def llama_cpp(task: Task) -> Run:
     file = task.folder / "model-f32.gguf"
     if not file.exists():
         gguf_model.write(task.folder, file)
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    task_log = api.llama_log_callback(lambda *_: None)
+    KEPT.append(task_log)  # ctypes frees a callback that nothing holds
+    api.llama_log_set(task_log, ctypes.c_void_p(0))
     api.llama_backend_init()
     model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
     vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
