@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-#: name -> configuration. "1M" is that of the rounds; decoding also has a head of its own and 160M parameters.
+#: name -> configuration. The first is that of the rounds; the others decode, with heads of a size that vLLM serves.
 SIZES: dict[str, dict[str, Any]] = {
     "1.1M": {
         "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
@@ -13,7 +13,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "1.3M": {
         "vocab_size": 1536, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
     },
     "160M": {
         "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
