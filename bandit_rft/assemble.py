@@ -23,6 +23,7 @@ from bandit_rft.gates import LOGPROB_GAP
 from bandit_rft.hub import asking, check_place
 from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
+from bandit_rft.model.policy import align
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rewards import RewardFunction, RewardRunner
 from bandit_rft.rollout import RolloutEngine, ServerEngine
@@ -68,6 +69,7 @@ def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -
 
 def prepare(policy: Policy, config: Config) -> Policy:
     """A policy as it is sampled from and trained: no token without a text, activations kept or not."""
+    align(policy.model)
     if policy.tokenizer is not None and not policy.padding_token_ids:
         _mask_padding(policy, policy.tokenizer)
     if config.gradient_checkpointing and not policy.gradient_checkpointing:

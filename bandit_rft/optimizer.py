@@ -156,8 +156,7 @@ class PolicyOptimizer:
                     raise ValueError(f"optimizer state {name}: {list(value.shape)} does not fit {list(master.shape)}")
             if state:
                 self._adamw.state[master] = {
-                    k: v.to(master.device) if k != "step" else v.to(torch.float32).to(master.device)
-                    for k, v in state.items()
+                    k: v.to(master.device, torch.float32 if k == "step" else None, copy=True) for k, v in state.items()
                 }
 
 

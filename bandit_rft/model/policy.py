@@ -31,6 +31,9 @@ from bandit_rft.model.surroundings import plain_surroundings
 
 __all__ = ["Policy", "UnsupportedModelError"]
 
+#: Bytes: what torch allocates on a CPU begins at a multiple.
+ALIGNMENT = 64
+
 
 class Policy:
     """A causal LM, its head taken apart, its tokenizer and its stop tokens.
@@ -137,6 +140,7 @@ class Policy:
         )
         model, report = loaded
         _check_loaded(source, model, report)
+        align(model)
         tokenizer = AutoTokenizer.from_pretrained(saved, **options)
         model.to(device)
         if adapter is not None:
@@ -272,6 +276,17 @@ def _checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
                 vars(layer).pop("forward", None)
             else:
                 layer.forward = forward
+
+
+def align(model: nn.Module) -> None:
+    """Move weights and buffers that lie at odd addresses of a CPU's memory, as those of a mapped file do.
+
+    The order of a sum, and so its last bits, may follow the address. A model that is loaded from one file and then from
+    another, whose header has another length, would not compute the same.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ def sparse_loss(setting: Setting, *shape: int) -> Iterator[Result]:
     batch = Batch(setting, *shape)
     yield from compared(
         setting, "the same, 70% of rows at 0", shape, "every advantage", lambda: batch.loss(batch.sparse),
-        lambda: batch.loss(batch.advantages), bar=0.36,
+        lambda: batch.loss(batch.advantages), bar=0.36, predict=["sparse_ratio", *shape],
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def loss_memory(setting: Setting, *shape: int) -> Iterator[Result]:
     gib = (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
     yield {
         "case": "memory beyond inputs and gradients, GiB", "shape": str(shape), "against": "1 GiB", "ours_ms": gib,
-        "other_ms": 1.0, "ratio": gib, "bar": None if setting.small else 1.25,
+        "other_ms": 1.0, "ratio": gib, "bar": None if setting.small else 1.25, "predict": ["loss_memory", *shape],
     }  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import CONFIGS, own_logprobs
-from tiny_models import tiny_llama
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_llama, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -154,3 +156,16 @@ def test_wrong_length_names_the_argument() -> None:
 def test_missing_folder_is_a_clear_error() -> None:
     with pytest.raises(FileNotFoundError, match="model_name_or_path"):
         Policy.load("/nowhere/at/all")
+
+
+def test_weights_of_a_mapped_file_are_moved_to_addresses_that_do_not_depend_on_its_header(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights, seen = load_file(file), set()
+    for length in range(16):  # the header's length moves everything that comes after it, by eight bytes at a time
+        save_file({k: v.clone() for k, v in weights.items()}, file, {"format": "pt", "note": "-" * 8 * length})
+        seen |= {t.data_ptr() % 64 for t in load_file(file).values()}
+        policy = Policy.load(str(tmp_path), device="cpu")
+        assert {p.data_ptr() % 64 for p in policy.model.parameters()} == {0}
+        assert torch.equal(policy.weight, weights["lm_head.weight"])
+    assert len(seen) > 1, "the files were mapped at even addresses: this would not have failed before"

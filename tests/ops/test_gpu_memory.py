@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,6 +16,9 @@ from bandit_rft.ops import head
 from bandit_rft.ops.backend import Head
 from bandit_rft.ops.core_backend import CudaBackend
 from bandit_rft.ops.head_gradients import HeadGradients
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from gpu_measurements import machine
 
 GIB = 1 << 30
 SHAPES = [(8192, 4096, 151936), (16384, 2048, 151936), (8192, 896, 151936), (8192, 4096, 128256)]
@@ -71,4 +76,6 @@ def test_gradients_need_at_most_a_gib_and_a_quarter(
     assert of_weight.dtype == torch.bfloat16 and of_weight.shape == weight.shape and of_hidden.shape == hidden.shape
     results = 2 * (n * h + v * h)
     assert sizes[0] == 2048
+    predicted = GIB * machine.loss_memory(machine.H200, n, h, v) + (2 * 2 * 2048 * h + 8 * n if skipped else 8 * n)
+    assert seen.peak - results == pytest.approx(predicted, rel=0.01)
     assert seen.peak - results <= 1.25 * GIB, f"{(seen.peak - results) / GIB:.2f} GiB"

@@ -297,7 +297,7 @@ class TableTrainer(Trainer):
     def train_round(self) -> None:
         if self.round == 0:
             self.original = self.updater
-            self.initial = copy.deepcopy(self.policy.model).double()
+            self.at_start = copy.deepcopy(self.policy.model).double()
             self.updater = self.compare_gradients  # type: ignore[assignment]
         super().train_round()
 
@@ -360,7 +360,7 @@ class TableTrainer(Trainer):
         lists = batch.token_lists()
         now = score(model, prompts, lists)
         with torch.no_grad():
-            initial = score(self.initial, prompts, lists)
+            initial = score(self.at_start, prompts, lists)
         return [
             Scored(logp, entropy, math.nan, drawn_at[i].double(), initial[i][0])
             for i, (logp, entropy) in enumerate(now)
