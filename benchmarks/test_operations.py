@@ -44,7 +44,8 @@ def test_policy_loss(side_by_side: Measure, each_shape: Shape, zero: float, back
     share = f", {zero:.0%} of the sequences at advantage 0" if zero else ""
     side_by_side(
         f"linear_policy_loss, forward + backward{share}{through(backend)}, {dimensions(each_shape)}", works,
-        group="loss", roles=role, rounds=5, bars=bars, missing=missing, errors=errors, shape=each_shape, zero=zero,
+        group="loss", roles=role, rounds=5, bars=bars, missing=missing, errors=errors, shape=each_shape,
+        zero=(batch.advantages == 0).double().mean().item(),
     )  # fmt: skip
 
 
