@@ -33,6 +33,7 @@ class PromptSet:
         tokens: the token ids of its prompt.
         examples: the example itself.
         filtered: how many were left out, for a length of 0 or more than max_prompt_length tokens.
+        lengths: of every prompt, in tokens, those left out among them.
 
     Raises:
         ValueError: where most of the prompts would be left out (tasks.checks.MAX_FILTERED), or a row has a prompt that
@@ -54,7 +55,7 @@ class PromptSet:
         self.tokens: list[list[int]] = []
         self.examples: list[Example] = []
         self.filtered = 0
-        lengths: list[int] = []
+        self.lengths: list[int] = []
         for index, example in enumerate(examples):
             if limit is not None and len(self.indices) == limit:
                 break
@@ -62,14 +63,14 @@ class PromptSet:
                 ids = prompt_tokens(example.prompt, tokenizer, chat_template)
             except ValueError as error:
                 raise ValueError(f"{name} row {index}: {error}") from error
-            lengths.append(len(ids))
+            self.lengths.append(len(ids))
             if not 0 < len(ids) <= max_prompt_length:
                 self.filtered += 1
                 continue
             self.indices.append(index)
             self.tokens.append(ids)
             self.examples.append(example)
-        check_filtered(name, max_prompt_length, lengths)
+        check_filtered(name, max_prompt_length, self.lengths)
         if self.filtered:
             logger.warning(
                 "%s: %d of %d prompts are longer than max_prompt_length=%d (or empty) and were left out",

@@ -114,25 +114,43 @@ def _data(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str]]
 
 
 def _prompts(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str]]:
-    """Lengths by the tokenizer's own library: the chat template, which comes on top, needs transformers."""
     folder = model_folder(config)
     if found.task is None or folder is None or not (folder / "tokenizer.json").is_file():
         yield None, "not counted: that takes the data and the model's tokenizer.json here"
         return
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for name in dict.fromkeys(("train", *(config.evaluation.splits or found.task.splits))):
-        prompts = [
-            example.prompt if isinstance(example.prompt, str) else "\n".join(m["content"] for m in example.prompt)
-            for example in found.task.splits[name]
-        ]
-        lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(prompts)]
-        filtered = check_filtered(name, config.max_prompt_length, lengths)
-        yield (
-            True,
-            f"{name}: up to {max(lengths)} tokens, without a chat template; {filtered:,} of {len(lengths):,} left out",
-        )
+        examples = found.task.splits[name]
+        messages = not all(isinstance(example.prompt, str) for example in examples)
+        if messages or (config.chat_template == "auto" and _has_chat_template(folder)):
+            from transformers import AutoTokenizer
+
+            from bandit_rft.data import PromptSet
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            kept = PromptSet(
+                name, examples, tokenizer,
+                chat_template=config.chat_template, max_prompt_length=config.max_prompt_length,
+            )  # fmt: skip
+            longest, filtered, how = max(kept.lengths), kept.filtered, "with the chat template"
+        else:  # by the tokenizer's own library, which loads in no time
+            from tokenizers import Tokenizer
+
+            encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(
+                [str(e.prompt) for e in examples]
+            )
+            lengths = [len(encoding.ids) for encoding in encoded]
+            filtered = check_filtered(name, config.max_prompt_length, lengths)
+            longest, how = max(lengths), "without a chat template"
+        yield True, f"{name}: up to {longest} tokens, {how}; {filtered:,} of {len(examples):,} left out"
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _rewards(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str]]:

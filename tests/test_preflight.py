@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,6 +172,21 @@ def test_real_data_with_too_short_prompts_is_refused(data_dir: Path, tmp_path: P
     assert found.failed == ["prompts"]
     assert any("leaves out" in text and "of 7,473 prompts of train" in text for _, _, text in found.lines)
     assert preflight.preflight(build_config({**given, "max_prompt_length": 400})).failed == []
+
+
+def test_prompt_lengths_count_the_chat_template(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} =>{% endif %}"
+    )
+    said = {what: text for what, _, text in preflight.preflight(make(max_prompt_length=40)).lines}
+    assert said["prompts"] == "test: up to 13 tokens, with the chat template; 0 of 4 left out"
+    found = preflight.preflight(make())  # "user: 0+1= =>" is 13 tokens
+    assert found.failed == ["prompts"]
+    assert (
+        "max_prompt_length=12 leaves out 12 of 12 prompts of train"
+        in dict(map(itemgetter(0, 2), found.lines))["prompts"]
+    )
+    assert preflight.preflight(make(chat_template="never")).failed == []
 
 
 def test_the_probe_predicts_a_wall_time(make: Make, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def learning(run: Run, charts: Charts) -> list[Figure]:
     title = " or ".join(dict.fromkeys(run.measure(split) for split in splits)) or "reward"
     figures = []
     if lines:
-        figures.append(charts.figure("Train and test", lines, f"{note}{_bands(lines)}", y_range=span, y_title=title))
+        shown = " and ".join(split for split in slots if split in splits) or "training"
+        figures.append(charts.figure(shown.capitalize(), lines, f"{note}{_bands(lines)}", y_range=span, y_title=title))
     if more:
         hidden = len(others) - len(more)
         left_out = f" {hidden} more splits are in the table of metrics." if hidden else ""
