@@ -252,6 +252,7 @@ def render(run: Path = RUN) -> str:
         thread_wait=thread_wait(), duration=duration, significant=significant,
         dates=sorted({case["date"] for case in data["cases"].values()}),
         commits=sorted({case["commit"] for case in data["cases"].values()}),
+        loads=sorted(case["load"] for case in data["cases"].values() if case.get("load") is not None),
     )  # fmt: skip
 
 

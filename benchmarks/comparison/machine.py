@@ -73,8 +73,11 @@ def compiler_of(library: Path) -> str | None:
     return found[1].decode() if found else None
 
 
-def measured() -> dict[str, str]:
-    """When, and of which commit; "+" where the working tree has changes beyond its results and pages."""
+def measured() -> dict[str, Any]:
+    """When, of which commit, and how busy the machine was (the load average of a minute, which counts us as well).
+
+    The commit ends in "+" where what is measured has changes that are not committed.
+    """
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "bandit_rft", "kernels", "csrc", "CMakeLists.txt"]
     try:
         commit = subprocess.run(
@@ -83,4 +86,5 @@ def measured() -> dict[str, str]:
         changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit, changed = "unknown", ""
-    return {"date": datetime.date.today().isoformat(), "commit": commit + ("+" if changed else "")}
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {"date": datetime.date.today().isoformat(), "commit": commit + ("+" if changed else ""), "load": load}
