@@ -31,6 +31,11 @@ def curves_of(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {name: sorted(points, key=lambda case: case["x"]) for name, points in found.items()}
 
 
+def short(x: float) -> str:
+    """1024 as 1k."""
+    return f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}"
+
+
 def draw(points: list[dict[str, Any]], path: Path) -> None:
     """One curve, a file: medians, with quartiles as bars."""
     names = list(dict.fromkeys(name for case in points for name in case["sides"]))
@@ -51,10 +56,12 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
                 ax.plot(xs, [max(y, 1.0) for _, y in own], color=colour, marker=marker, ls=dash, ms=4, label=name)
         if points[0]["curve"] not in LINEAR:
             ax.set_xscale("log", base=2)
+        ax.set_xticks([case["x"] for case in points], [short(case["x"]) for case in points])
         if points[0]["curve"] == "threads":
-            ax.set_xticks([case["x"] for case in points])
+            ax.set_ylim(bottom=0)
         else:
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
         ax.set_xlabel(points[0]["axis"])
         ax.set_title("median ms" if what == "seconds" else "peak MiB beyond inputs and gradients", fontsize=10)
         ax.grid(alpha=0.25)
