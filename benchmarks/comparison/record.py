@@ -42,11 +42,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(case: dict[str, Any], over: str, under: str) -> Spread:
-    """`over`'s seconds / `under`'s, turn by turn; of medians where the sides were not sampled in turns."""
+    """`over`'s seconds / `under`'s, turn by turn; of medians and quartiles where their samples are not pairs."""
     a, b = case["sides"][over]["seconds"], case["sides"][under]["seconds"]
     if len(a) != len(b):
-        middle = statistics.median(a) / statistics.median(b)
-        return Spread(middle, min(a) / max(b), max(a) / min(b))
+        x, y = spread(a), spread(b)
+        return Spread(x.median / y.median, x.low / y.high, x.high / y.low)
     return spread([x / y for x, y in zip(a, b, strict=True)])
 
 

@@ -40,6 +40,8 @@ def test_a_ratio_is_of_turns_not_of_medians() -> None:
     found = record.ratio(case([1.0, 1.0, 2.0], [2.0, 2.0, 4.0]), OURS, "plain PyTorch")
     assert found == (0.5, 0.5, 0.5)
     assert record.spread([1, 2, 3, 4, 100]) == (3, 2, 4)
+    # Rounds are not pairs: three of one side stand beside two of another.
+    assert record.ratio(case([1.0, 2.0, 3.0], [2.0, 4.0]), OURS, "plain PyTorch") == (2 / 3, 1 / 4, 3 / 2)
 
 
 def test_a_run_of_several_commands_is_one_file(tmp_path: Path) -> None:
