@@ -32,12 +32,8 @@ def dimensions(shape: Shape) -> str:
 @pytest.mark.parametrize("zero", [0.0, 0.7])
 def test_policy_loss(side_by_side: Measure, each_shape: Shape, zero: float, backend: str | None) -> None:
     batch = Batch(*each_shape, zero=zero)
-    works, missing = peers.working(LOSS, batch)
-    answer, errors = batch.answer(), {}
-    for side, work in works.items():
-        if side != PRODUCTS:
-            work()
-            errors[side] = batch.gradient_error(answer)
+    answer = batch.answer()
+    works, missing, errors = peers.working(LOSS, batch, lambda _: batch.gradient_error(answer))
     bars = [{"over": OURS, "under": FASTEST, "at_most": 0.35 if zero else 1.0}]
     if not zero:
         bars.append({"over": OURS, "under": PRODUCTS, "at_most": 1.15})
@@ -62,9 +58,8 @@ def test_policy_loss_sparse_against_itself(side_by_side: Measure, shape: Shape) 
 
 def test_logprobs(side_by_side: Measure, each_shape: Shape, backend: str | None) -> None:
     batch = Batch(*each_shape)
-    works, missing = peers.working(LOGPROBS, batch)
     right = batch.answer().logprobs
-    errors = {side: (work() - right).abs().max().item() for side, work in works.items() if side != PRODUCT}
+    works, missing, errors = peers.working(LOGPROBS, batch, lambda found: (found - right).abs().max().item())
     side_by_side(
         f"linear_logprobs, forward{through(backend)}, {dimensions(each_shape)}", works, group="logprobs", roles=role,
         rounds=9, bars=[{"over": OURS, "under": PRODUCT, "at_most": 1.05}], missing=missing, errors=errors,
@@ -103,13 +98,17 @@ def test_sample(side_by_side: Measure, shape: Shape, rows: int, backend: str | N
         PRODUCT: lambda _: lambda: hidden @ weight.T,
         READING: lambda _: lambda: half.copy_(weight[: len(half)]),  # as many bytes, read and written
     }
-    works, missing = peers.working(sides, batch)
     truth = (hidden.double() @ weight.double().T).log_softmax(-1)
-    errors = {}
-    for side, work in works.items():
-        if side not in (PRODUCT, READING):
-            token, logprob = work()
-            errors[side] = (truth.gather(1, token.view(-1, 1)).view(-1) - logprob.view(-1)).abs().max().item()
+
+    def error(drawn: Any) -> float:
+        token, logprob = (part.view(-1) for part in drawn)
+        return (truth.gather(1, token[:, None])[:, 0] - logprob).abs().max().item()
+
+    limits = {PRODUCT: sides.pop(PRODUCT), READING: sides.pop(READING)}
+    works, missing, errors = peers.working(sides, batch, error)
+    works |= {name: make(batch) for name, make in limits.items()}
+    for name in limits:
+        works[name]()
     side_by_side(
         f"linear_sample, {rows} rows{through(backend)}, {dimensions(shape[1:])}", works, group="sampling",
         roles=lambda side: "limit" if side == READING else "reference" if side == PRODUCT else role(side),
@@ -171,7 +170,7 @@ class TestRows:
             COMPILED: lambda _: lambda: function(*arguments),
             self.COPY: lambda _: lambda: into.copy_(logits.detach()[:copied]),
         }
-        works, missing = peers.working(sides, Batch(32, 8, 64))
+        works, missing, _ = peers.working(sides, Batch(32, 8, 64))
         side_by_side(
             f"{name}, {self.count} rows of {shape[2]}", works, group="rows", rounds=15, missing=missing,
             roles=lambda side: "limit" if side == self.COPY else role(side),
@@ -212,7 +211,7 @@ class TestRows:
             function(z, t, a).backward()
 
         arguments, into = (logits, targets, advantages), torch.empty(self.count, shape[2])
-        works, missing = peers.working(
+        works, missing, _ = peers.working(
             {
                 OURS: lambda _: lambda: ours(*arguments),
                 PLAIN: lambda _: lambda: plain(*arguments),

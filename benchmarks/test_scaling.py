@@ -68,7 +68,7 @@ def test_loss(curve: str, benchmark: Any, keep: Keep) -> None:
     for x in values:
         shape, zero = shape_of(x)
         batch = Batch(*shape, zero=zero)
-        works, missing = peers.working({name: LOSS[name] for name in COMPARED}, batch)
+        works, missing, _ = peers.working({name: LOSS[name] for name in COMPARED}, batch)
         point(keep, curve, axis, x, in_turns(works), missing)
     benchmark.pedantic(lambda: None)
 
@@ -134,7 +134,7 @@ def test_threads(benchmark: Any, keep: Keep) -> None:
     try:
         for threads in range(1, (torch.multiprocessing.cpu_count() or 1) + 1):
             torch.set_num_threads(threads)
-            works, missing = peers.working({name: LOSS[name] for name in COMPARED}, batch)
+            works, missing, _ = peers.working({name: LOSS[name] for name in COMPARED}, batch)
             point(keep, "threads", "threads", threads, in_turns(works), missing)
     finally:
         torch.set_num_threads(2)

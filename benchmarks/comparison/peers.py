@@ -212,15 +212,23 @@ def role(name: str) -> str:
     return "ours" if name == OURS else "limit" if name in LIMITS else "peer"
 
 
-def working(sides: dict[str, Callable[[Batch], Work]], batch: Batch) -> tuple[dict[str, Work], dict[str, str]]:
-    """({side: work that has run once}, {side: why it is missing})."""
+def working(
+    sides: dict[str, Callable[[Batch], Work]], batch: Batch, check: Callable[[Any], float] | None = None
+) -> tuple[dict[str, Work], dict[str, str], dict[str, float]]:
+    """({side: work that has run once}, {side: why it is missing}, {side: what `check` says of its result}).
+
+    A limit computes something else and is not checked.
+    """
     works: dict[str, Work] = {}
     missing: dict[str, str] = {}
+    errors: dict[str, float] = {}
     torch.compiler.reset()  # what was compiled for another shape would make the next one dynamic
     for name, make in sides.items():
         try:
             work = make(batch)
-            work()
+            result = work()
+            if check is not None and role(name) != "limit":
+                errors[name] = check(result)
         except Missing as reason:
             missing[name] = str(reason)
         except Exception as error:  # whatever a peer raises, its text is the result
@@ -229,4 +237,4 @@ def working(sides: dict[str, Callable[[Batch], Work]], batch: Batch) -> tuple[di
             missing[name] = f"{type(error).__name__}: {error}"[:300]
         else:
             works[name] = work
-    return works, missing
+    return works, missing, errors
