@@ -111,15 +111,34 @@ def make_parser(keys: bool = True) -> Parser:
     plan.add_argument("--dry_run", action="store_true", help="what plan does in any case: nothing is run")
     run = command(
         "run", "run the cells of a study, or continue",
-        "study run STUDY.yaml [--output_dir OUT] [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...] [--dry_run] "
-        "[--quiet | -v]",
+        "study run STUDY.yaml [--output_dir OUT] [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...] [--shard I/N] "
+        "[--max_seconds S] [--launcher NAME --workers N --launcher_option KEY=VALUE ...] [--dry_run] [--quiet | -v]",
         actions,
     )  # fmt: skip
     run.add_argument("--jobs", metavar="N", type=_at_least(1), action=_Once, help="cells at a time [one a GPU, or 1]")
     run.add_argument("--threads", metavar="N", type=_at_least(1), action=_Once, help="CPU threads of a cell [1]")
     run.add_argument("--retry", metavar="N", type=_at_least(0), action=_Once, help="further attempts at a cell [0]")
     run.add_argument("--gpus", metavar="0,1,...", type=_names, action=_Once, help="GPUs to deal the cells out to")
-    run.add_argument("--dry_run", action="store_true", help="print the cells and their price; run nothing")
+    run.add_argument(
+        "--shard", metavar="I/N", type=_shard, action=_Once, help="work on the I-th of N shares of the cells alone"
+    )
+    run.add_argument(
+        "--max_seconds", metavar="S", type=_positive, action=_Once,
+        help="end within S seconds, cells saved; begin none that would not end in time [SLURM's limit, in a job of it]",
+    )  # fmt: skip
+    run.add_argument(
+        "--launcher", choices=("slurm", "ray", "local"), action=_Once,
+        help="start workers that run this command: on SLURM, on a Ray cluster, or through submitit on this machine",
+    )  # fmt: skip
+    run.add_argument("--workers", metavar="N", type=_at_least(1), action=_Once, help="how many of them [1]")
+    run.add_argument(
+        "--launcher_option", metavar="KEY=VALUE", action="append",
+        help="of submitit's SlurmExecutor (time=MINUTES, partition=...) or a Ray task (num_gpus=...); more than once",
+    )  # fmt: skip
+    run.add_argument(
+        "--dry_run", action="store_true",
+        help="print the cells and their price, or with --launcher slurm the sbatch script; run nothing",
+    )  # fmt: skip
     loudness(run, "a line as a cell starts, and where an error comes from")
     status = command("status", "print how far a study is", "study status STUDY.yaml [--output_dir OUT]", actions)
     of = command("report", "analyse what a study has so far", "study report STUDY.yaml [--output_dir OUT]", actions)
@@ -248,6 +267,23 @@ def _at_least(least: int) -> Any:
         return int(text)
 
     return read
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0; got {text!r}")
+    return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N; got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _names(text: str) -> list[str]:

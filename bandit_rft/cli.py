@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bandit_rft.config import Config
 
 #: Extras by the library that is missing without them; all others come with "train".
-EXTRAS = {"shtab": "completion", "scipy": "study", "peft": "lora"}
+EXTRAS = {"shtab": "completion", "scipy": "study", "peft": "lora", "submitit": "slurm", "ray": "ray"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,16 +233,26 @@ def study(given: argparse.Namespace) -> int:
 
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
     choose_wait("bounded")
+    from bandit_rft.study.launch import share
+    from bandit_rft.study.limit import TimeLimit, seconds_left
     from bandit_rft.study.plan import seed_warning
     from bandit_rft.study.run import Runner
-    from bandit_rft.study.status import StudyProgress, show_plan, show_status
+    from bandit_rft.study.status import StudyProgress, read_status, show_plan, show_status
 
+    seconds = None if "launcher" in given else seconds_left(getattr(given, "max_seconds", None))
     gpus = getattr(given, "gpus", [])
     listener = StudyProgress(plan, folder, console, verbose="verbose" in given)
     runner = Runner(
         plan, folder, jobs=getattr(given, "jobs", len(gpus) or 1), threads=getattr(given, "threads", 1),
         retry=getattr(given, "retry", 0), gpus=gpus, listener=listener,
+        cells=share(plan.cells, given.shard) if "shard" in given else None,
+        limit=None if seconds is None else TimeLimit(seconds, folder),
     )  # fmt: skip
+    if "launcher" in given:
+        return _launch_study(plan, folder, given, console)
+    for name in ("workers", "launcher_option"):
+        if name in given:
+            raise UsageError(f"--{name} needs --launcher")
     if "dry_run" in given:
         show_plan(plan, console)
         return 0
@@ -263,13 +273,42 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
             signal.signal(number, handler)
     show_status(folder, console)
     if runner.stop_requested:
-        console.print(f"stopped; run the same command again to continue in {folder}", markup=False)
+        why = "stopped at the time limit" if runner.out_of_time else "stopped"
+        console.print(f"{why}; run the same command again to continue in {folder}", markup=False)
         return 130
-    if complete:
+    if complete and read_status(folder).counts["finished"] == len(plan.cells):  # all shares, not this one alone
         from bandit_rft.study.report import write_study_report
 
         console.print(f"report: {write_study_report(folder)}", markup=False, soft_wrap=True)
     return 0 if complete else 1
+
+
+def _launch_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
+    """Start workers that run this command, and wait for them (slurm: submit them)."""
+    from bandit_rft.study import launch, status
+
+    kind, workers, gpus = given.launcher, getattr(given, "workers", 1), len(getattr(given, "gpus", []))
+    flags = ("jobs", "threads", "retry", "shard", "max_seconds", "quiet", "verbose")
+    worker = launch.make_worker(Path(given.study), folder, {f: getattr(given, f) for f in flags if f in given}, gpus)
+    needs = launch.resources(kind, getattr(given, "jobs", gpus or 1), getattr(given, "threads", 1), gpus)
+    options = needs | launch.read_options(getattr(given, "launcher_option", []))
+    files = folder.absolute() / "launch"
+    if "dry_run" in given:
+        if kind != "slurm":
+            raise UsageError("--dry_run of a launcher prints an sbatch script: --launcher slurm")
+        print(launch.slurm_script(workers, files, options))
+        return 0
+    plan.write(folder)
+    if kind == "slurm":
+        jobs = launch.start_slurm(worker, workers, files, options)
+        console.print(
+            f"submitted {len(jobs)} workers, {jobs[0]} to {jobs[-1]}; what they print is in {files}\n"
+            f"  bandit-rft study status {given.study} --output_dir {folder}", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return 0
+    statuses = launch.RUN[kind](worker, workers, files, options)
+    status.show_status(folder, console)
+    return max(statuses)
 
 
 def env(given: argparse.Namespace) -> int:

@@ -197,7 +197,7 @@ def helps(name: str) -> Callable[[Stage], None]:
         others = {option for sub in COMMANDS.values() for a in sub._actions for option in a.option_strings} - own
         assert text.startswith(f"usage: bandit-rft {name}") and all(option in text for option in own)
         if name in WITH_KEYS:
-            others.remove("--output_dir")  # a key
+            others -= {"--output_dir", "--max_seconds"}  # keys
         assert not [option for option in others if re.search(rf"{option}\b", text)]
         assert ("objective.clip_low" in text) == (name in WITH_KEYS)
 
@@ -333,6 +333,30 @@ def study_output_dir(stage: Stage) -> None:
     assert (stage.folder / "out" / "of" / "it" / "plan.json").is_file()
 
 
+def study_works_on_a_share(stage: Stage) -> None:
+    assert stage.runner("study run s.yaml")["cells"] is None
+    stage.monkeypatch.undo()
+    stage.monkeypatch.chdir(stage.folder)
+    assert [cell.seed for cell in stage.runner("study run s.yaml --shard 1/1")["cells"]] == [0]
+    assert "shard=2/2 is empty" in stage.says("study run s.yaml --shard 2/2", 1)
+
+
+def study_keeps_time(stage: Stage) -> None:
+    assert stage.runner("study run s.yaml")["limit"] is None
+    stage.monkeypatch.undo()
+    stage.monkeypatch.chdir(stage.folder)
+    assert stage.runner("study run s.yaml --max_seconds 90")["limit"].seconds == 90
+
+
+def study_is_launched(stage: Stage) -> None:
+    pytest.importorskip("submitit")
+    line = "study run s.yaml --launcher slurm --dry_run"
+    assert "time=MINUTES is needed" in stage.says(line, 1)
+    script = stage.says(f"{line} --launcher_option time=7 --launcher-option qos=low")
+    assert "#SBATCH --time=7\n" in script and "#SBATCH --qos=low\n" in script and "--array" not in script
+    assert "#SBATCH --array=0-2%3\n" in stage.says(f"{line} --launcher_option time=7 --workers 3")
+
+
 def of_output_dir(action: str, words: str) -> Callable[[Stage], None]:
     def check(stage: Stage) -> None:
         study_output_dir(stage)
@@ -364,6 +388,11 @@ ACTS: dict[str, Callable[[Stage], None]] = {
     "study run --retry": reaches_the_runner("retry", "4", 4, 0),
     "study run --gpus": reaches_the_runner("gpus", "0,2", ["0", "2"], []),
     "study run --output_dir": study_output_dir,
+    "study run --shard": study_works_on_a_share,
+    "study run --max_seconds": study_keeps_time,
+    "study run --launcher": study_is_launched,
+    "study run --workers": study_is_launched,
+    "study run --launcher_option": study_is_launched,
     "study status --output_dir": of_output_dir("status", "1 cells: 1 waiting"),
     "study report --output_dir": of_output_dir("report", "report.html"),
 }

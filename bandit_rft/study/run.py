@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing.connection import wait
@@ -55,6 +55,23 @@ class Listener(Protocol):
 
     def tick(self) -> None:
         """Called about twice a second."""
+
+
+class Limit(Protocol):
+    """The end of a runner's time (limit.py)."""
+
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+
+    def learn(self, cell: PlannedCell, record: Mapping[str, Any]) -> None:
+        """What cell.json says of a cell."""
+
+    def fits(self, cell: PlannedCell) -> bool:
+        """Whether a cell may be begun."""
+
+    def near(self, cells: Iterable[str]) -> bool:
+        """Whether the cells at work must be asked to stop."""
 
 
 @dataclass
@@ -107,6 +124,8 @@ class Runner:
         listener: told of cells as they start and end.
         work: what a cell's process does, called with its configuration; `train_cell` by default.
         timeout: seconds without a sign of life after which another runner's cell is taken over.
+        cells: those of the plan that this runner may work on; all by default.
+        limit: when this runner must have ended; then cells are stopped in time, and `out_of_time` is true.
 
     Raises:
         ValueError: naming the number that is too small, or jobs where there are fewer gpus.
@@ -124,6 +143,8 @@ class Runner:
         listener: Listener,
         work: Callable[[Config], None] | None = None,
         timeout: float = TIMEOUT,
+        cells: Sequence[PlannedCell] | None = None,
+        limit: Limit | None = None,
     ):
         for name, value, least in (("jobs", jobs, 1), ("threads", threads, 1), ("retry", retry, 0)):
             if value < least:
@@ -136,13 +157,14 @@ class Runner:
         self.free_gpus: list[str | None] = list(gpus) or [None] * jobs
         self.failed_limit = (plan.settings.get("stopping") or {}).get("failed_cells")
         self.failed = 0
-        self.stop_requested = False
+        self.stop_requested = self.out_of_time = False
         self.running: list[Running] = []
-        self._waiting = list(plan.cells)  # not known to be done; others' cells stay, they may die
+        self.cells, self.limit = plan.cells if cells is None else list(cells), limit
+        self._waiting = list(self.cells)  # not known to be done; others' cells stay, they may die
         self._heart = threading.Event()
 
     def run(self) -> bool:
-        """Run until nothing is left to do here; whether every cell of the plan is finished."""
+        """Run until nothing is left to do here; whether every cell that this runner may work on is finished."""
         self.plan.write(self.folder)
         self.claims = Claims(self.folder, self.timeout)
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before the fork server starts
@@ -156,6 +178,7 @@ class Runner:
                 while len(self.running) < self.jobs and (cell := self._next()):
                     self._start(context, *cell)
                 self.listener.tick()
+                self._keep_time()
                 if self.running:
                     wait([job.process.sentinel for job in self.running], timeout=POLL)
                     idle = POLL
@@ -170,19 +193,30 @@ class Runner:
             self._heart.set()
             beating.join()
             self.claims.close()
-        return all(read_record(self.folder, cell.id).get("status") == "finished" for cell in self.plan.cells)
+        return all(read_record(self.folder, cell.id).get("status") == "finished" for cell in self.cells)
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.stop_requested:
             time.sleep(min(POLL, seconds))
             self.listener.tick()
+            self._keep_time()
 
     def stop(self, at_once: bool = False) -> None:
         """Let every cell finish its round and save, or kill them; they resume when the study is run again."""
         self.stop_requested = True
         for job in self.running:
             job.process.kill() if at_once else job.process.terminate()
+
+    def _keep_time(self) -> None:
+        """Stop the cells at work while they have time to save, and kill them at the limit itself."""
+        if self.limit is None or not (self.out_of_time or self.limit.near([job.cell.id for job in self.running])):
+            return
+        if not self.out_of_time:
+            self.out_of_time = True
+            self.stop()
+        elif self.limit.left <= 0:
+            self.stop(at_once=True)
 
     def _done(self) -> bool:
         if self.failed_limit is not None and self.failed >= self.failed_limit and not self.stop_requested:
@@ -193,12 +227,15 @@ class Runner:
         """The next cell that nobody works on, claimed. Cells that are finished or failed for good are forgotten."""
         if self.stop_requested:
             return None
-        ours = {job.cell.id for job in self.running}
+        ours, late = {job.cell.id for job in self.running}, 0
         for cell in list(self._waiting):
             if cell.id in ours:
                 continue
             if self._settled(cell):
                 self._waiting.remove(cell)
+                continue
+            if self.limit is not None and not self.limit.fits(cell):
+                late += 1
                 continue
             claim = self.claims.take(cell.id)
             if claim is None:
@@ -208,10 +245,14 @@ class Runner:
                 self._waiting.remove(cell)
                 continue
             return cell, claim
+        if late and late == len(self._waiting):  # nothing that is left would end in time
+            self.stop_requested = self.out_of_time = True
         return None
 
     def _settled(self, cell: PlannedCell) -> bool:
         record = read_record(self.folder, cell.id)
+        if self.limit is not None:
+            self.limit.learn(cell, record)
         failed = record.get("status") == "failed" and record.get("attempts", 0) > self.retry
         return record.get("status") == "finished" or failed
 
@@ -223,6 +264,8 @@ class Runner:
         process = context.Process(target=_cell_process, args=(self.work, config, str(self.folder), self.threads, gpu))
         process.start()
         self.running.append(Running(cell, process, claim, gpu, time.monotonic()))
+        if self.stop_requested:  # while the fork server was being started, which takes seconds
+            process.terminate()
         self.listener.started(cell, config)
 
     def _end(self, job: Running) -> None:
@@ -232,7 +275,7 @@ class Runner:
             return
         code, before = job.process.exitcode, read_record(self.folder, job.cell.id)
         status, error, attempts = "finished", "", before.get("attempts", 0)
-        stopped = code == INTERRUPTED or (self.stop_requested and code == -signal.SIGKILL)
+        stopped = code == INTERRUPTED or (self.stop_requested and code in (-signal.SIGKILL, -signal.SIGTERM))
         if stopped:
             status = "stopped"
         elif code != FINISHED:

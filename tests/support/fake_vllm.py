@@ -26,8 +26,8 @@ Json = dict[str, Any]
 class FakeVllm:
     """One server on a port of this machine, in threads of this process."""
 
-    def __init__(self, folder: Path, port: int = 0):
-        self.folder, self.port = Path(folder), port
+    def __init__(self, folder: Path, port: int = 0, host: str = "127.0.0.1"):
+        self.folder, self.port, self.host = Path(folder), port, host
         self.stale = self.wrong = self.deaf = False  # keeps its weights; spoils one tensor; keeps its version's name
         self.faults, self.calls, self.lock = deque[str](), Counter[str](), threading.RLock()
         self.delay = 0.0  # seconds that every completion takes
@@ -36,14 +36,14 @@ class FakeVllm:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Begin with the weights in `folder`, as a server that was started anew does."""
         self.version, self.paused, self.adapters = "default", False, dict[str, Any]()
         self.model = self.load(self.folder)
         handler = type("BoundHandler", (Handler,), {"server_of": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self.http = ThreadingHTTPServer((self.host, self.port), handler)
         self.http.daemon_threads = True
         self.port = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
@@ -203,7 +203,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path)
     parser.add_argument("--port", type=int)
+    parser.add_argument("--host", default="127.0.0.1")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    FakeVllm(given.model, given.port)
+    FakeVllm(given.model, given.port, given.host)
     threading.Event().wait()

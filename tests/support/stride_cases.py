@@ -110,4 +110,5 @@ def check_expanded(operation: str) -> None:
         want = run(operation, {k: expanded.clone() if k == name else values()[k] for k in names})
         got = run(operation, {k: expanded if k == name else values()[k] for k in names})
         for w, g in zip(want, got, strict=True):
-            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            # Equal rows cancel in a gradient; a product may sum in another order where rows lie elsewhere.
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -28,12 +28,12 @@ def slices(vocabulary: int, size: int) -> list[slice]:
     return [slice(*cut) for cut in itertools.pairwise(cuts)]
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference relative to the largest value; NaN must meet NaN."""
+def difference(a: torch.Tensor, b: torch.Tensor, unit: float = 1e-30) -> float:
+    """The largest difference relative to the largest value, or to `unit` if that is larger; NaN must meet NaN."""
     if not torch.equal(a.isnan(), b.isnan()):
         return float("inf")
     a, b = a.detach().nan_to_num().double(), b.detach().nan_to_num().double()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) if a.numel() else 0.0
+    return float((a - b).abs().max() / b.abs().max().clamp(min=unit)) if a.numel() else 0.0
 
 
 def mine(case: Case, part: slice, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -78,7 +78,9 @@ def check_all(rank: int, size: int) -> dict[str, float]:
                 one = linear_sample(whole[0], whole[1], **bias, **scaling, **stream, **chosen)
                 many = linear_sample(split[0], split[1], **own_bias, **scaling, **stream, **chosen, process_group=group)
             found[f"{name} tokens {chosen}"] = float((one.tokens != many.tokens).sum())
-            found[f"{name} sample {chosen}"] = max(difference(a, b) for a, b in zip(many[1:], one[1:], strict=True))
+            # Of one kept token, log-probability and entropy are 0 but for rounding: differences of numbers of size 1.
+            pairs = zip(many[1:], one[1:], strict=True)
+            found[f"{name} sample {chosen}"] = max(difference(a, b, unit=1.0) for a, b in pairs)
         for label, objective in OBJECTIVES.items():
             found[f"{name} {label} loss"] = loss_differs(case, objective, part, dtype, group)
     return found
