@@ -5,7 +5,7 @@ CORE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMak
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/native/*.h tests/native/*.cpp)
 
-.PHONY: help demo test test-fast lint pytest docs bench sanitize fuzz test-torch test-lowest test-vllm triton-versions gpu-check wheel wheels clean
+.PHONY: help demo test test-fast lint pytest docs bench bench-compare bench-instructions performance sanitize fuzz test-torch test-lowest test-vllm triton-versions gpu-check wheel wheels clean
 
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
@@ -17,7 +17,10 @@ help:
 	@echo "make test-lowest   the tests with the lowest versions that pyproject.toml names, likewise"
 	@echo "make test-vllm     rollouts from a real vLLM server on this CPU, in an environment of its own (gigabytes)"
 	@echo "make triton-versions TRITON=\"3.4.0 3.6.0\"   compile all kernels with these versions of Triton, each in a folder of its own"
-	@echo "make bench     the operations against plain PyTorch, as ratios measured in one run"
+	@echo "make bench     operations, rounds and decoding beside their peers, in turns, into one JSON (OUT=FILE)"
+	@echo "make bench-compare OLD=a.json NEW=b.json   what became slower than noise explains; exit status 1 if anything did"
+	@echo "make bench-instructions   instructions a token of the compiled core, by valgrind, beside the committed counts"
+	@echo "make performance   docs/performance.md and its curves, from benchmarks/results/"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure there, into benchmarks/results/"
 	@echo "make fuzz SECONDS=60 SEED=0   random calls of every operation, and of the compiled core under the sanitizers"
 	@echo "make sanitize  the compiled core under the address and undefined-behaviour sanitizers"
@@ -89,8 +92,18 @@ TRITON ?= 3.4.0 3.5.1 3.6.0 3.9.0
 triton-versions: .venv/.built
 	$(BIN)/python tools/check_triton.py --versions $(TRITON) --write
 
+# An hour and more; `-k` of pytest measures a part, and adds it to the same file. A peer that is not installed is named.
 bench: .venv/.built
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --record $(or $(OUT),build/bench-$(shell date +%Y%m%d-%H%M).json)
+
+bench-compare: .venv/.built
+	$(BIN)/python benchmarks/compare.py $(OLD) $(NEW) $(if $(TOLERANCE),--tolerance $(TOLERANCE))
+
+bench-instructions: .venv/.built
+	$(BIN)/python benchmarks/instructions.py
+
+performance: .venv/.built
+	$(BIN)/python benchmarks/performance.py
 
 fuzz: .venv/.built
 	BANDIT_RFT_FUZZ_SECONDS=$(or $(SECONDS),60) BANDIT_RFT_FUZZ_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/ops/test_fuzz.py

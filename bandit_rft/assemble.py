@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import socket
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -19,8 +20,10 @@ from bandit_rft import ops
 from bandit_rft.budget import schedule_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
+from bandit_rft.distributed import Ranks, join_ranks
 from bandit_rft.gates import LOGPROB_GAP
 from bandit_rft.hub import asking, check_place
+from bandit_rft.launched import launched_rank
 from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.model.policy import align
@@ -131,10 +134,27 @@ def new_policy(config: Config, given: Policy | None = None) -> Policy:
     return add_adapter(policy, rank=c.rank, alpha=c.alpha, targets=c.targets, seed=config.seed)
 
 
-def make_optimizer(policy: Policy, config: Config) -> PolicyOptimizer:
+def configured_ranks(config: Config) -> AbstractContextManager[Ranks]:
+    """The processes that train together, for as long as the block runs; a process that is alone meets nobody.
+
+    Raises:
+        ConfigError: for what several processes cannot do.
+    """
+    _, world = launched_rank()
+    if world > 1 and config.rollout.engine != "embedded":
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine} is for one process; there are {world}. The embedded engine draws "
+            "with all of them"
+        )
+    if world > 1 and config.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device={config.device} is one of them; with {world} processes each takes its own: leave it")
+    return join_ranks(sharded=config.distributed.shard == "fsdp", timeout_s=config.distributed.timeout_s)
+
+
+def make_optimizer(policy: Policy, config: Config, ranks: Ranks | None = None) -> PolicyOptimizer:
     """AdamW over the policy's trainable parameters."""
-    return PolicyOptimizer(
-        policy.named_parameters(), learning_rate=config.learning_rate,
+    return (ranks or Ranks()).optimizer(
+        policy, learning_rate=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
@@ -209,9 +229,15 @@ def load_reference(policy: Policy, config: Config, initial: Policy | None = None
     return reference
 
 
-def check_initial(checkpoint: Path, saved: str | None, initial: Policy | None) -> None:
-    """Refuse to go on with a KL to another model than the one that a program gave at first (ConfigError)."""
-    if saved is not None and initial is not None and saved != head_digest(initial):
+def check_initial(checkpoint: Path, saved: str | None, now: str | None) -> None:
+    """Refuse to go on with a KL to another model than the one that a program gave at first (ConfigError).
+
+    Args:
+        checkpoint: its folder.
+        saved: the head_digest of the initial model as the checkpoint keeps it.
+        now: of the one that is given; None: none is.
+    """
+    if saved is not None and now is not None and saved != now:
         raise ConfigError(
             f"{checkpoint} was made with a KL to the model as it was given then, and the one given now has other "
             "weights: has it been trained since? Load it anew, or choose another output_dir"
@@ -227,8 +253,9 @@ def head_digest(policy: Policy | None) -> str | None:
 
 
 def make_updater(
-    policy: Policy, optimizer: PolicyOptimizer, reference: Policy | None, config: Config, kl_coef: float
-) -> PolicyUpdater:
+    policy: Policy, optimizer: PolicyOptimizer, reference: Policy | None, config: Config, kl_coef: float,
+    ranks: Ranks | None = None,
+) -> PolicyUpdater:  # fmt: skip
     """What takes the steps. The reference is for a KL in the loss; a KL in the rewards is subtracted before."""
     objective = ops.PolicyObjective(**asdict(config.objective))
     term = {"kl": "none", "kl_coef": 0.0} if reference is None else {"kl_coef": kl_coef}
@@ -236,7 +263,7 @@ def make_updater(
         policy, optimizer, replace(objective, **term), reference=reference, temperature=config.temperature,
         tokens_per_microbatch=config.tokens_per_microbatch, epochs=config.update.epochs,
         minibatches=config.update.minibatches, seed=config.seed,
-        max_logprob_gap=0.0 if takes_ratios(config) else logprob_gap_limit(policy, config),
+        max_logprob_gap=0.0 if takes_ratios(config) else logprob_gap_limit(policy, config), ranks=ranks,
     )  # fmt: skip
 
 

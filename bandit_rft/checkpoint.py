@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def save_checkpoint(
     folder: Path,
     round_index: int,
     policy: Policy,
-    optimizer: PolicyOptimizer,
+    optimizer: Mapping[str, Tensor],
     state: dict[str, Any],
     arrays: dict[str, NDArray[Any]] | None = None,
     keep: int = 0,
@@ -65,7 +65,7 @@ def save_checkpoint(
         folder: of the run's checkpoints; made where it is missing.
         round_index: the round that was finished last.
         policy: saved as a Hugging Face folder.
-        optimizer: its state goes to optimizer.safetensors.
+        optimizer: its `state_tensors`; go to optimizer.safetensors.
         state: what JSON can hold; goes to state.json.
         arrays: what is remembered of earlier rounds, by name; goes to replay.safetensors.
         keep: how many of the checkpoints written last stay; 0: all.
@@ -85,7 +85,7 @@ def save_checkpoint(
     try:
         partial.mkdir()
         policy.save(partial)
-        tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.state_tensors().items()}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.items()}
         save_file(tensors, partial / "optimizer.safetensors")
         if arrays:
             safetensors.numpy.save_file(arrays, partial / "replay.safetensors")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bandit_rft.arguments import UsageError, make_parser, parse
+from bandit_rft.launched import launched_rank
 from bandit_rft.threads import choose_wait
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = argparse.Namespace()
     try:
         given = parse(arguments)
+        if given.command in ("eval", "study") and launched_rank()[1] > 1:
+            raise UsageError(f"{given.command} is for one process; torchrun starts several for train")
         return commands[given.command](given)
     except UsageError as error:
         return _fail(str(error), 2)
@@ -74,7 +77,10 @@ def train(given: argparse.Namespace) -> int:
 
     config = build_config(given.overrides, getattr(given, "config", None))
     choose_wait(config.thread_wait)
+    rank, world = launched_rank()
     if "dry_run" in given:
+        if world > 1:
+            raise UsageError("--dry_run is for one process: leave torchrun away")
         return _dry_run(config, probe=given.dry_run == "probe")
     from rich.console import Console
 
@@ -83,7 +89,7 @@ def train(given: argparse.Namespace) -> int:
     from bandit_rft.report import ReportWriter
 
     _set_loudness(given)
-    console = Console(highlight=False, quiet="quiet" in given)
+    console = Console(highlight=False, quiet="quiet" in given or rank > 0)
     listener, report = ConsoleListener(config, console), ReportWriter()
     with listener.loading():
         from bandit_rft.trainer import Trainer
@@ -103,7 +109,8 @@ def train(given: argparse.Namespace) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    show_result(trainer.folder, lines, report.path, console)
+    if rank == 0:
+        show_result(trainer.folder, lines, report.path, console)
     if not trainer.finished:
         listener.say(
             f"stopped after round {trainer.round} of {trainer.data.rounds}; saved. Continue with\n"

@@ -35,6 +35,7 @@ from bandit_rft.paths import from_folder, relative_to, saved_tree
 from bandit_rft.peer_names import answer_to_name, answer_to_value
 from bandit_rft.presets import PRESETS
 from bandit_rft.sections import (
+    DistributedConfig,
     EvaluationConfig,
     Key,
     KLConfig,
@@ -132,6 +133,7 @@ class Config(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     tokens_per_microbatch: int = Key(
         16384, "prompt and completion tokens of one forward and backward pass", may_change=True, design=False, ge=1
     )

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from bandit_rft.rewards import RewardResult, RewardRunner
+from bandit_rft.rewards import RewardResult
 from bandit_rft.tasks import Example, collate
 from bandit_rft.tasks.checks import check_filtered
 from bandit_rft.text import LIMIT, lone_surrogate, printable
@@ -173,7 +173,16 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def score(runner: RewardRunner, examples: Sequence[Example], texts: Sequence[str]) -> RewardResult:
+class Scorer(Protocol):
+    """What gives completions their rewards: a RewardRunner, or one that asks another rank's."""
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> RewardResult:
+        """Score N completions of N prompts, with N values a column."""
+
+
+def score(runner: Scorer, examples: Sequence[Example], texts: Sequence[str]) -> RewardResult:
     """Rewards of completions, handed over as the ecosystem has it: text for text, messages for messages."""
     completions: list[Any] = [
         text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]

@@ -19,11 +19,10 @@ import numpy as np
 from bandit_rft.assemble import configured_task, embedded_engine, load_policy, make_scorer
 from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.config import Config, ConfigError
-from bandit_rft.data import PromptSet, completion_texts, prompt_text, score
+from bandit_rft.data import PromptSet, Scorer, completion_texts, prompt_text, score
 from bandit_rft.intervals import Interval, reward_interval
 from bandit_rft.metrics import Metrics
-from bandit_rft.rewards import RewardRunner
-from bandit_rft.rollout import RolloutEngine, Sampling, ServerEngine, sequence_ids
+from bandit_rft.rollout import Engine, Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 
 EVALUATION_STREAM = 1  # training rollouts are drawn from stream 0
@@ -47,8 +46,8 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine | ServerEngine,
-    runner: RewardRunner,
+    engine: Engine,
+    runner: Scorer,
     prompts: PromptSet,
     *,
     seed: int,
@@ -119,8 +118,8 @@ def evaluate(
 
 
 def _draw(
-    engine: RolloutEngine | ServerEngine,
-    runner: RewardRunner,
+    engine: Engine,
+    runner: Scorer,
     prompts: PromptSet,
     seed: int,
     sampling: Sampling,
@@ -224,7 +223,7 @@ def answer_text(example: Any) -> str | None:
     return None if answer is None else str(answer)
 
 
-def _tokenizer(engine: RolloutEngine | ServerEngine) -> Any:
+def _tokenizer(engine: Engine) -> Any:
     if engine.policy.tokenizer is None:
         raise ValueError("the policy has no tokenizer: evaluation needs one to turn completions into text")
     return engine.policy.tokenizer

@@ -117,6 +117,11 @@ class SpotCheck:
 
     def __init__(self, steps: int, limit: float | None, seed: int, objective: ops.PolicyObjective):
         self.steps, self.limit, self.seed, self.objective = steps, limit, seed, objective
+        self._fits = True  # in memory
+
+    def due(self, number: int) -> bool:
+        """Whether round `number` is one to check."""
+        return bool(self.steps) and (number - 1) % self.steps == 0
 
     def __call__(
         self, policy: Policy, batch: RolloutBatch, temperature: float, number: int, *, off_policy: bool = False
@@ -129,7 +134,7 @@ class SpotCheck:
         Raises:
             GateError: when an error is above the limit, or NaN.
         """
-        if not self.steps or (number - 1) % self.steps or not len(batch):
+        if not self.due(number) or not len(batch) or not self._fits:
             return {}
         row = int(np.random.Generator(np.random.PCG64([self.seed, number, 0x5907])).integers(len(batch)))
         one = batch.select([row])
@@ -140,7 +145,7 @@ class SpotCheck:
             )  # fmt: skip
         except torch.OutOfMemoryError:
             logger.warning("verify_steps: no memory to compute one rollout by plain PyTorch: no more checks")
-            self.steps = 0
+            self._fits = False
             return {}
         limit = VERIFY_ERROR[policy.weight.dtype] if self.limit is None else self.limit
         if not found.worst() <= limit:

@@ -98,7 +98,7 @@ class PolicyOptimizer:
             FloatingPointError: on a CPU, the norm is not finite.
         """
         grads = [master.grad for master in self.masters if master.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = self._norm(grads)
         if self.asynchronous:
             self.refuse(~torch.isfinite(norm))
             # AdamW's fused kernel leaves everything as it is where this is 1.
@@ -113,6 +113,10 @@ class PolicyOptimizer:
                 parameter.data.copy_(master.detach())
         torch._foreach_zero_(grads)
         return norm
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of all gradients together, 0-d."""
+        return nn.utils.get_total_norm(grads)
 
     def refuse(self, condition: Tensor) -> None:
         """Where condition (0-d bool) holds, no step is applied from here to the next `refused`; waits for nothing."""

@@ -104,7 +104,7 @@ class ConsoleListener(Listener):
             f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.data.train):,} training prompts, "
             f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
         )
-        if trainer.scorer.isolation == "fork":
+        if getattr(trainer.scorer, "isolation", None) == "fork":
             self.say("Rewards run in forks of this process: one of them cannot be imported.")
         if trainer.round:
             self.say(f"continuing after round {trainer.round}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from bandit_rft.assemble import head_digest
 from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.checkpoint import load_arrays, save_checkpoint
 from bandit_rft.config import to_yaml
 from bandit_rft.data import prompt_text
-from bandit_rft.evaluate import answer_text, evaluate
+from bandit_rft.evaluate import Evaluation, answer_text, evaluate
 from bandit_rft.metrics import Metrics, MetricsLog, Stopwatch, open_trackers, read_metrics, write_parquet
 from bandit_rft.model_card import model_card
 from bandit_rft.paths import absolute, saved_tree
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Records:
-    """The files of a trainer's run folder, which the caller has locked.
+    """The files of a trainer's run folder, which the caller has locked. With several ranks, the first one's alone.
 
     Args:
         trainer: whose parts are loaded, and whose counters are those of the round that was finished last.
@@ -81,9 +81,11 @@ class Records:
                 drawn=partial(trainer.listener.evaluated, total=total),
             )  # fmt: skip
             metrics |= result.metrics
-            name = f"round-{trainer.round:06d}-{prompts.name}.parquet"
-            write_parquet(self.run_folder.evaluations / name, result.columns)
+            self._write_evaluation(f"round-{trainer.round:06d}-{prompts.name}.parquet", result)
         return metrics
+
+    def _write_evaluation(self, name: str, result: Evaluation) -> None:
+        write_parquet(self.run_folder.evaluations / name, result.columns)
 
     def checkpoint(self) -> None:
         """Save what continues the run.
@@ -92,30 +94,59 @@ class Records:
             FloatingPointError: a weight is not finite; nothing is saved.
             OSError: the disk is full or read-only; every earlier checkpoint is untouched.
         """
-        trainer, config = self.trainer, self.trainer.config
+        trainer = self.trainer
+        trainer.ranks.gather()
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.policy.parameters()):
             raise FloatingPointError(
                 f"round {trainer.round} left weights that are not finite: the policy has diverged, nothing was saved. "
                 f"{self.before_divergence}"
             )
+        clock = Stopwatch()
+        with clock.phase("checkpoint"):
+            self._write_checkpoint(trainer.optimizer.state_tensors())
+        self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
+        self.saved_round = trainer.round
+
+    def _write_checkpoint(self, optimizer: Mapping[str, Tensor]) -> None:
+        trainer, config = self.trainer, self.trainer.config
         self.log.sync()
         state = {
             "config": saved_tree(asdict(config), absolute), "folder": str(self.folder.resolve()),
             "data": trainer.data.fingerprints, "torch": torch.__version__, "position": trainer.position,
             "kl_coef": trainer.kl.coef, "generated_tokens": trainer.generated_tokens, "seconds": trainer.seconds,
-            "course": trainer.learning_rate.course, "initial": head_digest(trainer.initial),
+            "course": trainer.learning_rate.course, "initial": trainer.initial_digest,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in _remembering(trainer).items() for k, x in part.arrays().items()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         card = model_card(config, trainer.task, read_metrics(self.folder), self.run_folder.evaluations, versions)
-        clock = Stopwatch()
-        with clock.phase("checkpoint"):
-            save_checkpoint(
-                self.run_folder.checkpoints, trainer.round, trainer.policy, trainer.optimizer, state, arrays,
-                config.save_total_limit, card,
-            )  # fmt: skip
-        self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
-        self.saved_round = trainer.round
+        save_checkpoint(
+            self.run_folder.checkpoints, trainer.round, trainer.policy, optimizer, state, arrays,
+            config.save_total_limit, card,
+        )  # fmt: skip
+
+
+class OtherRecords(Records):
+    """Of a rank that is not the first: it takes part in what is measured and gathered, and writes nothing."""
+
+    def __init__(self, trainer: Trainer, *, resumed: bool):
+        self.trainer, self.run_folder = trainer, trainer.run_folder
+        self.saved_round = trainer.round if resumed else -1
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def line(self, metrics: Metrics) -> Metrics:
+        """The line, which the first rank writes."""
+        return metrics
+
+    def rollouts(self, batch: RolloutBatch, texts: Sequence[str]) -> None:
+        """Nothing: the first rank has all of them."""
+
+    def _write_evaluation(self, name: str, result: Evaluation) -> None:
+        pass
+
+    def _write_checkpoint(self, optimizer: Mapping[str, Tensor]) -> None:
+        pass
 
 
 def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from bandit_rft.data import PromptSet
 from bandit_rft.gates import check_canaries
 from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
-from bandit_rft.rollout import Ahead, RolloutEngine, Sampling, ServerEngine, sequence_ids
+from bandit_rft.rollout import Ahead, Engine, Sampling, ServerEngine, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.update import score_rollouts
 
@@ -32,7 +32,7 @@ class Sampler:
     """
 
     def __init__(
-        self, engine: RolloutEngine | ServerEngine, policy: Policy, prompts: PromptSet, config: Config,
+        self, engine: Engine, policy: Policy, prompts: PromptSet, config: Config,
         ahead: Ahead | None,
     ):  # fmt: skip
         self.engine, self.policy, self.prompts, self.config, self.ahead = engine, policy, prompts, config, ahead
@@ -80,4 +80,4 @@ class Sampler:
 
     def metrics(self) -> Metrics:
         """Of the latest push, and what servers did since the last call."""
-        return self.engine.metrics() | self._canary
+        return {**self.engine.metrics(), **self._canary}

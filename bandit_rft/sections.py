@@ -355,6 +355,20 @@ class LoraConfig(Section):
 
 
 @dataclass(config=STRICT)
+class DistributedConfig(Section):
+    """How several processes train together (docs/scaling.md); torchrun starts them. For one process it says nothing."""
+
+    shard: Literal["fsdp", "ddp"] = Key(
+        "fsdp", "weights, gradients and optimizer state split over the processes, or all of them on each",
+        may_change=True, design=False,
+    )  # fmt: skip
+    timeout_s: float = Key(
+        3600.0, "seconds that processes wait for each other in one call: more than rewards or a checkpoint take",
+        may_change=True, design=False, gt=0,
+    )  # fmt: skip
+
+
+@dataclass(config=STRICT)
 class RewardConfig(Section):
     """Which rewards, and what a reward may cost (bandit_rft.rewards)."""
 

@@ -22,6 +22,8 @@ from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     check_course,
     check_initial,
+    configured_ranks,
+    head_digest,
     keep_initial,
     load_policy,
     load_reference,
@@ -37,6 +39,7 @@ from bandit_rft.assemble import (
 from bandit_rft.checkpoint import CheckpointError, load_optimizer
 from bandit_rft.config import Config, advantage_options
 from bandit_rft.data import completion_texts, query_order, score
+from bandit_rft.distributed import Ranks
 from bandit_rft.gates import CanaryError, GateError, SpotCheck
 from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
@@ -52,7 +55,7 @@ from bandit_rft.metrics import (
 from bandit_rft.model import Policy
 from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.ops.objective import kl_estimate
-from bandit_rft.records import Records, restore
+from bandit_rft.records import OtherRecords, Records, restore
 from bandit_rft.replay import Replay, reweigh, staleness_metrics
 from bandit_rft.rewards import RewardResult
 from bandit_rft.rollout import Ahead, RolloutError, staleness
@@ -118,6 +121,7 @@ class Trainer:
         config = self.config = replace(run.config, dtype=resolve_dtype(run.config))
         self.task, self.listener, self._shows = run.task, run.listener, run.shows
         self.run_folder = RunFolder(config.output_dir)
+        self.ranks = Ranks()  # those of a run, while it runs
         self.stop_requested = False
         self.round = 0
         self.position = 0  # in the order of queries
@@ -128,7 +132,8 @@ class Trainer:
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = Replay(config.replay.capacity) if config.replay.capacity else None
         self.ahead = Ahead() if config.rollout.ahead else None
-        self._given, self.initial = run.policy, keep_initial(run.policy, config)
+        self._given, self._initial = run.policy, keep_initial(run.policy, config)
+        self.initial_digest = head_digest(self._initial)
 
     @property
     def folder(self) -> Path:
@@ -141,13 +146,17 @@ class Trainer:
         """Train until the budget is used up or `stop_requested`; returns what came of it."""
         with ExitStack() as stack:
             stack.enter_context(plain_surroundings())
-            stack.enter_context(self.run_folder.lock())
-            stack.enter_context(self._shows())
+            self.ranks = stack.enter_context(configured_ranks(self.config))
+            if self.ranks.first:
+                stack.enter_context(self.run_folder.lock())
+                stack.enter_context(self._shows())
+            else:
+                self.listener = Listener()
             self._start(stack)
             self.listener.started(self)
-            if self.round == 0 and not read_metrics(self.folder):
+            if self.round == 0 and not self.ranks.any(self.ranks.first and bool(read_metrics(self.folder))):
                 self._finish_round(Stopwatch(), {"round": 0, **self.data.metrics()})
-            while not self.finished and not self.stop_requested:
+            while not self.finished and not self.ranks.any(self.stop_requested):
                 start = self.position
                 try:
                     self.train_round()
@@ -187,13 +196,14 @@ class Trainer:
             batch = self.compare(batch, shaped)
             training, replayed = self.with_replay(batch, number)
             self.optimizer.learning_rate = self.learning_rate(number)
+            self.ranks.release()
             uncorrected = self.config.replay.correction == "none" and len(training) > len(batch)
             update = self.updater(training, number, off_policy=uncorrected or takes_ratios(self.config))
             self.kl.update(shaping.get("kl", update.kl), len(batch))
             if self.kl.target is not None and self.config.kl.where == "loss":
                 self.updater.objective = replace(self.updater.objective, kl_coef=self.kl.coef)
         with clock.phase("verify"):
-            checked = self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=update.off_policy)
+            checked = self.verify(batch, number, off_policy=update.off_policy)
         self.round = number
         self.generated_tokens += len(batch.tokens)
         metrics = {
@@ -278,7 +288,7 @@ class Trainer:
             compared[compared] = most_varied(rewards[compared], queries[compared], config.rollout.keep)
         rows = torch.from_numpy(compared)
         if self.memory is not None:
-            self.memory.observe(batch.select(rows), lambda past: self._score(self.policy, past))
+            self.memory.observe(batch.select(rows), lambda past: self._score(self.trained, past))
         advantages = np.zeros(len(batch), dtype=np.float32)
         advantages[compared] = compute_advantages(
             config.advantage, rewards[compared], queries[compared], self.memory, advantage_options(config)
@@ -309,11 +319,20 @@ class Trainer:
             return batch, metrics
         if r.correction != "none":
             old, weights = reweigh(
-                old, lambda part: self._score(self.policy, part), correction=r.correction, cap=r.importance_cap,
+                old, lambda part: self._score(self.trained, part), correction=r.correction, cap=r.importance_cap,
                 every=self.updater.objective.every_token_counts,
             )  # fmt: skip
             metrics |= weights
         return RolloutBatch.cat([batch, old]), metrics
+
+    def verify(self, batch: RolloutBatch, number: int, *, off_policy: bool) -> Metrics:
+        """When it is time, one rollout's loss and gradient once more by plain PyTorch, by the first rank."""
+        if not self.spot_check.due(number):
+            return {}
+        self.ranks.gather()
+        if not self.ranks.first:
+            return {}
+        return self.spot_check(self.policy, batch, self.config.temperature, number, off_policy=off_policy)
 
     # --- parts of a round ---------------------------------------------------------------------------------------------
 
@@ -354,26 +373,32 @@ class Trainer:
         self._tokens_scored += len(batch.tokens)
         config = self.config
         return score_rollouts(
-            policy, batch, temperature=config.temperature, tokens_per_microbatch=config.tokens_per_microbatch
-        )
+            policy, batch, temperature=config.temperature, tokens_per_microbatch=config.tokens_per_microbatch,
+            ranks=self.ranks,
+        )  # fmt: skip
 
     # --- starting, finishing a round ----------------------------------------------------------------------------------
 
     def _start(self, stack: ExitStack) -> None:
         """Load everything, from the beginning or from a checkpoint."""
-        config = self.config
+        config, ranks = self.config, self.ranks
         found = self.run_folder.find_checkpoint(config.resume, asdict(config))
+        ranks.check_same("checkpoint", [str(found and found[1]).encode()])
         self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given)
-        self.optimizer = make_optimizer(self.policy, config)
+        self.trained = ranks.shard(self.policy)  # with several ranks, this one's share
+        self.optimizer = make_optimizer(self.trained, config, ranks)
         if found is not None:
             load_optimizer(found[0], self.optimizer)
             restore(self, *found)
             logger.info("continuing from %s", found[0])
-        reference = load_reference(self.policy, config, self.initial)
+        if (reference := load_reference(self.trained, config, self._initial)) is not None:
+            reference = ranks.shard(reference)
         in_loss = config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
-        self.updater = make_updater(self.policy, self.optimizer, reference if in_loss else None, config, self.kl.coef)
-        self.engine = make_engine(self.policy, config)
+        self.updater = make_updater(
+            self.trained, self.optimizer, reference if in_loss else None, config, self.kl.coef, ranks
+        )
+        self.engine = ranks.engine(make_engine(self.policy, config))
         stack.callback(self.engine.close)
         self.spot_check = SpotCheck(config.verify_steps, config.max_verify_error, config.seed, self.updater.objective)
         if self.policy.tokenizer is None:
@@ -387,19 +412,21 @@ class Trainer:
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
-            check_initial(found[0], found[1].get("initial"), self.initial)
+            check_initial(found[0], found[1].get("initial"), self.initial_digest)
             check_course(found[0], found[1].get("course"), self.learning_rate)
-        self.scorer = stack.enter_context(make_scorer(self.task, config))
-        if config.resume != "never" and found is None and read_metrics(self.folder):
+        scorer = make_scorer(self.task, config)
+        self.scorer = ranks.scorer(stack.enter_context(scorer) if ranks.first else scorer)
+        if config.resume != "never" and found is None and ranks.first and read_metrics(self.folder):
             logger.warning("%s has metrics but no checkpoint: starting again from round 0", self.folder)
-        self.records = self.make_records(self, resumed=found is not None)
+        self.records = (self.make_records if ranks.first else OtherRecords)(self, resumed=found is not None)
         stack.callback(self.records.close)
 
     def _finish_round(self, clock: Stopwatch, metrics: Metrics) -> None:
         """Evaluate and save when it is time; the round's line is written before the checkpoint that claims it."""
         config, number = self.config, self.round
-        self.seconds += float(clock.metrics()["seconds/round"] or 0.0) if number else 0.0
-        last, failed = self.finished or self.stop_requested, None
+        seconds = float(clock.metrics()["seconds/round"] or 0.0) if number else 0.0
+        self.seconds = self.ranks.from_first(self.seconds + seconds)
+        last, failed = self.finished or self.ranks.any(self.stop_requested), None
         if number == 0 or self.finished or (config.eval_steps and number % config.eval_steps == 0):
             with clock.phase("evaluate"):
                 self.listener.phase("evaluate")

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bandit_rft import ops
+from bandit_rft.distributed import Ranks
 from bandit_rft.gates import check_logprob_gap, logprob_gaps
 from bandit_rft.model import Policy
+from bandit_rft.ops.objective import STATISTICS
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.transfer import to_device, to_host
@@ -73,17 +75,19 @@ class PolicyUpdater:
         seed: of the shuffle that cuts them.
         max_logprob_gap: nats a token, mean over a rollout, by which the sampler may differ from this policy in a
             round's first step; 0: any.
+        ranks: the processes that share the work, every one of which has the whole batch; None: this one is alone.
     """
 
     def __init__(
         self, policy: Policy, optimizer: PolicyOptimizer, objective: ops.PolicyObjective, *,
         reference: Policy | None = None, temperature: float = 1.0, tokens_per_microbatch: int = 16384,
         epochs: int = 1, minibatches: int = 1, seed: int = 0, max_logprob_gap: float = 0.0,
+        ranks: Ranks | None = None,
     ):  # fmt: skip
         self.policy, self.optimizer, self.objective, self.reference = policy, optimizer, objective, reference
         self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
         self.epochs, self.minibatches, self.seed = epochs, minibatches, seed
-        self.max_logprob_gap = max_logprob_gap
+        self.max_logprob_gap, self.ranks = max_logprob_gap, ranks or Ranks()
 
     def __call__(self, batch: RolloutBatch, round_index: int, *, off_policy: bool = False) -> Update:
         """The steps of one round.
@@ -98,22 +102,25 @@ class PolicyUpdater:
                 before it, in a round of several, are.
             GateError: when the sampler was another policy, before the first step is applied.
         """
-        sums = _Sums()
+        sums, ranks = _Sums(), self.ranks
+        ranks.check_same("rollouts of a round", (column.numpy().tobytes() for column in batch.columns().values()))
         # In the only step of a round the sampler is this policy: the ratio is 1 by definition, not by rounding.
         off_policy = off_policy or self.epochs * self.minibatches > 1 or self.objective.weighs_sampler
         for rows in self._minibatches(len(batch), round_index):
             self._step(batch, rows, sums, round_index, off_policy)
+        zero = sums.losses[0].new_zeros(())
+        totals = ranks.sum(torch.stack([sums.statistics.get(name, zero) for name in STATISTICS]))
+        ratios = torch.zeros(3, len(LENGTHS), device=zero.device) if sums.ratios is None else sums.ratios
+        ratios = torch.cat([ranks.sum(ratios[:2]), ranks.max(ratios[2:])])
         # The one wait of an update on a GPU: what its steps came to.
-        nothing = sums.losses[0].new_zeros(0)
-        refused, losses, norms, differences, gap, ratios, *totals = to_host(
+        refused, losses, norms, differences, gap, ratios, totals = to_host(
             self.optimizer.refused(), torch.stack(sums.losses), torch.stack(sums.norms),
-            torch.cat(sums.differences or [nothing]), nothing if sums.gap is None else sums.gap,
-            nothing if sums.ratios is None else sums.ratios, *sums.statistics.values(),
+            torch.cat(sums.differences or [zero.new_zeros(0)]), zero if sums.gap is None else sums.gap, ratios, totals,
         )  # fmt: skip
         if refused:
             self._raise_first(sums, round_index)
-        means = {n: float(total) / max(sums.trained, 1) for n, total in zip(sums.statistics, totals, strict=True)}
-        differences = differences.float()
+        means = {n: float(total) / sums.trained for n, total in zip(STATISTICS, totals, strict=True) if sums.trained}
+        differences = ranks.join(differences.float())
         return Update(
             loss=float(np.mean(losses.tolist())),
             grad_norm=float(np.mean(norms.tolist())),
@@ -126,7 +133,7 @@ class PolicyUpdater:
             statistics=means,
             logprob_differences=differences[~differences.isnan()],
             logprob_gap=None if sums.gap is None else float(gap),
-            ratio_by_length={} if sums.ratios is None else _by_length(ratios.tolist()),
+            ratio_by_length=_by_length(ratios.tolist()),
         )
 
     def _minibatches(self, size: int, round_index: int) -> Iterator[NDArray[np.int64]]:
@@ -144,14 +151,23 @@ class PolicyUpdater:
         normalizer = lengths[trained].sum() if objective.aggregation == "token-mean" else len(trained)
         advantages = batch.advantage.numpy()
         computed = trained if objective.every_token_counts else trained[advantages[trained] != 0]
-        micros = micro_batches(batch.select(longest_first(batch, computed)), self.tokens_per_microbatch)
-        losses = [
-            self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy) for micro in micros
-        ]
-        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.policy.device)
+        micros, most = shared_micro_batches(batch, computed, self.tokens_per_microbatch, self.ranks)
+        with self.ranks.working(self.policy, self.reference):
+            losses = [
+                self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy)
+                for micro in micros
+            ]
+            for _ in range(most - len(micros) if self.ranks.lockstep else 0):
+                if self.reference is not None:
+                    self.ranks.take_part(self.reference, backward=False)
+                self.ranks.take_part(self.policy, backward=True)
+        dtype = torch.promote_types(self.policy.weight.dtype, torch.float32)
+        own_loss = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype, device=self.policy.device)
+        loss = self.ranks.sum(own_loss)
         gap = None
-        if not sums.losses:
-            sums.gap = gap = _largest_gap(micros, sums.differences, round_index)
+        if not sums.losses and bool((batch.round[torch.from_numpy(computed)] == round_index).any()):
+            own = _largest_gap(micros, sums.differences, round_index)
+            sums.gap = gap = self.ranks.max(torch.full_like(loss, -torch.inf) if own is None else own.to(loss.dtype))
         if self.optimizer.asynchronous:
             self.optimizer.refuse(~torch.isfinite(loss))
             if self.max_logprob_gap and gap is not None:
@@ -250,8 +266,9 @@ def _by_length(ratios: list[list[float]]) -> dict[str, float]:
 
 
 def score_rollouts(
-    policy: Policy, batch: RolloutBatch, *, temperature: float = 1.0, tokens_per_microbatch: int = 16384
-) -> Tensor:
+    policy: Policy, batch: RolloutBatch, *, temperature: float = 1.0, tokens_per_microbatch: int = 16384,
+    ranks: Ranks | None = None,
+) -> Tensor:  # fmt: skip
     """Log-probabilities of a batch's completion tokens under a policy; no gradients.
 
     Args:
@@ -259,19 +276,26 @@ def score_rollouts(
         batch: rollouts in host memory.
         temperature: at which they were sampled.
         tokens_per_microbatch: most tokens of one forward pass, prompts included; a longer rollout is alone.
+        ranks: the processes that share the work and get all of its result; None: this one is alone.
 
     Returns:
         float32 [N] in host memory.
     """
+    ranks = ranks or Ranks()
     if not len(batch):
         return torch.zeros(0)
-    order = longest_first(batch, np.arange(len(batch)))
-    ordered = batch.select(order)
-    scored = [
-        _score(policy, micro.to(policy.device), training_inputs(micro, policy.device), temperature)
-        for micro in micro_batches(ordered, tokens_per_microbatch)
-    ]
-    return replace(ordered, logprobs=torch.cat(scored).cpu()).select(np.argsort(order)).logprobs
+    micros, most = shared_micro_batches(batch, np.arange(len(batch)), tokens_per_microbatch, ranks)
+    with ranks.working(policy):
+        scored = [
+            _score(policy, micro.to(policy.device), training_inputs(micro, policy.device), temperature)
+            for micro in micros
+        ]
+        for _ in range(most - len(micros) if ranks.lockstep else 0):
+            ranks.take_part(policy, backward=False)
+    shares = [longest_first(batch, rows) for rows in ranks.shares(_sizes(batch))]
+    order = np.concatenate(shares)  # as the ranks give them, one behind the other
+    logprobs = ranks.join(torch.cat(scored).float().cpu() if scored else torch.zeros(0))
+    return replace(batch.select(order), logprobs=logprobs).select(np.argsort(order)).logprobs
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
@@ -298,21 +322,40 @@ def training_inputs(batch: RolloutBatch, device: torch.device) -> TrainingInputs
 
 def longest_first(batch: RolloutBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows by falling length: lengths side by side keep attention's layout tight. It changes no gradient."""
-    sizes = (batch.prompt_lengths + batch.lengths).numpy()[rows]
-    return rows[np.argsort(-sizes, kind="stable")]
+    return rows[np.argsort(-_sizes(batch)[rows], kind="stable")]
 
 
 def micro_batches(batch: RolloutBatch, token_limit: int) -> list[RolloutBatch]:
     """Split a batch, in order, into runs of at most token_limit tokens, prompts included (a longer one is alone)."""
+    runs = _runs(_sizes(batch), token_limit)
+    return [batch.select(rows) for rows in runs] if len(runs) > 1 else [batch] * len(runs)
+
+
+def shared_micro_batches(
+    batch: RolloutBatch, rows: NDArray[np.int64], token_limit: int, ranks: Ranks
+) -> tuple[list[RolloutBatch], int]:
+    """This rank's micro-batches of some rollouts, longest first, and the most that any rank has of them."""
+    shares = [longest_first(batch, rows[share]) for share in ranks.shares(_sizes(batch)[rows])]
+    most = max(len(_runs(_sizes(batch)[share], token_limit)) for share in shares)
+    return micro_batches(batch.select(shares[ranks.rank]), token_limit), most
+
+
+def _sizes(batch: RolloutBatch) -> NDArray[np.int64]:
+    """Tokens of each rollout, the prompt's included."""
+    return (batch.prompt_lengths + batch.lengths).numpy()
+
+
+def _runs(sizes: NDArray[np.int64], limit: int) -> list[list[int]]:
+    """Places in `sizes`, in order, in runs of at most `limit` tokens (a longer one is alone)."""
     runs: list[list[int]] = []
     used = 0
-    for row, size in enumerate((batch.prompt_lengths + batch.lengths).tolist()):
-        if not runs or used + size > token_limit:
+    for place, size in enumerate(sizes.tolist()):
+        if not runs or used + size > limit:
             runs.append([])
             used = 0
-        runs[-1].append(row)
+        runs[-1].append(place)
         used += size
-    return [batch.select(rows) for rows in runs] if len(runs) > 1 else [batch] * len(runs)
+    return runs
 
 
 @torch.no_grad()

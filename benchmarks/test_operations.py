@@ -1,4 +1,4 @@
-"""The operations against plain PyTorch on a CPU: float32, two threads. Run with `make bench`."""
+"""The operations beside what else computes the same, on a CPU: float32, two threads. Run with `make bench`."""
 
 from __future__ import annotations
 
@@ -7,122 +7,113 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import peers
+from comparison.batch import Batch
+from comparison.peers import COMPILED, LOGPROBS, LOSS, PLAIN, PRODUCT, PRODUCTS, role
+from comparison.record import OURS
 
-from bandit_rft import (
-    PolicyObjective,
-    linear_logprobs,
-    linear_policy_loss,
-    linear_sample,
-    logprobs_from_logits,
-    sample_from_logits,
-)
-from bandit_rft.ops import backends, rows
-from bandit_rft.ops.rows import Scaling, TokenInputs
+from bandit_rft import PolicyObjective, linear_sample, logprobs_from_logits, policy_loss_from_logits, sample_from_logits
+from bandit_rft.ops import backends
 
-B = 32
-Versus = Callable[..., float]
+Measure = Callable[..., dict[str, Any]]
+Shape = tuple[int, int, int]
+FASTEST = "fastest peer"
 pytestmark = pytest.mark.skipif(backends.native is None, reason="measures the compiled core")
 
 
 def through(backend: str | None) -> str:
-    return f" through {backend}" if backend else ""
+    return f", through {backend}" if backend else ""
 
 
-class Batch:
-    """A batch of 32 sequences of equal length and its head; in `sparse`, 70% of the sequences have advantage 0."""
-
-    def __init__(self, tokens: int, hidden_size: int, vocabulary: int) -> None:
-        self.length = max(1, tokens // B)
-        n = B * self.length
-        self.hidden = torch.randn(n, hidden_size, requires_grad=True)
-        self.weight = (torch.randn(vocabulary, hidden_size) * 0.03).requires_grad_()
-        self.targets = torch.randint(vocabulary, (n,))
-        self.cu_seqlens = torch.arange(0, n + 1, self.length, dtype=torch.int32)
-        self.advantages = torch.randn(B)
-        self.sparse = self.advantages.clone()
-        self.sparse[torch.randperm(B)[: int(0.7 * B)]] = 0
-
-    def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-
-    def plain(self, advantages: torch.Tensor) -> None:
-        self.clear()
-        logprobs = torch.log_softmax(self.hidden @ self.weight.T, -1).gather(1, self.targets[:, None])[:, 0]
-        (-(advantages.repeat_interleave(self.length) * logprobs).mean()).backward()
-
-    def fused(self, advantages: torch.Tensor) -> None:
-        self.clear()
-        linear_policy_loss(
-            self.hidden, self.weight, self.targets, advantages, self.cu_seqlens, objective=PolicyObjective()
-        ).loss.backward()
+def dimensions(shape: Shape) -> str:
+    return " x ".join(map(str, shape))
 
 
-@pytest.fixture
-def batch(shape: tuple[int, int, int]) -> Batch:
-    return Batch(*shape)
-
-
-def test_policy_loss(versus: Versus, batch: Batch, backend: str | None) -> None:
-    versus(
-        f"linear_policy_loss, forward + backward{through(backend)} / plain PyTorch",
-        lambda: batch.fused(batch.advantages), lambda: batch.plain(batch.advantages), bar=1.0,
+@pytest.mark.parametrize("zero", [0.0, 0.7])
+def test_policy_loss(side_by_side: Measure, each_shape: Shape, zero: float, backend: str | None) -> None:
+    batch = Batch(*each_shape, zero=zero)
+    answer = batch.answer()
+    works, missing, errors = peers.working(LOSS, batch, lambda _: batch.gradient_error(answer))
+    bars = [{"over": OURS, "under": FASTEST, "at_most": 0.35 if zero else 1.0}]
+    if not zero:
+        bars.append({"over": OURS, "under": PRODUCTS, "at_most": 1.15})
+    share = f", {zero:.0%} of the sequences at advantage 0" if zero else ""
+    side_by_side(
+        f"linear_policy_loss, forward + backward{share}{through(backend)}, {dimensions(each_shape)}", works,
+        group="loss", roles=role, rounds=5, bars=bars, missing=missing, errors=errors, shape=each_shape,
+        zero=(batch.advantages == 0).double().mean().item(),
     )  # fmt: skip
 
 
-def test_policy_loss_sparse(versus: Versus, batch: Batch) -> None:
-    versus(
-        "the same, 70% of sequences at advantage 0 / plain PyTorch",
-        lambda: batch.fused(batch.sparse), lambda: batch.plain(batch.sparse), bar=0.40,
+def test_policy_loss_sparse_against_itself(side_by_side: Measure, shape: Shape) -> None:
+    dense, sparse = Batch(*shape), Batch(*shape, zero=0.7)
+    against = "the same without a 0"
+    side_by_side(
+        f"linear_policy_loss, 70% of the sequences at advantage 0, {dimensions(shape)}",
+        {against: peers.ours_loss(dense), OURS: peers.ours_loss(sparse)}, group="loss itself", rounds=7,
+        roles=lambda side: "ours" if side == OURS else "reference",
+        bars=[{"over": OURS, "under": against, "at_most": 0.40}], shape=shape,
     )  # fmt: skip
 
 
-def test_policy_loss_sparse_against_itself(versus: Versus, batch: Batch) -> None:
-    versus(
-        "the same, 70% at advantage 0 / no advantage 0",
-        lambda: batch.fused(batch.sparse), lambda: batch.fused(batch.advantages), bar=0.40,
+def test_logprobs(side_by_side: Measure, each_shape: Shape, backend: str | None) -> None:
+    batch = Batch(*each_shape)
+    right = batch.answer().logprobs
+    works, missing, errors = peers.working(LOGPROBS, batch, lambda found: (found - right).abs().max().item())
+    side_by_side(
+        f"linear_logprobs, forward{through(backend)}, {dimensions(each_shape)}", works, group="logprobs", roles=role,
+        rounds=9, bars=[{"over": OURS, "under": PRODUCT, "at_most": 1.05}], missing=missing, errors=errors,
+        shape=each_shape,
     )  # fmt: skip
-
-
-def test_policy_loss_against_bare_products(versus: Versus, batch: Batch) -> None:
-    def products() -> None:
-        with torch.no_grad():
-            z = batch.hidden @ batch.weight.T
-            z @ batch.weight, z.T @ batch.hidden
-
-    versus(
-        "linear_policy_loss / its three bare matrix products",
-        lambda: batch.fused(batch.advantages), products, bar=1.15,
-    )  # fmt: skip
-
-
-def test_logprobs(versus: Versus, batch: Batch, backend: str | None) -> None:
-    @torch.no_grad()
-    def product() -> Any:
-        return batch.hidden @ batch.weight.T
-
-    @torch.no_grad()
-    def ours() -> Any:
-        return linear_logprobs(batch.hidden, batch.weight, batch.targets)
-
-    versus(f"linear_logprobs forward{through(backend)} / bare product", ours, product, bar=1.05, rounds=15)
 
 
 def sampling(rows: int) -> dict[str, Any]:
     return {"seed": 1, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
 
 
-@pytest.mark.parametrize("rows", [1, 32])
-def test_sample(versus: Versus, batch: Batch, rows: int, backend: str | None) -> None:
-    hidden, weight, stream = torch.randn(rows, batch.hidden.shape[1]), batch.weight.detach(), sampling(rows)
+def draw(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    token = torch.multinomial(torch.softmax(logits, -1), 1)
+    return token, torch.log_softmax(logits, -1).gather(1, token)
 
-    def plain() -> Any:
-        logits = hidden @ weight.T
-        token = torch.multinomial(torch.softmax(logits, -1), 1)
-        return torch.log_softmax(logits, -1).gather(1, token)
 
-    versus(
-        f"linear_sample, {rows} rows{through(backend)} / matmul + softmax + multinomial + log_softmax + gather",
-        lambda: linear_sample(hidden, weight, **stream), plain, bar=0.8, rounds=25,
+def draw_from_head(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return draw(hidden @ weight.T)
+
+
+READING = "reading the weight"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+@torch.no_grad()
+def test_sample(side_by_side: Measure, shape: Shape, rows: int, backend: str | None) -> None:
+    batch = Batch(rows, *shape[1:])
+    hidden, weight, stream = batch.hidden.detach(), batch.weight.detach(), sampling(rows)
+    function = peers.compiled(draw_from_head)
+    half = torch.empty_like(weight[: len(weight) // 2])
+    sides = {
+        OURS: lambda _: lambda: linear_sample(hidden, weight, **stream)[:2],
+        PLAIN: lambda _: lambda: draw_from_head(hidden, weight),
+        COMPILED: lambda _: lambda: function(hidden, weight),
+        "FlashInfer sampling": peers.need_gpu("flashinfer", "flashinfer-python"),
+        PRODUCT: lambda _: lambda: hidden @ weight.T,
+        READING: lambda _: lambda: half.copy_(weight[: len(half)]),  # as many bytes, read and written
+    }
+    truth = (hidden.double() @ weight.double().T).log_softmax(-1)
+
+    def error(drawn: Any) -> float:
+        token, logprob = (part.view(-1) for part in drawn)
+        return (truth.gather(1, token[:, None])[:, 0] - logprob).abs().max().item()
+
+    limits = {PRODUCT: sides.pop(PRODUCT), READING: sides.pop(READING)}
+    works, missing, errors = peers.working(sides, batch, error)
+    works |= {name: make(batch) for name, make in limits.items()}
+    for name in limits:
+        works[name]()
+    side_by_side(
+        f"linear_sample, {rows} rows{through(backend)}, {dimensions(shape[1:])}", works, group="sampling",
+        roles=lambda side: "limit" if side == READING else "reference" if side == PRODUCT else role(side),
+        rounds=25, bars=[{"over": OURS, "under": PLAIN, "at_most": 0.8}], missing=missing, errors=errors,
+        shape=(rows, *shape[1:]),
     )  # fmt: skip
 
 
@@ -136,7 +127,7 @@ ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (50, 1.0), (1000, 0.9)])
-def test_filters(versus: Versus, top_k: int, top_p: float, kind: str) -> None:
+def test_filters(versus: Callable[..., float], top_k: int, top_p: float, kind: str) -> None:
     logits, stream = ROWS[kind](torch.randn(8, 151936)), sampling(8)
 
     def plain() -> Any:
@@ -152,49 +143,93 @@ def test_filters(versus: Versus, top_k: int, top_p: float, kind: str) -> None:
         return token, logits.log_softmax(-1).gather(1, token)
 
     versus(
-        f"sample_from_logits, top_k {top_k}, top_p {top_p}, {kind} / topk, sort, multinomial",
+        f"sample_from_logits, top_k {top_k}, top_p {top_p}, {kind} / topk, sort, cumsum, multinomial",
         lambda: sample_from_logits(logits, top_k=top_k, top_p=top_p, **stream), plain, bar=0.5, rounds=9,
+        group="filters", shape=(8, 151936),
     )  # fmt: skip
 
 
-class TestBandwidth:
-    """Bytes a second of a row kernel, as a share of what copying the same rows reaches (60% is a ratio of 1.67).
+class TestRows:
+    """Operations on logits that exist, beside PyTorch's, and beside a copy of as many bytes: what memory allows.
 
-    A copy reads and writes every byte. Kernels that only read a row are also shown against a copy of half the bytes,
-    i.e. at equal traffic.
+    A copy reads and writes every byte, as policy rows do. What only reads rows is beside a copy of half of them.
     """
 
     count = 512
+    COPY = "copying as many bytes"
 
-    @pytest.fixture
-    def logits(self, shape: tuple[int, int, int]) -> torch.Tensor:
-        return torch.randn(self.count, shape[2])
+    def measure(
+        self, side_by_side: Measure, name: str, shape: Shape, ours: Any, plain: Any, arguments: tuple[Any, ...],
+        copied: int,
+    ) -> None:  # fmt: skip
+        logits, into = arguments[0], torch.empty_like(arguments[0][:copied])
+        function = peers.compiled(plain)
+        sides: dict[str, Any] = {
+            OURS: lambda _: lambda: ours(*arguments),
+            PLAIN: lambda _: lambda: plain(*arguments),
+            COMPILED: lambda _: lambda: function(*arguments),
+            self.COPY: lambda _: lambda: into.copy_(logits.detach()[:copied]),
+        }
+        works, missing, _ = peers.working(sides, Batch(32, 8, 64))
+        side_by_side(
+            f"{name}, {self.count} rows of {shape[2]}", works, group="rows", rounds=15, missing=missing,
+            roles=lambda side: "limit" if side == self.COPY else role(side),
+            bars=[{"over": OURS, "under": self.COPY, "at_most": 1 / 0.6}], shape=(self.count, shape[2]),
+        )  # fmt: skip
 
-    def test_policy_rows(self, versus: Versus, logits: torch.Tensor) -> None:
-        targets, work, copy = (
-            torch.randint(logits.shape[1], (self.count,)),
-            torch.empty_like(logits),
-            torch.empty_like(logits),
+    @torch.no_grad()
+    def test_logprob_rows(self, side_by_side: Measure, shape: Shape) -> None:
+        logits = torch.randn(self.count, shape[2])
+        targets = torch.randint(shape[2], (self.count,))
+
+        def plain(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return z.log_softmax(-1).gather(1, t[:, None])[:, 0]
+
+        name = "logprobs_from_logits, forward"
+        self.measure(side_by_side, name, shape, logprobs_from_logits, plain, (logits, targets), self.count // 2)
+
+    def test_policy_rows(self, side_by_side: Measure, shape: Shape) -> None:
+        logits = torch.randn(self.count, shape[2], requires_grad=True)
+        targets, advantages = torch.randint(shape[2], (self.count,)), torch.randn(self.count)
+        bounds, objective = torch.arange(0, self.count + 1, 16, dtype=torch.int32), PolicyObjective()
+
+        def ours(z: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> None:
+            z.grad = None
+            policy_loss_from_logits(z, t, a, bounds, objective=objective).loss.backward()
+
+        def loss(z: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+            return -(a * z.log_softmax(-1).gather(1, t[:, None])[:, 0]).mean()
+
+        function = peers.compiled(loss)
+
+        def plain(z: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> None:
+            z.grad = None
+            loss(z, t, a).backward()
+
+        def fast(z: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> None:
+            z.grad = None
+            function(z, t, a).backward()
+
+        arguments, into = (logits, targets, advantages), torch.empty(self.count, shape[2])
+        works, missing, _ = peers.working(
+            {
+                OURS: lambda _: lambda: ours(*arguments),
+                PLAIN: lambda _: lambda: plain(*arguments),
+                COMPILED: lambda _: lambda: fast(*arguments),
+                self.COPY: lambda _: lambda: into.copy_(logits.detach()),
+            },
+            Batch(32, 8, 64),
         )
-        inputs = TokenInputs(torch.randn(self.count), torch.ones(self.count), None, None)
-        versus(
-            "policy rows in place / copy (equal traffic)",
-            lambda: rows.policy_(work, targets, Scaling(), PolicyObjective(), inputs), lambda: copy.copy_(logits),
-            bar=1 / 0.6, rounds=15,
+        side_by_side(
+            f"policy_loss_from_logits, forward + backward, {self.count} rows of {shape[2]}", works, group="rows",
+            rounds=15, missing=missing, roles=lambda side: "limit" if side == self.COPY else role(side),
+            bars=[{"over": OURS, "under": self.COPY, "at_most": 1 / 0.6}], shape=(self.count, shape[2]),
         )  # fmt: skip
 
-    def test_logprob_rows(self, versus: Versus, logits: torch.Tensor) -> None:
-        targets, half = torch.randint(logits.shape[1], (self.count,)), torch.empty_like(logits[: self.count // 2])
-        versus(
-            "log-probability rows / copy of half the rows (equal traffic)",
-            lambda: logprobs_from_logits(logits, targets), lambda: half.copy_(logits[: self.count // 2]),
-            bar=1 / 0.6, rounds=15,
-        )  # fmt: skip
-
-    def test_sample_rows(self, versus: Versus, logits: torch.Tensor) -> None:
-        stream, half = sampling(self.count), torch.empty_like(logits[: self.count // 2])
-        versus(
-            "sample_from_logits / copy of half the rows (equal traffic)",
-            lambda: sample_from_logits(logits, **stream), lambda: half.copy_(logits[: self.count // 2]),
-            bar=1 / 0.6, rounds=15,
+    @torch.no_grad()
+    def test_sample_rows(self, side_by_side: Measure, shape: Shape) -> None:
+        logits, stream = torch.randn(self.count, shape[2]), sampling(self.count)
+        self.measure(
+            side_by_side, "sample_from_logits", shape, lambda z: sample_from_logits(z, **stream), draw, (logits,),
+            self.count // 2,
         )  # fmt: skip

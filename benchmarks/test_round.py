@@ -1,7 +1,7 @@
-"""A whole round: against TRL's GRPOTrainer on the same model and tokens, and what rollouts of reward 0 save.
+"""A whole round beside the reference loop and TRL's trainers, by phase; what rollouts of reward 0 save.
 
-TRL refuses one generation a prompt, so it runs at two, its minimum; 32 rollouts of 32 tokens a step on both sides. It
-is not among the project's requirements: `pip install trl==1.16.0`.
+The same model and as many tokens: 32 rollouts of up to 32 tokens after prompts of 16, all rewards 1. TRL refuses one
+generation a prompt, so it runs at two, its minimum: with equal rewards its advantages are 0, but its work is the same.
 """
 
 from __future__ import annotations
@@ -16,37 +16,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RESULTS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from comparison import models, record
+from comparison.record import OURS
+from reference_loop import Loop
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bandit_rft.config import build_config
 from bandit_rft.metrics import read_metrics
 from bandit_rft.tasks import Example, Task
 from bandit_rft.trainer import Trainer
 
-WORDS = 1024
 PROMPT = " ".join(f"w{i}" for i in range(16))
+EAGER, COMPILED = "reference loop, eager", "reference loop, compiled"
+TURNS = 3
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 1.1M parameters with random weights, and a tokenizer of 1024 words."""
     folder = tmp_path_factory.mktemp("llama-1m")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS - 3))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    models.make("1.1M", folder)
     return folder
 
 
@@ -59,9 +47,9 @@ def thirty_percent(completions: list[str], **columns: Any) -> list[float]:
 
 
 def ours(
-    folder: Path, output: Path, reward: Callable[..., list[float]], rounds: int = 30, skip: int = 8
-) -> list[dict[str, Any]]:
-    """The metrics of each round after the first `skip`."""
+    folder: Path, output: Path, reward: Callable[..., list[float]], rounds: int = 24, skip: int = 8
+) -> list[dict[str, float]]:
+    """Seconds of each phase of each round after the first `skip`."""
     task = Task("words", {"train": [Example(PROMPT, {"answer": str(i)}) for i in range(64)]}, [reward])
     config = build_config(
         {
@@ -72,61 +60,123 @@ def ours(
         }
     )  # fmt: skip
     Trainer(config, task=task).run()
-    return [line for line in read_metrics(output) if line["round"] > skip]
+    lines = [line for line in read_metrics(output) if line["round"] > skip]
+    return [
+        {k.removeprefix("seconds/"): v for k, v in line.items() if k.startswith("seconds/") and v} for line in lines
+    ]
 
 
-def trl_steps(folder: Path, output: Path, steps: int = 12) -> list[float]:
+def trl_steps(trainer_name: str, folder: Path, output: Path, steps: int = 10) -> list[dict[str, float]]:
+    """Seconds of a step, and of what it does before its loss (drawing and rewards)."""
     trl = pytest.importorskip("trl", reason="pip install trl==1.16.0 to compare with it")
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    seconds: list[float] = []
+    seconds: list[dict[str, float]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = time.perf_counter()
+            self.start, self.rollout = time.perf_counter(), 0.0
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seconds.append(time.perf_counter() - self.start)
+            whole = time.perf_counter() - self.start
+            seconds.append({"rollout": self.rollout, "update": whole - self.rollout, "round": whole})
 
-    arguments = trl.GRPOConfig(
+    clock = Clock()
+    arguments = getattr(trl, f"{trainer_name}Config")(
         output_dir=str(output), per_device_train_batch_size=32, num_generations=2, max_completion_length=32,
         max_steps=steps, learning_rate=1e-6, beta=0.0, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
         logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
-    trl.GRPOTrainer(
+    trainer = getattr(trl, f"{trainer_name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=always, args=arguments,
         train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 64),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(folder), callbacks=[Clock()],
-    ).train()  # fmt: skip
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder), callbacks=[clock],
+    )  # fmt: skip
+    draw = trainer._generate_and_score_completions
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        found = draw(*args)
+        clock.rollout += time.perf_counter() - start
+        return found
+
+    trainer._generate_and_score_completions = timed
+    trainer.train()
     return seconds[3:]
 
 
-def test_round_against_trl(model_folder: Path, tmp_path: Path, benchmark: Any) -> None:
-    pytest.importorskip("trl", reason="pip install trl==1.16.0 to compare with it")
-    mine: list[float] = []
-    theirs: list[float] = []
-    for turn in range(3):  # in turns, so that the machine's mood is shared
-        mine += [line["seconds/round"] for line in ours(model_folder, tmp_path / f"ours{turn}", always)]
-        theirs += trl_steps(model_folder, tmp_path / f"trl{turn}")
+def reference(loop: Loop, folder: Path, rounds: int = 16, skip: int = 3) -> list[dict[str, float]]:
+    ids = PreTrainedTokenizerFast.from_pretrained(folder)(PROMPT).input_ids
+    return [loop.round(torch.tensor([ids] * 32)) for _ in range(rounds)][skip:]
+
+
+def case_of(found: dict[str, list[dict[str, float]]], unit: str = "round") -> dict[str, Any]:
+    """Sides with the seconds of a round, and the median of each phase."""
+    sides = {}
+    for side, rounds in found.items():
+        phases = sorted({phase for one in rounds for phase in one} - {"round"})
+        sides[side] = {
+            "role": "ours" if side == OURS else "peer", "seconds": [one[unit] for one in rounds],
+            "phases": {phase: statistics.median(one.get(phase, 0.0) for one in rounds) for phase in phases},
+        }  # fmt: skip
+    return sides
+
+
+def summary(sides: dict[str, Any]) -> str:
+    middle = {side: statistics.median(found["seconds"]) for side, found in sides.items()}
+    ratios = {side: record.ratio({"sides": sides}, OURS, side).median for side in sides}
+    return "".join(
+        f"\n    / {side:<40} {ratios[side]:6.3f}, itself {middle[side] * 1e3:.1f} ms" for side in sides if side != OURS
+    )
+
+
+def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callable[..., None]) -> None:
+    found: dict[str, list[dict[str, float]]] = {}
+    missing: dict[str, str] = {}
+    prompts = torch.full((32, 16), 5)
+    loops = {EAGER: Loop(model_folder, 32, lambda drawn: torch.ones(len(drawn)))}
+    start = time.perf_counter()
+    loops[COMPILED] = Loop(model_folder, 32, lambda drawn: torch.ones(len(drawn)), compiled=True)
+    loops[COMPILED].round(prompts)
+    compile_seconds = time.perf_counter() - start
+    for turn in range(TURNS):  # in turns, so that the machine's mood is shared
+        for side, loop in loops.items():
+            found.setdefault(side, []).extend(reference(loop, model_folder))
+        for trainer in ("GRPO", "RLOO"):
+            side = f"TRL {trainer}Trainer step"
+            try:
+                found.setdefault(side, []).extend(trl_steps(trainer, model_folder, tmp_path / f"{trainer}{turn}"))
+            except pytest.skip.Exception as reason:
+                missing[side] = str(reason)
+                found.pop(side)
+        found.setdefault(OURS, []).extend(ours(model_folder, tmp_path / f"ours{turn}", always))
     benchmark.pedantic(lambda: None)
-    record("a round of 32 x 32 tokens, all rewards 1 / TRL GRPOTrainer step", mine, theirs, bar=0.5)
+    sides = case_of(found)
+    sides[COMPILED]["figures"] = {"seconds to compile": compile_seconds}
+    bars = [
+        {"over": OURS, "under": "TRL GRPOTrainer step", "at_most": 0.30},
+        {"over": OURS, "under": COMPILED, "at_most": 0.60},
+    ]
+    config = AutoConfig.from_pretrained(model_folder)
+    flop = models.flop_a_token(config) * 32 * (4 * 48)  # a token is read once to draw, and three times' worth to learn
+    case = {"group": "round", "sides": sides, "bars": bars, "missing": missing, "shape": [32, 16, 32], "flop": flop}
+    keep("a round of 32 x (16 + 32) tokens, 1.1M parameters", case, summary(sides))
 
 
-def test_update_with_zero_rewards(model_folder: Path, tmp_path: Path, benchmark: Any) -> None:
-    sparse: list[float] = []
-    full: list[float] = []
-    for turn in range(8):
-        for seconds, reward, name in ((full, always, "full"), (sparse, thirty_percent, "sparse")):
-            lines = ours(model_folder, tmp_path / f"{name}{turn}", reward, 14, 4)
-            seconds += [line["seconds/update"] for line in lines]
+def test_update_with_zero_rewards(
+    model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callable[..., None]
+) -> None:
+    found: dict[str, list[dict[str, float]]] = {}
+    against = "the update when none does"
+    for turn in range(6):
+        for side, reward in ((against, always), (OURS, thirty_percent)):
+            found.setdefault(side, []).extend(ours(model_folder, tmp_path / f"{side}{turn}", reward, 14, 4))
     benchmark.pedantic(lambda: None)
-    record("update when 70% of rollouts earn 0 / update when none does", sparse, full, bar=0.45)
-
-
-def record(label: str, mine: list[float], baseline: list[float], bar: float) -> None:
-    reference = statistics.median(baseline)
-    RESULTS.append((label, statistics.median(mine) / reference, bar, reference))
+    sides = case_of(found, "update")
+    bars = [{"over": OURS, "under": against, "at_most": 0.45}]
+    case = {"group": "update", "sides": sides, "bars": bars}
+    keep("the update when 69% of rollouts earn 0", case, summary(sides))
 
 
 MEMORY = """
@@ -156,9 +206,12 @@ print(peak() - before)
 """
 
 
-def test_memory_of_an_update(benchmark: Any) -> None:
+def test_memory_of_an_update(benchmark: Any, keep: Callable[..., None]) -> None:
     """Peak above what is held before, MiB; the [tokens x V] tensor would take 196 MiB for every 1,024 tokens."""
     for tokens in (1024, 4096, 8192):
         out = subprocess.run([sys.executable, "-c", MEMORY, str(tokens)], check=True, capture_output=True, text=True)
-        print(f"update at V = 50257, {tokens} tokens: peak {float(out.stdout):.0f} MiB above rest")
+        peak = float(out.stdout)
+        sides = {OURS: {"role": "ours", "peak_mib": peak, "figures": {"logits MiB": tokens * 50257 * 4 / 2**20}}}
+        name = f"memory of an update of {tokens} tokens, V = 50257"
+        keep(name, {"group": "update memory", "sides": sides, "shape": [tokens, 64, 50257]}, f"\n    {peak:.0f} MiB")
     benchmark.pedantic(lambda: None)

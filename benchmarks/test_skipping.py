@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RESULTS
+from comparison.record import OURS
 
 from bandit_rft.config import build_config
 from bandit_rft.metrics import read_metrics
@@ -22,7 +23,9 @@ def one(completions: list[str], **columns: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
-def test_looking_for_rows_to_skip(tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_for_rows_to_skip(
+    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch, keep: Callable[..., None]
+) -> None:
     looking: list[float] = []
 
     def timed(function: Any) -> Any:
@@ -57,4 +60,7 @@ def test_looking_for_rows_to_skip(tmp_path: Path, benchmark: Any, monkeypatch: p
     rounds = [line["seconds/round"] for line in read_metrics(tmp_path)[11:]]
     benchmark.pedantic(lambda: None)
     share = statistics.median(looking[10:]) / statistics.median(rounds)
-    RESULTS.append(("looking for rows to skip / a round in which none can be", share, 0.01, statistics.median(rounds)))
+    sides = {OURS: {"role": "ours", "seconds": looking[10:]}, "a round": {"role": "reference", "seconds": rounds}}
+    bars = [{"over": OURS, "under": "a round", "at_most": 0.01}]
+    case = {"group": "skipping", "sides": sides, "bars": bars}
+    keep("looking for rows to skip where there are none", case, f"\n    / a round {share:.4f}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bandit_rft.model.adapters import find_adapter, need_peft
@@ -108,7 +108,13 @@ class BasePolicy(Policy):
 
     def __init__(self, adapted: Policy):
         vars(self).update(vars(adapted))  # loaded and probed already
+        self.adapted = adapted
         self.base = _AdaptersOff(adapted.base)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The adapted policy's head, which is not always the same tensor."""
+        return self.adapted.weight
 
     def parameters(self) -> list[nn.Parameter]:
         """None: the weights belong to the adapted policy."""

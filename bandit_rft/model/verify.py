@@ -155,7 +155,8 @@ def _plain(
         z = z.index_fill(1, torch.tensor(policy.padding_token_ids, device=z.device), -torch.inf)
     distribution = z.log_softmax(-1)
     logprobs = distribution.gather(-1, ids[-count:, None])[:, 0]
-    entropy = -torch.where(distribution.isneginf(), 0.0, distribution * distribution.exp()).sum(-1)
+    # Of a token that cannot occur p log p is 0, and so is its gradient: 0 * -inf must not be met on the way to it.
+    entropy = -(distribution.masked_fill(distribution.isneginf(), 0.0) * distribution.exp()).sum(-1)
     advantages, cu_seqlens = _loss_inputs(advantage, count, ids.device)
     others = _other_policies(objective, logprobs.detach(), off_policy)
     loss, _ = reference.policy_loss(logprobs, entropy, advantages, cu_seqlens, objective=objective, **others)

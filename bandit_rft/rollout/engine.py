@@ -8,8 +8,9 @@ What makes it exact: a draw depends on (seed, sequence id, position) and the row
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -93,6 +94,36 @@ def _tables(segments: list[_Segment], count: int) -> Tables:
             if values:
                 table[segment.rows, columns] = torch.stack(values, dim=1)
     return tokens, logprobs, entropy
+
+
+class Engine(Protocol):
+    """What draws completions: in this process, over several, or from servers."""
+
+    @property
+    def policy(self) -> Policy:
+        """What is drawn from."""
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights drawn with; None before the first `push`."""
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text, prompt and completion, that is decoded; None: any."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
+    ) -> RolloutBatch:
+        """Draw n completions of each prompt; see RolloutEngine."""
+
+    def push(self, version: int) -> RolloutBatch | None:
+        """Draw with the policy as it is now, as this version; completions to compare with it, where there is doubt."""
+
+    def metrics(self) -> Mapping[str, float | int | None]:
+        """Of the latest push, and what went wrong since the last call."""
+
+    def close(self) -> None:
+        """End what was begun for drawing."""
 
 
 class RolloutEngine:

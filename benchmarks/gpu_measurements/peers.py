@@ -68,12 +68,41 @@ def cut_cross_entropy(batch: Batch) -> Work:
     return work
 
 
-#: Losses with the same gradients: -sum(A logp) / tokens.
+def flashinfer_policy(batch: Batch) -> Work:
+    """Blackwell alone: elsewhere its text is the result. Given today's log-probabilities, its ratio is 1, as here."""
+    from flashinfer.chunked_lm_head import chunked_lm_head_loss
+
+    weights = (batch.of_token / len(batch.targets)).float()
+    logprobs = plain_logprobs(batch)().float()
+
+    def work() -> None:
+        batch.clear()
+        chunked_lm_head_loss(
+            batch.hidden, batch.weight, batch.targets, objective="policy", infer_logp=logprobs, loss_weights=weights
+        ).backward()
+
+    return work
+
+
+def quack_cross_entropy(batch: Batch) -> Work:
+    """It has no weights of tokens: the gradient is that of advantages which are all 1, for the same work."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def work() -> None:
+        batch.clear()
+        chunked_linear_cross_entropy(batch.hidden, batch.weight, batch.targets).backward()
+
+    return work
+
+
+#: Losses with the same gradients: -sum(A logp) / tokens (quack's: with A = 1).
 LOSS: dict[str, Callable[[Batch], Work]] = {
     "plain PyTorch": plain_loss,
     "Liger chunked GRPO": liger_grpo,
     "Liger fused cross-entropy, scaled": liger_cross_entropy,
     "cut-cross-entropy": cut_cross_entropy,
+    "FlashInfer chunked_lm_head_loss": flashinfer_policy,
+    "quack chunked cross-entropy, all advantages 1": quack_cross_entropy,
 }
 
 

@@ -23,7 +23,10 @@ from typing import Any
 from .record import CRASHED, DONE, FAILED, TIMED_OUT
 
 START_SECONDS = 120.0
-PACKAGES = ("bandit_rft", "torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy")
+PACKAGES = (
+    "bandit_rft", "torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "flashinfer-python",
+    "quack-kernels",
+)  # fmt: skip
 
 
 class Worker:

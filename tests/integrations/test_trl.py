@@ -226,7 +226,8 @@ def test_training_is_the_same(folder: Path, kind: str) -> None:
     """Optimizer steps with several iterations and accumulation, sampling and reference included: the same weights."""
     options: dict[str, Any] = {
         "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-3,
-        "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 3, "seed": 3,
+        "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 3,
+        "seed": 0,  # with 3 every advantage of the first step is 0: Adam makes whole steps of a KL that is rounding
         "gradient_checkpointing": True,
     }  # fmt: skip
     more: dict[str, dict[str, Any]] = {
@@ -247,7 +248,8 @@ def test_training_is_the_same(folder: Path, kind: str) -> None:
         trainer.train()
         trained.append((dict(trainer.model.named_parameters()), trainer.state.log_history, head))
     (theirs, their_log, _), (ours, our_log, head) = trained
-    assert head is not None and head.outcome.came_true == 8 and head.outcome.computed_again == 0
+    assert head is not None
+    assert head.outcome.came_true == 8 and head.outcome.computed_again == 0
     if "bfloat16" in kind:  # another rounding draws other tokens: only that it trains
         assert all(torch.isfinite(weights).all() for weights in ours.values())
         return

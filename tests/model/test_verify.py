@@ -65,6 +65,8 @@ def test_masked_padding_tokens_are_masked_both_ways() -> None:
     policy = Policy(tiny_llama())
     policy.mask_padding_tokens([40, 41])
     assert verify_sequence(policy, PROMPT, COMPLETION).worst() < 1e-4
+    bonus = ops.PolicyObjective("reinforce", entropy_coef=0.1)  # p log p of such a token, and its gradient, are 0
+    assert verify_sequence(policy, PROMPT, COMPLETION, objective=bonus).worst() < 1e-4
 
 
 def test_bad_arguments() -> None:

@@ -23,3 +23,7 @@ def none_for_some(prompts: list[str], completions: list[str], **columns: Any) ->
 
 def mentions_answer(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
     return [float(word in text) for word, text in zip(answer, completions, strict=True)]
+
+
+def raises(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    raise LookupError("no such answer")

@@ -1,0 +1,124 @@
+"""What becomes of the other ranks when one dies: they end, within a minute, and say which one it was.
+
+A rank that waits in a collective call for one that is gone hears of it late, or in words that name a socket. So each
+rank leaves a sign of life in the store that the ranks met at, every second, and looks for its neighbour's. Who misses a
+neighbour, or fails, writes it down there for all; whoever reads it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bandit_rft.distributed.ranks import RankError
+from bandit_rft.text import LIMIT, printable
+
+#: Seconds between signs of life; without one after which a rank is taken for dead; for which a rank that has heard of
+#: it may take to end by itself.
+BEAT_S, DEAD_AFTER_S, GRACE_S = 1.0, 20.0, 10.0
+#: What is wrong, in a message that all ranks read.
+VERDICT = "verdict"
+
+
+class Watch:
+    """A context manager around everything that a rank does with the others.
+
+    Args:
+        rank: of this process.
+        world: how many there are.
+        store: where they met, with names of this run's own.
+        where: its address.
+        hosted: whether this process serves the store.
+
+    Raises:
+        RankError: from an error inside the block that another rank's end explains.
+    """
+
+    def __init__(self, rank: int, world: int, store: Any, *, where: str, hosted: bool):
+        self._rank, self._world, self._where, self._hosted = rank, world, where, hosted
+        self._me = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
+        connection = store.clone()  # one of its own: a call of the main thread may block for long
+        connection.set_timeout(timedelta(seconds=DEAD_AFTER_S))
+        self._store = dist.PrefixStore("watch", connection)  # type: ignore[attr-defined]
+        self._verdict: str | None = None
+        self._heard, self._over = threading.Event(), threading.Event()
+        self._answered = time.monotonic()  # when the store last did
+
+    def __enter__(self) -> Watch:
+        self._store.set(f"name/{self._rank}", self._me)
+        for work in (self._look, self._judge):
+            threading.Thread(target=work, name=f"watch of the ranks: {work.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                self._heard.wait(DEAD_AFTER_S + 5 * BEAT_S)  # a broken connection: whose end is it?
+                if self._verdict is not None:
+                    raise RankError(f"{self._verdict}. The run can be continued from its last checkpoint") from error
+            if error is not None:
+                what = printable(str(error).strip().partition("\n")[0], LIMIT)
+                self._tell(f"{self._me} failed ({type(error).__name__}: {what})")
+                if self._hosted:
+                    self._heard.wait(3 * BEAT_S)
+                    time.sleep(3 * BEAT_S)  # for the others to read it
+        finally:
+            self._over.set()
+
+    def _tell(self, verdict: str) -> None:
+        """Write down for all why they cannot go on, unless somebody has."""
+        with contextlib.suppress(RuntimeError):  # the store is gone: they will notice
+            self._store.compare_set(VERDICT, "", verdict)
+
+    def _look(self) -> None:
+        """Leave a sign of life, look for the neighbour's and for a verdict; in a thread."""
+        neighbour, seen, since, beats = (self._rank + 1) % self._world, b"", time.monotonic(), 0
+        while not self._over.wait(BEAT_S):
+            beats += 1
+            try:
+                self._store.set(f"beat/{self._rank}", str(beats))
+                if self._store.check([VERDICT]):
+                    self._hear(self._store.get(VERDICT).decode())
+                    return
+                sign = self._store.get(f"beat/{neighbour}") if self._store.check([f"beat/{neighbour}"]) else b""
+                if sign != seen or not sign:  # one that has not begun yet is waited for where the ranks meet
+                    seen, since = sign, time.monotonic()
+                elif time.monotonic() - since > DEAD_AFTER_S:
+                    name = self._store.get(f"name/{neighbour}").decode()
+                    self._tell(f"{name} gave no sign of life for {DEAD_AFTER_S:.0f} seconds: it died, or is stopped")
+                self._answered = time.monotonic()
+            except RuntimeError:  # as torch reports a lost connection
+                if self._over.wait(3 * BEAT_S):  # all is done, and the first rank has left
+                    return
+                self._hear(f"the store at {self._where} is gone: rank 0, or the launcher that serves it, died")
+                return
+
+    def _hear(self, verdict: str) -> None:
+        self._verdict = verdict
+        self._heard.set()
+
+    def _judge(self) -> None:
+        """End this process where it hangs after a verdict, or where the store does not even answer; in a thread."""
+        while not self._over.wait(BEAT_S):
+            if self._verdict is None and time.monotonic() - self._answered > 2 * DEAD_AFTER_S:
+                self._hear(f"the store at {self._where} has not answered for {2 * DEAD_AFTER_S:.0f} seconds")
+            if self._verdict is not None:
+                if self._over.wait(GRACE_S):
+                    return
+                print(
+                    f"bandit-rft: rank {self._rank} ends: {self._verdict}. The run can be continued from its last "
+                    "checkpoint", file=sys.stderr, flush=True,
+                )  # fmt: skip
+                os._exit(1)  # the main thread waits in a call that will not return

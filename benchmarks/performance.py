@@ -1,0 +1,277 @@
+"""docs/performance.md, made of what was measured: no number in it is typed.
+
+    python benchmarks/performance.py            write the page and the curves           (make performance)
+    python benchmarks/performance.py --check    exit status 1 if the page is another
+
+The text is benchmarks/performance.md.j2; the numbers are those of benchmarks/results/cpu.json (a run of `make bench`),
+instructions.json, and the predictions of gpu_measurements/machine.py. What a case did not reach is said by the rows
+themselves: a bar is met or missed by its median. A section whose case was not measured says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import instructions
+from comparison import record
+from comparison.record import OURS
+from gpu_measurements import machine as gpu
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+RUN, PAGE, FIGURES = RESULTS / "cpu.json", ROOT / "docs" / "performance.md", ROOT / "docs" / "figures"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """For people: so many significant digits, thousands separated, no exponent."""
+    if not value:
+        return "0"
+    rounded = float(f"{value:.{digits}g}")
+    decimals = max(0, digits - 1 - int(f"{rounded:e}".split("e")[1]))
+    return f"{rounded:,.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, milliseconds or microseconds."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{significant(seconds * factor)} {unit}"
+    return f"{significant(seconds * 1e6)} us"
+
+
+def scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+class Page:
+    """What the template asks for: cases of a group, and the rows of their tables."""
+
+    def __init__(self, data: dict[str, Any], counts: dict[str, Any] | None) -> None:
+        self.data, self.counts = data, counts
+        self.cases: dict[str, dict[str, Any]] = data["cases"]
+
+    def group(self, name: str) -> dict[str, dict[str, Any]]:
+        """{name: case}, in the order of measuring."""
+        return {title: case for title, case in self.cases.items() if case["group"] == name}
+
+    def sides(self, case: dict[str, Any]) -> list[list[str]]:
+        """A row a side: name, time, ours / it, error, peak; then those that are missing."""
+        rows = []
+        order = {"ours": 0, "peer": 1, "reference": 2, "limit": 3}
+        for name, side in sorted(case["sides"].items(), key=lambda item: order[item[1]["role"]]):
+            seconds = side.get("seconds")
+            time = duration(record.spread(seconds).median) if seconds else ""
+            timed = bool(seconds) and bool(case["sides"].get(OURS, {}).get("seconds"))
+            over = self.ratio(record.ratio(case, OURS, name)) if timed and name != OURS else ""
+            peak = f"{side['peak_mib']:,.0f}" if "peak_mib" in side else ""
+            rows.append([f"**{name}**" if name == OURS else name, time, over, scientific(side.get("error")), peak])
+        return rows + [[name, f"missing: {why}", "", "", ""] for name, why in case.get("missing", {}).items()]
+
+    @staticmethod
+    def ratio(value: record.Spread) -> str:
+        """Median and quartiles."""
+        return f"{value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
+
+    def bars(self, *groups: str) -> list[list[str]]:
+        """A row a bar: case, against what, the ratio, the bar, whether it is met."""
+        rows = []
+        for group in groups:
+            for title, case in self.group(group).items():
+                for bar in case.get("bars", []):
+                    under = self._under(case, bar)
+                    if under is None:
+                        among = ", ".join(bar.get("among", [])) or bar["under"]
+                        rows.append([title, among, "not measured", f"{bar['at_most']:.2f}", ""])
+                        continue
+                    found = record.ratio(case, bar["over"], under)
+                    verdict = "met" if found.median <= bar["at_most"] else "**missed**"
+                    rows.append([title, under, self.ratio(found), f"{bar['at_most']:.2f}", verdict])
+        return rows
+
+    def _under(self, case: dict[str, Any], bar: dict[str, Any]) -> str | None:
+        if bar["under"] == "fastest peer":
+            return record.fastest(case, bar.get("among"))
+        return bar["under"] if case["sides"].get(bar["under"], {}).get("seconds") else None
+
+    def fractions(self, *groups: str) -> list[list[str]]:
+        """A row a case that has a limit: case, limit, its time, ours, the fraction of it that is reached."""
+        rows = []
+        for group in groups:
+            for title, case in self.group(group).items():
+                name = record.limit(case)
+                if name is None or not case["sides"].get(OURS, {}).get("seconds"):
+                    continue
+                zero = case.get("zero", 0.0)
+                middle = [statistics.median(case["sides"][side]["seconds"]) for side in (name, OURS)]
+                share = 1 / record.ratio(case, OURS, name).median
+                if zero:  # the products of the rows that count are all there is to do
+                    share *= 1 - zero
+                    middle[0] *= 1 - zero
+                    name = f"{name}, of the rows that count"
+                rows.append([title, name, duration(middle[0]), duration(middle[1]), f"{share:.2f}"])
+        return rows + self._of_rates(groups)
+
+    def _of_rates(self, groups: Sequence[str]) -> list[list[str]]:
+        """Rounds and decoding: beside the time that products and reading the weights take at this machine's rates."""
+        product = self.limit_of("float32 products", "GFLOP a second")
+        reading = self.limit_of("reading from memory", "GB a second")
+        rows = []
+        for group in groups:
+            for title, case in self.group(group).items():
+                if "flop" not in case or product is None or reading is None:
+                    continue
+                of_product, of_reading = case["flop"] / product / 1e9, case.get("bytes", 0.0) / reading / 1e9
+                least = max(of_product, of_reading)
+                which = "reading the weights" if of_reading > of_product else "the products' rate"
+                ours = statistics.median(case["sides"][OURS]["seconds"])
+                rows.append([title, which, duration(least), duration(ours), f"{least / ours:.2f}"])
+        return rows
+
+    def limit_of(self, name: str, figure: str) -> float | None:
+        """A measured limit of the machine."""
+        case = self.group("limits").get(name)
+        return None if case is None else float(case["sides"]["torch"]["figures"][figure])
+
+    def limits(self) -> list[list[str]]:
+        """A row a limit."""
+        rows = []
+        for title, case in self.group("limits").items():
+            ((figure, value),) = case["sides"]["torch"]["figures"].items()
+            low, high = (record.spread(case["sides"]["torch"]["seconds"])[i] for i in (1, 2))
+            middle = record.spread(case["sides"]["torch"]["seconds"]).median
+            rows.append([title, f"{significant(value)} ({significant(value * middle / high)}-"
+                                f"{significant(value * middle / low)})", figure])  # fmt: skip
+        return rows
+
+    def versus(self, *groups: str) -> list[list[str]]:
+        """A row a case of two sides: case, against, the ratio."""
+        rows = []
+        for group in groups:
+            for title, case in self.group(group).items():
+                for name, side in case["sides"].items():
+                    if name != OURS and side.get("seconds"):
+                        rows.append([title, name, self.ratio(record.ratio(case, OURS, name))])
+        return rows
+
+    def phases(self, case: dict[str, Any]) -> list[list[str]]:
+        """A row a side: rollout, reward, update, what is left, the whole."""
+        rows = []
+        for name, side in case["sides"].items():
+            whole, phases = statistics.median(side["seconds"]), side["phases"]
+            named = [phases.get(phase) for phase in ("rollout", "reward", "update")]
+            cells = ["" if value is None else duration(value) for value in named]
+            over = "" if name == OURS else self.ratio(record.ratio(case, OURS, name))
+            rows.append([f"**{name}**" if name == OURS else name, *cells, duration(whole), over])
+        return rows
+
+    def decoding(self, model: str) -> tuple[list[str], list[list[str]]]:
+        """(sides, a row a number of sequences: tokens a second of each)."""
+        cases = [case for case in self.group("decoding").values() if case["model"] == model]
+        names = list(dict.fromkeys(name for case in cases for name in case["sides"]))
+        rows = []
+        for case in cases:
+            speeds = [case["sides"].get(name, {}).get("figures", {}).get("tokens a second") for name in names]
+            rows.append([str(case["shape"][0]), *("" if one is None else significant(one) for one in speeds)])
+        return names, rows
+
+    def missing(self, *groups: str) -> dict[str, str]:
+        """Peers that no case of these groups has, and why."""
+        found: dict[str, str] = {}
+        for group in groups:
+            for case in self.group(group).values():
+                found.update(case.get("missing", {}))
+        return found
+
+    def figure(self, case: str, name: str, side: str = OURS) -> str:
+        """One number of one case."""
+        return significant(float(self.cases[case]["sides"][side]["figures"][name]))
+
+    def seconds(self, case: str, side: str = OURS) -> str:
+        """The median time of one side of one case."""
+        return duration(statistics.median(self.cases[case]["sides"][side]["seconds"]))
+
+    def demo(self) -> list[list[str]]:
+        """A row a seed."""
+        rows = []
+        for case in self.group("demo").values():
+            side = case["sides"][OURS]
+            shown = [
+                f"{side['figures'][name][0]:.3f} -> {side['figures'][name][1]:.3f}" if name in side["figures"] else ""
+                for name in ("test/pass@1", "train/pass@1", "test/greedy", "longer/pass@1")
+            ]
+            times = side["seconds"][0], side["figures"]["cpu seconds"]
+            rows.append([str(case["seed"]), *shown, *(f"{value:.0f} s" for value in times)])
+        return rows
+
+    def curves(self) -> dict[str, str]:
+        """{curve: its picture, from the page}."""
+        from comparison import curves
+
+        return {name: f"figures/{curves.file_of(name)}" for name in curves.curves_of(self.data)}
+
+    def counted(self) -> list[list[str]]:
+        """A row a kernel: instructions a token."""
+        if self.counts is None:
+            return []
+        return [[name, f"{instructions.a_token(one):,.0f}"] for name, one in self.counts["kernels"].items()]
+
+
+def table(rows: Sequence[Sequence[str]], *header: str) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(line.replace("|  |", "| |") for line in lines)
+
+
+def thread_wait() -> str:
+    """What benchmarks/results/thread_wait.md says, where it is committed."""
+    path = RESULTS / "thread_wait.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def render(run: Path = RUN) -> str:
+    """The page."""
+    data = record.load(run)
+    counts = json.loads(instructions.COMMITTED.read_text()) if instructions.COMMITTED.exists() else None
+    environment = Environment(
+        loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    template = environment.get_template("performance.md.j2")
+    page = Page(data, counts)
+    return template.render(
+        page=page, machine=data["machine"], table=table, predicted=gpu.table(gpu.H200), counts=counts,
+        thread_wait=thread_wait(), duration=duration, significant=significant,
+        dates=sorted({case["date"] for case in data["cases"].values()}),
+        commits=sorted({case["commit"] for case in data["cases"].values()}),
+        loads=sorted(case["load"] for case in data["cases"].values() if case.get("load") is not None),
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args(arguments)
+    text = render()
+    if given.check:
+        same = PAGE.read_text(encoding="utf-8") == text
+        print("docs/performance.md is what the results make" if same else "docs/performance.md is not up to date")
+        return 0 if same else 1
+    from comparison import curves
+
+    PAGE.write_text(text, encoding="utf-8")
+    for path in curves.draw_all(record.load(RUN), FIGURES):
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Time and memory as one size grows and the others stay; `python benchmarks/performance.py` draws the curves.
+
+Each point is a few turns; the sides of a point alternate. Memory is of a fresh process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import fresh, models, peers
+from comparison.batch import Batch
+from comparison.peers import CCE, LOSS, PLAIN, TORCH
+from comparison.record import OURS
+from transformers import AutoModelForCausalLM
+
+from bandit_rft import linear_sample
+from bandit_rft.model import Policy
+from bandit_rft.ops import backends
+from bandit_rft.rollout import RolloutEngine, sequence_ids
+
+pytestmark = [
+    pytest.mark.skipif(backends.native is None, reason="measures the compiled core"),
+    pytest.mark.timeout(900),
+]
+Keep = Callable[..., None]
+K = 1024
+#: curve -> (what grows, its values, the loss's shape and share of zeros at a value, threads)
+LOSS_CURVES: dict[str, tuple[str, Sequence[float], Callable[[Any], tuple[tuple[int, int, int], float]]]] = {
+    "tokens": ("N", (K, 4 * K, 16 * K, 64 * K), lambda n: ((n, 256, 8000), 0.0)),
+    "vocabulary": ("V", (K, 8 * K, 32 * K, 128 * K, 256 * K), lambda v: ((K, 256, v), 0.0)),
+    "zero rows": (
+        "share of the sequences at advantage 0",
+        (0.0, 0.25, 0.5, 0.75, 0.9),
+        lambda z: ((2 * K, 512, 16000), z),
+    ),
+}
+COMPARED = (OURS, PLAIN, TORCH, CCE)
+
+
+def in_turns(works: dict[str, Callable[[], Any]], budget: float = 1.5) -> dict[str, list[float]]:
+    """Three to nine turns, as many as the budget has time for; each work has run before."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    start = time.perf_counter()
+    while len(seconds[OURS]) < 3 or (len(seconds[OURS]) < 9 and time.perf_counter() - start < budget):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def point(keep: Keep, curve: str, axis: str, x: float, seconds: dict[str, list[float]], missing: Any = None) -> None:
+    sides = {name: {"role": peers.role(name), "seconds": found} for name, found in seconds.items()}
+    line = "  ".join(f"{name} {statistics.median(found) * 1e3:.1f} ms" for name, found in seconds.items())
+    case = {"group": "scaling", "curve": curve, "axis": axis, "x": x, "sides": sides, "missing": missing or {}}
+    keep(f"scaling: {curve}, {axis} = {x}", case, f"\n    {line}")
+
+
+@pytest.mark.parametrize("curve", LOSS_CURVES)
+def test_loss(curve: str, benchmark: Any, keep: Keep) -> None:
+    axis, values, shape_of = LOSS_CURVES[curve]
+    for x in values:
+        shape, zero = shape_of(x)
+        batch = Batch(*shape, zero=zero)
+        works, missing, _ = peers.working({name: LOSS[name] for name in COMPARED}, batch)
+        point(keep, curve, axis, x, in_turns(works), missing)
+    benchmark.pedantic(lambda: None)
+
+
+@pytest.mark.parametrize("curve", ["tokens", "vocabulary"])
+def test_peak(curve: str, benchmark: Any, keep: Keep) -> None:
+    axis, values, shape_of = LOSS_CURVES[curve]
+    for x in values:
+        shape, zero = shape_of(x)
+        sides = {}
+        for name in COMPARED:
+            found = fresh.measure("loss", name, shape, zero)
+            if "missing" not in found:
+                sides[name] = {"role": peers.role(name), "peak_mib": found["peak_mib"]}
+        line = "  ".join(f"{name} {one['peak_mib']:.0f} MiB" for name, one in sides.items())
+        case = {"group": "scaling", "curve": curve, "axis": axis, "x": x, "sides": sides}
+        keep(f"scaling: {curve}, {axis} = {x}", case, f"\n    {line}")
+    benchmark.pedantic(lambda: None)
+
+
+@torch.no_grad()
+def test_sampler_batch(benchmark: Any, keep: Keep) -> None:
+    weight = torch.randn(32000, 896) * 0.03
+    for rows in (1, 4, 16, 64, 256, 1024):
+        hidden = torch.randn(rows, 896)
+        stream = {"seed": 1, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
+
+        def plain(hidden: torch.Tensor = hidden) -> Any:
+            logits = hidden @ weight.T
+            token = torch.multinomial(logits.softmax(-1), 1)
+            return logits.log_softmax(-1).gather(1, token)
+
+        def ours(hidden: torch.Tensor = hidden, stream: Any = stream) -> Any:
+            return linear_sample(hidden, weight, **stream)
+
+        works = {OURS: ours, PLAIN: plain}
+        for work in works.values():
+            work()
+        point(keep, "sampler batch", "rows drawn", rows, in_turns(works, 1.0))
+    benchmark.pedantic(lambda: None)
+
+
+def test_response_length(tmp_path: Path, benchmark: Any, keep: Keep) -> None:
+    """Decoding 16 sequences of the 1.1M model, beside the model's own forward."""
+    models.make("1.1M", tmp_path)
+    policy = Policy(AutoModelForCausalLM.from_pretrained(tmp_path))
+    policy.stop_tokens = []
+    prompts, ids = torch.randint(3, 1024, (16, 16)).tolist(), sequence_ids(0, 1, list(range(16)), 0)
+    for length in (16, 64, 256, 1024):
+        native, model = (RolloutEngine(policy, max_completion_length=length) for _ in range(2))
+        model._native = None
+        works = {
+            OURS: lambda native=native: native.generate(prompts, ids, seed=1),
+            "the model's own forward": lambda model=model: model.generate(prompts, ids, seed=1),
+        }
+        native.generate(prompts, ids, seed=1)
+        point(keep, "response length", "tokens a completion", length, in_turns(works, 1.0))
+    benchmark.pedantic(lambda: None)
+
+
+def test_threads(benchmark: Any, keep: Keep) -> None:
+    batch = Batch(K, 512, 16000)
+    try:
+        for threads in range(1, (torch.multiprocessing.cpu_count() or 1) + 1):
+            torch.set_num_threads(threads)
+            works, missing, _ = peers.working({name: LOSS[name] for name in COMPARED}, batch)
+            point(keep, "threads", "threads", threads, in_turns(works), missing)
+    finally:
+        torch.set_num_threads(2)
+    benchmark.pedantic(lambda: None)

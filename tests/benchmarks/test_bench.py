@@ -1,0 +1,201 @@
+"""What the benchmarks record, compare and write: the numbers of docs/performance.md rest on it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare
+import performance
+from comparison import machine, peers, record
+from comparison.batch import Batch
+from comparison.record import OURS
+
+RUN = ROOT / "benchmarks" / "results" / "cpu.json"
+committed = pytest.mark.skipif(not RUN.exists(), reason="there is no benchmarks/results/cpu.json to make the page of")
+
+
+def case(ours: list[float], plain: list[float], **more: Any) -> dict[str, Any]:
+    sides = {"plain PyTorch": {"role": "peer", "seconds": plain}, OURS: {"role": "ours", "seconds": ours}}
+    return {"group": "loss", "sides": sides, "missing": {}, "bars": [], **more}
+
+
+def run(path: Path, **cases: dict[str, Any]) -> Path:
+    kept = record.Record(path, threads=2)
+    for name, one in cases.items():
+        kept.add(name, copy.deepcopy(one))
+    return path
+
+
+def test_a_ratio_is_of_turns_not_of_medians() -> None:
+    """The machine got twice as slow in the last turn: both sides did, so the ratio did not move."""
+    found = record.ratio(case([1.0, 1.0, 2.0], [2.0, 2.0, 4.0]), OURS, "plain PyTorch")
+    assert found == (0.5, 0.5, 0.5)
+    assert record.spread([1, 2, 3, 4, 100]) == (3, 2, 4)
+    # Rounds are not pairs: three of one side stand beside two of another.
+    assert record.ratio(case([1.0, 2.0, 3.0], [2.0, 4.0]), OURS, "plain PyTorch") == (2 / 3, 1 / 4, 3 / 2)
+
+
+def test_a_run_of_several_commands_is_one_file(tmp_path: Path) -> None:
+    path = run(tmp_path / "run.json", loss=case([1.0], [2.0], missing={"vLLM": "not installed"}))
+    peaks = {"sides": {OURS: {"role": "ours", "peak_mib": 12.3456789}, "vLLM": {"role": "peer", "peak_mib": 1.0}}}
+    run(path, loss={**peaks, "group": "loss"})
+    data = record.load(path)
+    kept = data["cases"]["loss"]
+    assert kept["sides"][OURS] == {"role": "ours", "seconds": [1.0], "peak_mib": 12.346}
+    assert kept["missing"] == {}  # it was measured after all
+    assert kept["commit"] and kept["date"]
+    about = data["machine"]
+    assert about["cpu"] and about["versions"]["torch"] == torch.__version__ and about["threads"] == 2
+    data["machine"]["cpu"] = "another"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="measured with another cpu"):
+        record.Record(path, threads=2)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not the JSON of a benchmark run"):
+        record.load(path)
+
+
+@committed
+def test_results_name_no_host_and_no_path() -> None:
+    """What is committed describes the machine and does not name it."""
+    import platform
+
+    for path in (*RUN.parent.glob("*.json"), ROOT / "docs" / "performance.md"):
+        text = path.read_text()
+        assert str(Path.home()) + "/" not in text and str(ROOT) not in text and "/tmp/" not in text
+        assert platform.node() not in text or len(platform.node()) < 5
+
+
+@pytest.mark.parametrize(
+    ("now", "status", "said"),
+    [
+        ([1.30, 1.31, 1.29, 1.30], 1, "SLOWER"),
+        ([1.02, 1.03, 1.02, 1.02], 0, "as before"),  # within the tolerance
+        ([0.90, 1.90, 1.00, 1.80], 0, "as before"),  # a larger median, but within the spread
+        ([0.70, 0.71, 0.70, 0.70], 0, "faster"),
+    ],
+)
+def test_compare_tells_slower_from_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], now: list[float], status: int, said: str
+) -> None:
+    drift = [2.0, 2.0, 3.0, 2.0]  # the second run's machine was slower, for both sides
+    old = run(tmp_path / "old.json", loss=case([1.0, 1.01, 0.99, 1.0], [2.0] * 4), gone=case([1.0], [1.0]))
+    times = [a * b for a, b in zip(now, drift, strict=True)]
+    new = run(tmp_path / "new.json", loss=case(times, [2 * b for b in drift]), added=case([1.0], [1.0]))
+    assert compare.main([str(old), str(new)]) == status
+    printed = capsys.readouterr().out
+    assert printed.startswith(said) and "/ plain PyTorch" in printed
+    assert "not measured any more: gone" in printed and "new: added" in printed
+
+
+def test_compare_without_a_reference_and_without_a_common_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = {"group": "demo", "sides": {OURS: {"role": "ours", "seconds": [1.0]}}}
+    slow = {"group": "demo", "sides": {OURS: {"role": "ours", "seconds": [2.0]}}}
+    old, new = run(tmp_path / "old.json", demo=alone), run(tmp_path / "new.json", demo=slow)
+    assert compare.main([str(old), str(new)]) == 1
+    assert compare.main([str(old), str(new), "--tolerance", "1.5"]) == 0
+    other = run(tmp_path / "other.json", another=alone)
+    assert compare.main([str(old), str(other)]) == 2
+    assert compare.main([str(old), str(tmp_path / "none.json")]) == 2
+    assert "no timed case in common" in capsys.readouterr().err
+
+
+def test_bars_are_met_or_missed_by_the_median_and_say_what_is_missing() -> None:
+    bars = [
+        {"over": OURS, "under": "fastest peer", "at_most": 1.0},
+        {"over": OURS, "under": "fastest peer", "among": ["vLLM"], "at_most": 1.0},
+        {"over": OURS, "under": "plain PyTorch", "at_most": 0.4},
+    ]
+    one = case([1.0, 1.0], [2.0, 2.0], bars=bars)
+    one["sides"]["slow"] = {"role": "peer", "seconds": [9.0, 9.0]}
+    rows = performance.Page({"cases": {"a case": one}}, None).bars("loss")
+    assert rows == [
+        ["a case", "plain PyTorch", "0.50 (0.50-0.50)", "1.00", "met"],
+        ["a case", "vLLM", "not measured", "1.00", ""],
+        ["a case", "plain PyTorch", "0.50 (0.50-0.50)", "0.40", "**missed**"],
+    ]
+
+
+def test_the_fraction_of_the_limit_counts_only_rows_that_are_worked_on() -> None:
+    one = case([1.0], [2.0], zero=0.5)
+    one["sides"]["three bare products"] = {"role": "limit", "seconds": [0.8]}
+    rows = performance.Page({"cases": {"a case": one}}, None).fractions("loss")
+    assert rows == [["a case", "three bare products, of the rows that count", "400 ms", "1.00 s", "0.40"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.999999, "1.00"), (1234.5, "1,230"), (0.01234, "0.0123"), (99.96, "100")]
+)
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert performance.significant(value) == text
+
+
+@committed
+def test_the_page_is_what_the_committed_results_make() -> None:
+    assert performance.render() == performance.PAGE.read_text(encoding="utf-8"), "run `make performance`"
+    pictures = performance.Page(record.load(RUN), None).curves()
+    assert pictures and all((ROOT / "docs" / path).is_file() for path in pictures.values())
+
+
+@committed
+def test_every_committed_case_has_what_the_page_shows() -> None:
+    cases = record.load(RUN)["cases"]
+    loss = [one for one in cases.values() if one["group"] == "loss"]
+    assert {tuple(one["shape"]) for one in loss} == {(1024, 896, 32000), (2048, 576, 49152), (1536, 640, 40000)}
+    for one in loss:
+        every = set(one["sides"]) | set(one["missing"])
+        assert every == set(peers.LOSS)
+        assert all(side["error"] < 1e-5 for side in one["sides"].values() if side["role"] != "limit")
+
+
+def test_all_sides_have_the_gradients_of_the_answer() -> None:
+    """Those that compile take half a minute each, and are compared by `make bench` in the same row as their time."""
+    batch = Batch(64, 16, 300, zero=0.5)
+    assert (batch.advantages == 0).sum() == 16
+    answer = batch.answer()
+    eager = [OURS, peers.PLAIN, *([peers.TORCH] if hasattr(torch.nn.functional, "linear_cross_entropy") else [])]
+    sides = {name: peers.LOSS[name] for name in [*eager, peers.TRL, peers.PRODUCTS]}
+    works, missing, errors = peers.working(sides, batch, lambda _: batch.gradient_error(answer))
+    assert not missing or list(missing) == [peers.TRL]
+    assert set(errors) == set(works) - {peers.PRODUCTS}  # the limit has no gradients
+    assert max(errors.values()) < 1e-6, errors
+    reference = batch.hidden.detach().double().requires_grad_()
+    logprobs = (reference @ batch.weight.detach().double().T).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    loss = -(batch.of_token.double() * logprobs).mean()
+    loss.backward()
+    assert reference.grad is not None
+    torch.testing.assert_close(answer.hidden, reference.grad)
+    torch.testing.assert_close(answer.loss, loss.detach())
+
+
+def test_a_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+
+    def broken(batch: Batch) -> peers.Work:
+        raise RuntimeError("no such kernel")
+
+    sides = {peers.TRL: peers.trl_loss, "FlashInfer": peers.need_gpu("flashinfer", "flashinfer-python"), "x": broken}
+    works, missing, errors = peers.working(sides, Batch(32, 8, 64))
+    assert works == errors == {} and missing == {
+        peers.TRL: "not installed: pip install trl", "x": "RuntimeError: no such kernel",
+        "FlashInfer": "its kernels need a CUDA GPU (flashinfer-python)",
+    }  # fmt: skip
+
+
+def test_the_compiler_of_a_library(tmp_path: Path) -> None:
+    library = tmp_path / "x.so"
+    library.write_bytes(b"\x7fELF\0GCC: (Debian 12.2.0-14) 12.2.0\0")
+    assert machine.compiler_of(library) == "GCC: (Debian 12.2.0-14) 12.2.0"
+    library.write_bytes(b"\x7fELF")
+    assert machine.compiler_of(library) is None

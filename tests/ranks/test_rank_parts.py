@@ -1,0 +1,94 @@
+"""What several ranks are refused, how work is shared, and what a process that is alone is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_llama
+
+from bandit_rft.cli import main
+from bandit_rft.distributed import Ranks, join_ranks
+from bandit_rft.distributed.ranks import balanced
+from bandit_rft.distributed.sharded import ShardedPolicy
+from bandit_rft.model import Policy, UnsupportedModelError
+
+DEMO = ["--preset", "demo", "--device", "cpu", "--max_rounds", "1"]
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_work_is_shared_once_and_evenly(world: int) -> None:
+    sizes = np.random.default_rng(world).integers(1, 100, 40)
+    shares = balanced(sizes.tolist(), world)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(40))
+    loads = [int(sizes[share].sum()) for share in shares]
+    # Graham's bound for the largest first: 4/3 of the best, which is no less than the mean.
+    assert max(loads) <= (4 / 3) * sizes.sum() / world + sizes.max() / 3
+
+
+def test_less_work_than_ranks_leaves_some_without() -> None:
+    assert [share.tolist() for share in balanced([5, 9], 3)] == [[1], [0], []]
+    assert [share.tolist() for share in balanced([], 2)] == [[], []]
+
+
+def test_a_process_that_is_alone_has_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_ranks(sharded=True, timeout_s=1.0) as ranks:
+        assert type(ranks) is Ranks and ranks.first and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            ["train", *DEMO, "--rollout.engine", "vllm", "--rollout.urls", "http://a:1"],
+            "rollout.engine=vllm is for one",
+        ),
+        (["train", *DEMO, "--device", "cuda:0"], "device=cuda:0"),
+        (["train", *DEMO, "--dry_run"], "--dry_run is for one process"),
+        (["eval", *DEMO], "eval is for one process"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any, command: list[str], said: str
+) -> None:
+    launched.chdir(tmp_path)
+    if command.count("--device") == 2:
+        del command[command.index("--device") : command.index("--device") + 2]
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_incomplete_environment_and_an_old_torch_are_refused(launched: pytest.MonkeyPatch) -> None:
+    launched.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(ImportError, match=r"torch >= 2\.13; this is 2\.12\.1"), join_ranks(sharded=True, timeout_s=1.0):
+        pass
+    launched.delenv("MASTER_PORT")
+    with pytest.raises(ValueError, match="MASTER_PORT is not set"), join_ranks(sharded=True, timeout_s=1.0):
+        pass
+
+
+def test_a_model_whose_calls_depend_on_its_texts_is_not_split() -> None:
+    policy = Policy(tiny_llama())
+    for plan in (replace(policy.plan, mode="single"), replace(policy.plan, apart=16)):
+        policy.plan = plan
+        with pytest.raises(UnsupportedModelError, match=r"equally many; distributed\.shard=ddp"):
+            ShardedPolicy(policy)
+
+
+def test_a_model_of_several_dtypes_is_not_split() -> None:
+    policy = Policy(tiny_llama().to(torch.bfloat16))
+    policy.base.norm.float()  # type: ignore[operator, union-attr]
+    with pytest.raises(UnsupportedModelError, match=r"dtypes .*bfloat16.*float32.*distributed\.shard=ddp"):
+        ShardedPolicy(policy)

@@ -1,0 +1,90 @@
+"""A process that has imported everything once and forks the ranks of a run for every line it reads.
+
+stdin: one JSON object a line, {"world": K, "config": {...}} and, for faults, {"patch": {name in watch.py: value},
+"reward": name in tiny_rewards.py, "stop": [rank, round in which it is asked to stop], "save": rounds after which to
+save, whatever save_steps says}; stdout: the process ids of the ranks, then, when all have ended, their exit statuses.
+Rank r writes to the file errors-r in the folder of the first argument.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet  # noqa: F401
+import tiny_rewards
+import torch
+from tiny_models import sums
+
+from bandit_rft import checkpoint, evaluate, model, rollout, trainer  # noqa: F401  (loaded before the fork)
+from bandit_rft.config import build_config
+from bandit_rft.distributed import process, watch  # noqa: F401
+from bandit_rft.tasks import Task
+
+
+def train(order: dict[str, Any], rank: int) -> None:
+    for name, value in order.get("patch", {}).items():
+        assert hasattr(watch, name)
+        setattr(watch, name, value)
+    task = sums()
+    reward = getattr(tiny_rewards, order.get("reward", "starts_with_vowel"))
+    run = trainer.Trainer(build_config(order["config"]), task=Task(task.name, task.splits, [reward]))
+    finish = run._finish_round
+
+    def finish_and_save(*of: Any) -> None:
+        finish(*of)
+        if run.round in order.get("save", ()):
+            run.records.checkpoint()
+
+    run._finish_round = finish_and_save  # type: ignore[method-assign]
+    at = order.get("stop")
+    if at is not None and at[0] == rank:
+        number, draw = at[1], run.draw
+
+        def draw_and_stop(of: int, clock: Any) -> Any:
+            run.stop_requested = run.stop_requested or of == number
+            return draw(of, clock)
+
+        run.draw = draw_and_stop  # type: ignore[method-assign]
+    run.run()
+
+
+def fork(order: dict[str, Any], rank: int, port: int, errors: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    with (errors / f"errors-{rank}").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    world = order["world"]
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        train(order, rank)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        order = json.loads(line)
+        port = free_port()
+        ranks = [fork(order, rank, port, Path(sys.argv[1])) for rank in range(order["world"])]
+        print(*ranks, flush=True)
+        print(*(os.waitpid(rank, 0)[1] for rank in ranks), flush=True)
