@@ -1,6 +1,6 @@
 """The pictures of the README's first screen, from a run of the demo: what the terminal shows, and its curves.
 
-pip install pyte && python tools/pictures.py    writes docs/assets/demo.svg and demo-learning.svg
+pip install pyte && python tools/pictures.py    writes docs/images/demo.svg and demo-learning.svg
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from bandit_rft.report.picture import learning_picture
 
-ASSETS = Path(__file__).resolve().parents[1] / "docs" / "assets"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 COLUMNS, LINES = 116, 60
 BOLD = "bold"
 
@@ -60,8 +61,11 @@ def main() -> None:
     console.print(Text("$ bandit-rft train --preset demo", style=BOLD))
     with tempfile.TemporaryDirectory() as folder:
         console.print(terminal(command, Path(folder)))
-        (ASSETS / "demo.svg").write_text(console.export_svg(title="bandit-rft"))
-        (ASSETS / "demo-learning.svg").write_text(learning_picture(Path(folder) / "demo"))
+        picture = console.export_svg(title="bandit-rft")
+        (IMAGES / "demo.svg").write_text(
+            re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
+        )  # fetches nothing
+        (IMAGES / "demo-learning.svg").write_text(learning_picture(Path(folder) / "demo"))
 
 
 if __name__ == "__main__":
