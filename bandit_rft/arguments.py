@@ -112,7 +112,8 @@ def make_parser(keys: bool = True) -> Parser:
     run = command(
         "run", "run the cells of a study, or continue",
         "study run STUDY.yaml [--output_dir OUT] [--jobs N] [--threads N] [--retry N] [--gpus 0,1,...] [--shard I/N] "
-        "[--max_seconds S] [--launcher NAME --workers N --launcher_option KEY=VALUE ...] [--dry_run] [--quiet | -v]",
+        "[--accept_failed] [--max_seconds S] [--launcher NAME --workers N --launcher_option KEY=VALUE ...] [--dry_run] "
+        "[--quiet | -v]",
         actions,
     )  # fmt: skip
     run.add_argument("--jobs", metavar="N", type=_at_least(1), action=_Once, help="cells at a time [one a GPU, or 1]")
@@ -121,6 +122,9 @@ def make_parser(keys: bool = True) -> Parser:
     run.add_argument("--gpus", metavar="0,1,...", type=_names, action=_Once, help="GPUs to deal the cells out to")
     run.add_argument(
         "--shard", metavar="I/N", type=_shard, action=_Once, help="work on the I-th of N shares of the cells alone"
+    )
+    run.add_argument(
+        "--accept_failed", action="store_true", help="of a study with tune: runs that failed count as 0 in the choice"
     )
     run.add_argument(
         "--max_seconds", metavar="S", type=_positive, action=_Once,

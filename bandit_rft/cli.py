@@ -249,7 +249,7 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
     from bandit_rft.study.limit import seconds_left
     from bandit_rft.study.plan import seed_warning
     from bandit_rft.study.status import read_status, show_plan
-    from bandit_rft.study.tuning import FOLDER, choose
+    from bandit_rft.study.tuning import choose
 
     seconds = None if "launcher" in given else seconds_left(getattr(given, "max_seconds", None))
     ends = None if seconds is None else time.monotonic() + seconds
@@ -265,9 +265,8 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
     if (warning := seed_warning(plan)) is not None:
         console.print(f"note: {warning}", markup=False, style="yellow")
     if plan.tuning is not None:
-        code = _run_cells(plan.tuning, folder / FOLDER, given, console, ends)
-        if code == 130:
-            return code
+        if _tune_study(plan, folder, given, console, ends) == 130:
+            return 130
         plan = plan.tuned(choose(plan, folder))
     code = _run_cells(plan, folder, given, console, ends)
     if code == 0 and read_status(folder).counts["finished"] == len(plan.cells):  # all shares, not this one alone
@@ -275,6 +274,35 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
 
         console.print(f"report: {write_study_report(folder)}", markup=False, soft_wrap=True)
     return code
+
+
+def _tune_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any, ends: float | None) -> int:
+    """Run the cells that choose a study's tuned values, until these can be chosen: 0, or 130 when stopped.
+
+    Raises:
+        ValueError: some failed, which is not said to be accepted, or belong to another share and are not here.
+    """
+    from bandit_rft.study.tuning import FILE, FOLDER, failures, recorded, undecided
+
+    if recorded(plan, folder) is not None:
+        return 0
+    runs = folder / FOLDER
+    if _run_cells(plan.tuning, runs, given, console, ends) == 130:
+        return 130
+    if recorded(plan, folder) is not None:  # another runner has chosen meanwhile
+        return 0
+    of = f"of {len(plan.tuning.cells)} runs that choose {plan.tune.key}"
+    if "shard" in given and (missing := undecided(plan.tuning, runs)):
+        raise ValueError(
+            f"{missing} {of} are not in {runs / 'cells'}. When every share has run its own, copy the cells of all "
+            f"shares into one of these folders and run that share again; then copy its {FILE} to the others"
+        )
+    if (failed := failures(plan.tuning, runs)) and "accept_failed" not in given:
+        raise ValueError(
+            f"{len(failed)} {of} failed and would count as 0: {', '.join(failed[:5])}{', ...' * (len(failed) > 5)}. "
+            "--retry 1 tries them again; --accept_failed goes on, right where the tried value made them fail"
+        )
+    return 0
 
 
 def _run_cells(plan: Any, folder: Path, given: argparse.Namespace, console: Any, ends: float | None) -> int:
@@ -325,7 +353,7 @@ def _launch_study(plan: Any, folder: Path, given: argparse.Namespace, console: A
     from bandit_rft.study.tuning import FOLDER
 
     kind, workers, gpus = given.launcher, getattr(given, "workers", 1), len(getattr(given, "gpus", []))
-    flags = ("jobs", "threads", "retry", "shard", "max_seconds", "quiet", "verbose")
+    flags = ("jobs", "threads", "retry", "shard", "accept_failed", "max_seconds", "quiet", "verbose")
     worker = launch.make_worker(Path(given.study), folder, {f: getattr(given, f) for f in flags if f in given}, gpus)
     needs = launch.resources(kind, getattr(given, "jobs", gpus or 1), getattr(given, "threads", 1), gpus)
     options = needs | launch.read_options(getattr(given, "launcher_option", []))

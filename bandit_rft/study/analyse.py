@@ -34,7 +34,6 @@ from bandit_rft.study.pairing import (
 )
 from bandit_rft.study.spending import ONE_POINT, cost_rows, curve_rows
 from bandit_rft.study.statistics import (
-    MARGIN,
     Array,
     Block,
     bca,
@@ -43,7 +42,7 @@ from bandit_rft.study.statistics import (
     holm,
     interquartile_mean,
     minimum_detectable,
-    no_difference_bound,
+    nothing_differed,
     p_value,
     probability_of_improvement,
     seeds_needed,
@@ -264,6 +263,7 @@ def _finish(study: Study, rows: list[Row]) -> None:
     Levels that are one and the same cells are one hypothesis, whatever they are called.
     """
     names = ("error", "degrees", "gain", "variance_seeds", "variance_questions", "variance_residual", "seeds")
+    shared = share_seeds(study)
     error, degrees, gain, *parts = (np.array([row[name] for row in rows], dtype=float) for name in names)
     low, high = t_interval(gain, error, degrees)
     p, smallest = p_value(gain, error, degrees), minimum_detectable(error, degrees)
@@ -273,9 +273,10 @@ def _finish(study: Study, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         row |= {"low": low[i], "high": high[i], "p": p[i], "minimum_detectable": smallest[i]}
         row["p_equivalent"] = equivalent[i]
-        if gain[i] == error[i] == 0 and row["pairs"] and row["seeds"] > 1:  # nothing differed, of finitely many pairs
-            bound = no_difference_bound(row["pairs"])
-            row |= {"low": -bound, "high": bound, "p_equivalent": math.nan if bound > MARGIN else 0.0}
+        if gain[i] == error[i] == 0 and row["pairs"] and row["seeds"] > 1:  # nothing differed, of finitely many runs
+            runs = row["seeds"] * (1 if shared else row["conditions"])
+            bound, chance = nothing_differed(runs, 2.0 if row["split"] == "gap" else 1.0)
+            row |= {"low": -bound, "high": bound, "p_equivalent": chance}
         if row["questions"] is not None:
             row["seeds_for_one_point"] = needed[i]
         family = families.setdefault((row["metric"], row["split"], row["model"] == ALL, row["task"] == ALL), {})

@@ -10,7 +10,7 @@ import numpy as np
 from bandit_rft.study.cells import BASELINE, SPLITS, Study
 from bandit_rft.study.pairing import ALL, Level, Row, blocks_of, combination, scopes, share_seeds, usable
 from bandit_rft.study.plan import StudyError, read_contrasts
-from bandit_rft.study.statistics import contrast, equivalence, holm, p_value, t_interval
+from bandit_rft.study.statistics import contrast, equivalence, holm, nothing_differed, p_value, t_interval
 
 METRICS = ("final", "auc")
 
@@ -58,6 +58,11 @@ def _rows(study: Study, key: tuple[str, str], weights: Mapping[Level, float]) ->
             found = contrast(blocks_of(parts, split, shared))
             low, high = t_interval(found.gain, found.error, found.degrees)
             p, equivalent = (test(found.gain, found.error, found.degrees) for test in (p_value, equivalence))
+            runs = min(map(len, used.values())) * (1 if shared else len(used))
+            if runs > 1 and (same := (found.gain == 0) & (found.error == 0)).any():  # of finitely many runs
+                bound, chance = nothing_differed(runs, sum(map(abs, weights.values())) / 2)
+                low, high = np.where(same, -bound, low), np.where(same, bound, high)
+                equivalent = np.where(same, chance, equivalent)
             for i, metric in enumerate(METRICS):
                 rows.append({
                     "family": key[0], "name": key[1], "metric": metric, "split": split, "model": model, "task": task,

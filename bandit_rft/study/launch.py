@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bandit_rft.options import read_yaml
 from bandit_rft.study.plan import PlannedCell
 
 #: Jobs of one array where `scontrol show config` does not say MaxArraySize; SLURM's own default is 1001.
@@ -88,7 +88,10 @@ def given_gpus(count: int) -> list[str]:
 
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options of a launcher from their KEY=VALUE; a value is read as YAML, so that 4 is a number.
+    """Options of a launcher from their KEY=VALUE; a value that is JSON is read as it, any other is text.
+
+    So 4 is a number and ["module load cuda"] a list, but 4:00:00 and 0123 stay what they are. A number with a fraction
+    is one where it is written as it prints: a partition may be called 1e3.
 
     Raises:
         ValueError: naming the one that is none.
@@ -98,8 +101,15 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier() or key in options:
             raise ValueError(f"launcher_option must be KEY=VALUE, each key once; got {text!r}")
-        options[key] = read_yaml(value)
+        try:
+            options[key] = json.loads(value, parse_float=_fraction, parse_constant=str)
+        except (ValueError, RecursionError):
+            options[key] = value
     return options
+
+
+def _fraction(text: str) -> float | str:
+    return float(text) if repr(float(text)) == text else text
 
 
 # --- a share of the cells ---------------------------------------------------------------------------------------------
@@ -154,8 +164,9 @@ def start_slurm(worker: Worker, workers: int, folder: Path, options: Mapping[str
 def _slurm_executor(folder: Path, options: Mapping[str, Any], *, anywhere: bool = False) -> Any:
     import submitit
 
-    if not isinstance(options.get("time"), int):
-        raise ValueError(f"launcher_option time=MINUTES is needed, a whole number; got {options.get('time')!r}")
+    minutes = options.get("time")
+    if type(minutes) is not int or minutes < 1:
+        raise ValueError(f"launcher_option time=MINUTES is needed, a whole number >= 1; got {minutes!r}")
 
     kind: Any = submitit.SlurmExecutor
     if anywhere:  # scripts can be written where no SLURM is

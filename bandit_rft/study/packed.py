@@ -35,6 +35,9 @@ FORMAT = 1
 #: Of cell.json and of a run's sums, what differs from machine to machine and from time to time.
 CLOCK_KEYS = ("seconds/round", "seconds/evaluate")
 RECORD_KEYS = ("attempts", "gpus")
+#: What an entry of the plan must have.
+ENTRY = ("id", "places", "model", "task", "seed", "baseline", "config", "status", "problem")
+NO_CELLS = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 
 
 class Packer:
@@ -130,15 +133,30 @@ class Packed:
                 self._arrays = {name: archive[name] for name in ("bits", "numbers", "queries")}
             if self.description["format"] != FORMAT:
                 raise ValueError(f"format {self.description['format']}, which this version does not know")
+            for name in ("study", "tuning", "cells"):
+                self.description[name]
         except FileNotFoundError:
             raise
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no file of a study's cells ({error})") from None
+        except (OSError, EOFError, *NO_CELLS, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no file of a study's cells ({error!r})") from None
+        self._path = path
         self._clocks = _read_clocks(path.with_name(CLOCKS))
 
     def cells(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], Measured | None]]:
-        """(entry of the plan with status and problem, what is known of cell.json, results or None) of every cell."""
+        """(entry of the plan with status and problem, what is known of cell.json, results or None) of every cell.
+
+        Raises:
+            ValueError: an entry is not what `Packer` writes.
+        """
+        try:
+            yield from self._cells()
+        except NO_CELLS as error:
+            raise ValueError(f"{self._path} is no file of a study's cells ({error!r})") from None
+
+    def _cells(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], Measured | None]]:
         for entry in self.description["cells"]:
+            for key in ENTRY:
+                entry[key]
             clock = self._clocks.get(entry["id"], {})
             record = {key: int(float(clock[key])) for key in RECORD_KEYS if clock.get(key)}
             if entry.get("versions"):
@@ -156,10 +174,14 @@ class Packed:
         count = int(np.prod(shape))
         if block["in"] == "bits":
             packed = self._arrays["bits"][at : at + -(-count // 8)]
+            if 8 * len(packed) < count:  # it would fill up with rewards of 0
+                raise ValueError(f"{len(packed)} bytes for {count} rewards")
             values = np.unpackbits(packed, count=count).astype(np.float32)
         else:
             values = self._arrays["numbers"][at : at + count]
         queries = self._arrays["queries"][block["queries"] : block["queries"] + shape[1]]
+        if len(queries) != shape[1]:
+            raise ValueError(f"{len(queries)} questions for rewards of shape {shape}")
         return Evaluations(list(block["rounds"]), queries, values.reshape(shape), int(block["asked"]))
 
 

@@ -225,13 +225,15 @@ def load_plan(file: str | Path) -> Plan:
     seeds = _read_seeds("seeds", settings.setdefault("seeds", [0]))
     if not isinstance(settings.get("shared_seeds", False), bool):
         raise StudyError(f"shared_seeds must be true or false; got {settings['shared_seeds']!r}")
-    if not settings.get("shared_seeds") and max(seeds) >= TASK_STRIDE:
-        raise StudyError(f"seeds must be below {TASK_STRIDE:,}, or shared_seeds: true be given; got {max(seeds)}")
-    plan = Plan(settings, file.absolute().parent, [], _read_tune(settings))
+    tune = _read_tune(settings)
+    for name, listed in (("seeds", seeds), ("tune.seeds", tune.seeds if tune is not None else ())):
+        if not settings.get("shared_seeds") and max(listed, default=0) >= TASK_STRIDE:
+            raise StudyError(f"{name} must be below {TASK_STRIDE:,}, or shared_seeds: true be given; got {max(listed)}")
+    plan = Plan(settings, file.absolute().parent, [], tune)
     levels = _levels(plan)
     read_contrasts(settings, levels)
     plan.cells = list(_cells(plan, seeds, {level: [("", keys)] for level, keys in levels.items()}))
-    if (tune := plan.tune) is not None:
+    if tune is not None:
         plan.tuning = Plan(settings, plan.base, [], tune)
         once = {"evaluation.splits": [tune.split], "evaluation.greedy": False, "eval_steps": 0}
         grid = {

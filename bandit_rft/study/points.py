@@ -89,6 +89,9 @@ def simultaneous(row: Row) -> tuple[float, float]:
     """
     if "simultaneous_low" in row:
         return row["simultaneous_low"], row["simultaneous_high"]
+    if row["error"] == row["gain"] == 0:  # nothing differed: what the interval says of one, at a level of 0.05 / family
+        bound = 1 - (1 - row["high"]) ** (math.log(2 * (1 - _level(row))) / math.log(1 - CONFIDENCE))
+        return -bound, bound
     half = float(t_quantile(row["degrees"], _level(row))) * row["error"]
     return row["gain"] - half, row["gain"] + half
 

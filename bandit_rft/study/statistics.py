@@ -215,9 +215,18 @@ def equivalence(gain: Array, error: Array, degrees: Array, margin: float = MARGI
     return np.where(np.isnan(error), np.nan, p)
 
 
-def no_difference_bound(pairs: int) -> float:
-    """What a share is below with 95% confidence when none of so many pairs differed: about 3 / pairs."""
-    return float(1 - (1 - CONFIDENCE) ** (1 / pairs))
+def nothing_differed(runs: int, span: float = 1.0) -> tuple[float, float]:
+    """What can be said where no reward of so many paired runs differed: (bound of |gain|, p-value of equivalence).
+
+    Were a pair of runs to differ at all with probability x, none of `runs` would with probability (1 - x)^runs, and the
+    gain is at most span * x. The bound has the x for which that is 5%, about 3 / runs; the p-value is that probability
+    for the x at the margin. Questions of one run are no independent draws of it and do not count.
+
+    Args:
+        runs: independent paired runs.
+        span: the largest difference of one pair; 1 of two rewards between 0 and 1.
+    """
+    return span * float(1 - (1 - CONFIDENCE) ** (1 / runs)), float((1 - MARGIN / span) ** runs)
 
 
 def holm(p: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bandit_rft.study.cells import BASELINE, Study
+from bandit_rft.study.cells import BASELINE, SPLITS, Study
 from bandit_rft.study.pairing import ALL, Condition, Level, Row
 from bandit_rft.study.statistics import Array, holm, t_interval
 
@@ -21,8 +21,8 @@ def add_wider(study: Study, rows: Sequence[Row]) -> None:
     `models_low`, `models_high`: a 95% t-interval over the models' mean gains, for models that were not run;
     `conditions_low`, `conditions_high`: over all conditions. `p_interaction`: of "the gain is the same in every
     condition" (Welch's test), `p_interaction_holm` over the levels. `competence_slope` with its interval: how much the
-    gain changes with a condition's Pass@1 before training, within tasks. `worst_low`, `worst_high`: the interval if
-    each failed run had come out as badly, or as well, as a run can.
+    gain changes with a condition's Pass@1 before training, within tasks. `worst_low`, `worst_high`, of train and test:
+    the interval if each pair of which a run failed had differed by -1, or by 1.
     """
     of_condition: dict[tuple[Level, str, str], dict[Condition, Row]] = {}
     for row in rows:
@@ -39,7 +39,8 @@ def add_wider(study: Study, rows: Sequence[Row]) -> None:
         row |= _over_models(own) | {"p_interaction": welch(own), "p_interaction_holm": math.nan}
         start = {c: r["baseline"] for c, r in of_condition.get((BASELINE, "learned", row["split"]), {}).items()}
         row |= competence(own, start)
-        row |= _worst(row, failed.get(level, {}), study) if row["metric"] in BOUNDED else {}
+        if row["metric"] in BOUNDED and row["split"] in SPLITS:
+            row |= _worst(row, failed.get(level, {}), own)
         families.setdefault((row["metric"], row["split"]), {}).setdefault(study.same_as.get(level, level), row)
     for family in families.values():
         adjusted = holm(np.array([row["p_interaction"] for row in family.values()], dtype=float))
@@ -129,13 +130,11 @@ def _failed(study: Study) -> dict[Level, dict[Condition, int]]:
     }  # fmt: skip
 
 
-def _worst(row: Row, failed: Mapping[Condition, int], study: Study) -> Row:
-    """The interval with failed runs at the worst and at the best: Pass@1 of 0 or 1 against the baseline's mean."""
-    used = row["seeds"]
-    share = float(np.mean([count / (count + used) for count in failed.values()])) if failed and used else 0.0
-    low, high = -row["baseline"], 1 - row["baseline"]
-    if not share:
-        return {"worst_low": row["low"], "worst_high": row["high"]}
-    return {
-        "worst_low": (1 - share) * row["low"] + share * low, "worst_high": (1 - share) * row["high"] + share * high,
-    }  # fmt: skip
+def _worst(row: Row, failed: Mapping[Condition, int], own: Mapping[Condition, Row]) -> Row:
+    """The interval with failed pairs at the worst and at the best, a difference of -1 and of 1.
+
+    Their share is the mean over conditions, those where every pair failed included.
+    """
+    pairs = {c: own[c]["seeds"] if c in own else 0 for c in failed}
+    share = float(np.mean([n / (n + pairs[c]) if n else 0.0 for c, n in failed.items()])) if failed else 0.0
+    return {"worst_low": (1 - share) * row["low"] - share, "worst_high": (1 - share) * row["high"] + share}

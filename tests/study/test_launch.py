@@ -162,6 +162,9 @@ def test_more_workers_than_an_array_may_have_are_several_arrays(slurm: Path, tmp
     [
         ("--launcher slurm", "time=MINUTES is needed"),
         ("--launcher slurm --launcher_option time=x", "time=MINUTES is needed"),
+        ("--launcher slurm --launcher_option time=4:00:00", "a whole number >= 1; got '4:00:00'"),
+        ("--launcher slurm --launcher_option time=true", "a whole number >= 1; got True"),
+        ("--launcher slurm --launcher_option time=-5", "a whole number >= 1; got -5"),
         ("--launcher slurm --launcher_option time=5 --launcher_option patition=gpu", "['patition']; submitit's names"),
         ("--launcher slurm --launcher_option time", "must be KEY=VALUE"),
         ("--launcher slurm --launcher_option time=1 --launcher_option time=2", "each key once; got 'time=2'"),
@@ -214,10 +217,14 @@ def test_a_worker_deals_out_the_gpus_that_it_was_given(monkeypatch: pytest.Monke
     assert given_gpus(2) == ["0", "1"]
 
 
-def test_launcher_options_are_read_as_yaml() -> None:
-    assert read_options(["time=90", "setup=[module load cuda, a]", "a=x=y"]) == {
-        "time": 90, "setup": ["module load cuda", "a"], "a": "x=y",
+def test_launcher_options_are_json_or_text() -> None:
+    given = ["time=90", 'setup=["module load cuda", "a"]', "a=x=y", "num_cpus=0.5", "exclusive=true"]
+    assert read_options(given) == {
+        "time": 90, "setup": ["module load cuda", "a"], "a": "x=y", "num_cpus": 0.5, "exclusive": True,
     }  # fmt: skip
+    for text in ("time=4:00:00", "account=0123", "a=1e3", "qos=off", "a=NaN", "a=1.50", "a=[", "a=" + "[" * 5000):
+        key, value = text.split("=")
+        assert read_options([text]) == {key: value}, "a name that looks like a number to YAML"
 
 
 # --- a worker that has to go ------------------------------------------------------------------------------------------

@@ -83,3 +83,26 @@ def test_a_file_that_is_no_packed_study_is_refused_by_name(tmp_path: Path, conte
         Packed(path)
     with pytest.raises(ValueError, match=r"cells\.npz is no file"):
         load_study(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["study", "cells", "places", "shape", "queries", "at", "in", "evaluations"])
+def test_a_packed_study_that_lacks_something_is_one_error(tmp_path: Path, what: str) -> None:
+    folder = make_study(tmp_path / "study", seeds=1, questions=10, levels={})
+    path = write_study_report(folder).parent / "cells.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    description = json.loads(arrays["description"].tobytes())
+    cell = description["cells"][0]
+    block = cell["evaluations"]["test"]
+    if what in description:
+        del description[what]
+    elif what == "evaluations":
+        cell[what] = ["test"]
+    elif what in cell:
+        del cell[what]
+    else:
+        block[what] = {"shape": [3], "queries": 10**6, "at": 10**6, "in": None}[what]
+    arrays["description"] = np.frombuffer(json.dumps(description).encode(), dtype=np.uint8)
+    np.savez(tmp_path / "cells.npz", **arrays)
+    with pytest.raises(ValueError, match=r"cells\.npz is no file of a study's cells"):
+        load_study(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import runpy
 import shutil
@@ -53,6 +54,29 @@ def test_simulated_studies(tmp_path: Path, recompute: dict[str, Any], seeds: int
     for key, found in recompute["recompute"](report).items():
         for name, value in found.items():
             assert value == pytest.approx(rows[key][name], abs=1e-6, rel=1e-8, nan_ok=True), (key, name)
+
+
+def test_a_row_that_is_missing_and_a_number_that_is_empty_are_differences(
+    tmp_path: Path, recompute: dict[str, Any]
+) -> None:
+    path = write_study_report(make_study(tmp_path, seeds=3, questions=20)).with_name("results.csv")
+    with path.open(newline="") as file:
+        head, *rows = csv.reader(file)
+    keys = {"metric": "final", "split": "test", "model": "all", "task": "all", "level": "n=8"}
+    row = next(row for row in rows if keys.items() <= dict(zip(head, row, strict=True)).items())
+
+    def differing(kept: list[list[str]]) -> list[str]:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *kept])
+        found: list[str] = recompute["main"](path.parent)[1]
+        return found
+
+    assert differing(rows) == []
+    kept = [other for other in rows if other is not row]
+    assert differing(kept) == ["rollouts/n=8/final/test/all/all is not in results.csv"]
+    row[head.index("p")] = ""
+    (difference,) = differing(rows)
+    assert difference.startswith("rollouts/n=8/final/test/all/all p: ") and difference.endswith("nan in results.csv")
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=[folder.name for folder in COMMITTED])

@@ -12,6 +12,7 @@ import yaml
 pq = pytest.importorskip("pyarrow.parquet")
 import pyarrow as pa  # noqa: E402
 
+from bandit_rft import cli  # noqa: E402
 from bandit_rft.study.plan import BASELINE, Plan, StudyError, Tune, load_plan  # noqa: E402
 from bandit_rft.study.tuning import best, choose, undecided  # noqa: E402
 
@@ -98,6 +99,70 @@ def test_nothing_is_chosen_before_all_have_ended(tmp_path: Path) -> None:
         choose(plan, tmp_path)
 
 
+def one_level(folder: Path) -> Plan:
+    (folder / "study").mkdir()
+    return plan_of(folder / "study", models={"a": STUDY["models"]["a"]}, tasks={"sums": ARITHMETIC}, factors={})
+
+
+def run_study(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> tuple[int, list[str]]:
+    """`study run` whose cells are not run; its status, and the cells of which plans it would have run."""
+    plans: list[str] = []
+
+    def note(plan: Plan, folder: Path, *_: Any) -> int:
+        plans.append("tuning" if folder.name == "tuning" else f"{plan.cells[0].config['learning_rate']:g}")
+        return 1
+
+    monkeypatch.setattr(cli, "_run_cells", note)
+    return cli.main(["study", "run", str(folder / "study" / "study.yaml"), "--output_dir", str(folder), *flags]), plans
+
+
+def test_a_failed_run_decides_nothing_before_that_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = one_level(tmp_path)
+    assert plan.tuning is not None
+    low, high = plan.tuning.cells
+    run(tmp_path, low, 0.5)
+    run(tmp_path, high, 0.6, "failed")
+    assert run_study(monkeypatch, tmp_path) == (1, ["tuning"])
+    assert f"1 of 2 runs that choose learning_rate failed and would count as 0: {high.id}" in capsys.readouterr().err
+    assert not (tmp_path / "tuning.json").exists()
+    assert run_study(monkeypatch, tmp_path, "--accept_failed") == (1, ["tuning", "0.0001"])
+
+
+def test_a_choice_that_was_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = one_level(tmp_path)
+    assert plan.tuning is not None
+    low, high = plan.tuning.cells
+    run(tmp_path, low, 0.5)
+    run(tmp_path, high, 0.6, "failed")
+    assert choose(plan, tmp_path) == {BASELINE: 1e-4}
+    (tmp_path / "tuning" / "cells" / high.id / "cell.json").write_text('{"status": "finished"}')
+    assert choose(plan, tmp_path) == {BASELINE: 1e-4}, "cells may have begun with it"
+    assert run_study(monkeypatch, tmp_path, "--retry", "1") == (1, ["0.0001"])
+    record = json.loads((tmp_path / "tuning.json").read_text())
+    for name, value in (("grid", [1e-4, 3e-4]), ("seeds", [11]), ("chosen", []), ("runs", record["runs"][1:])):
+        (tmp_path / "tuning.json").write_text(json.dumps({**record, name: value}))
+        assert choose(plan, tmp_path) == {BASELINE: 2e-4}, f"the choice of other runs: {name}"
+    for text in ("", "[]", '{"chosen": 1}', json.dumps({**record, "chosen": [["a", "b", []]]})):
+        (tmp_path / "tuning.json").write_text(text)
+        assert choose(plan, tmp_path) == {BASELINE: 2e-4}
+
+
+def test_shares_say_how_their_tuning_comes_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = one_level(tmp_path)
+    assert plan.tuning is not None
+    run(tmp_path, plan.tuning.cells[0], 0.5)
+    assert run_study(monkeypatch, tmp_path, "--shard", "1/2") == (1, ["tuning"])
+    assert "1 of 2 runs that choose learning_rate are not in" in capsys.readouterr().err
+    run(tmp_path, plan.tuning.cells[1], 0.6)  # copied from the other share
+    assert run_study(monkeypatch, tmp_path, "--shard", "1/2") == (1, ["tuning", "0.0002"])
+    (tmp_path / "tuning").rename(tmp_path / "elsewhere")
+    assert run_study(monkeypatch, tmp_path, "--shard", "2/2") == (1, ["0.0002"]), "the choice is all it needs"
+
+
 def test_of_equal_values_the_smaller_one_is_chosen() -> None:
     rows = [{"levels": [["f", "x"]], "value": v, "score": s} for v, s in ((0.2, 0.3), (0.1, 0.3), (0.4, 0.1))]
     assert best(Tune("learning_rate", (0.1, 0.2, 0.4), (1,), "validation"), rows) == {("f", "x"): 0.1}
@@ -116,6 +181,7 @@ def test_of_equal_values_the_smaller_one_is_chosen() -> None:
         ({"factors": {"f": {"x": {"learning_rate": 1e-3}}}}, ["factors.f.x sets learning_rate", "tune.grid decides"]),
         ({"shared_seeds": "no"}, ["shared_seeds must be true or false"]),
         ({"seeds": [10**6]}, ["seeds must be below 1,000,000"]),
+        ({"tune": {"grid": [1e-4, 2e-4], "seeds": [10**9 + 1]}}, ["tune.seeds must be below 1,000,000", "1000000001"]),
     ],
 )  # fmt: skip
 def test_a_wrong_tune_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from simulated_study import make_study
 from bandit_rft.study.analyse import analyse_study, compare_levels
 from bandit_rft.study.pairing import share_seeds
 from bandit_rft.study.plan import StudyError, read_contrasts
-from bandit_rft.study.statistics import Block, contrast, equivalence, no_difference_bound
+from bandit_rft.study.points import simultaneous
+from bandit_rft.study.statistics import Block, contrast, equivalence, nothing_differed
 from bandit_rft.study.wider import competence, welch
 
 N8, BIG = ("rollouts", "n=8"), ("batch", "B=64")
@@ -112,20 +114,37 @@ def test_equivalence_and_the_bound_of_no_difference() -> None:
     low, high = 0.005 + np.array([-1, 1]) * stats.t.ppf(0.95, 20) * 0.006
     assert low > -0.02 and high < 0.02 and equivalence(gain, error, degrees)[0] < 0.05
     assert equivalence(gain, 2 * error, degrees)[0] > 0.05
-    assert no_difference_bound(360) == pytest.approx(0.0083, abs=1e-4)
+    assert nothing_differed(360) == pytest.approx((0.0083, 0.98**360), abs=1e-4)
+    assert nothing_differed(5, span=2.0) == pytest.approx((2 * nothing_differed(5)[0], 0.99**5))
 
 
 def test_nothing_that_differs_is_no_interval_of_width_zero(tmp_path: Path) -> None:
     """A level whose every reward is the baseline's, which is the same algorithm by another name."""
     folder = make_study(tmp_path, {N8: (0.0, 0.0, {"advantage": "psr"})}, seeds=3, questions=20, also={})
+    with_contrasts(folder, {"f": {"same": {"rollouts/n=8": 2, "baseline": -2}}})
     cells = folder / "cells"
     for path in cells.glob("rollouts-n_8-*"):
         twin = cells / path.name.replace("rollouts-n_8", "baseline-baseline")
         for file in path.glob("evaluations/*.parquet"):
             file.write_bytes((twin / "evaluations" / file.name).read_bytes())
-    row = analyse_study(folder).row(N8)
+    analysis = analyse_study(folder)
+    row, gap = analysis.row(N8), analysis.row(N8, split="gap")
     assert row is not None and row["gain"] == 0 and row["p"] == 1
-    assert row["high"] == -row["low"] == pytest.approx(no_difference_bound(row["pairs"]))
+    assert row["high"] == -row["low"] == pytest.approx(1 - 0.05 ** (1 / 3)), "three seeds, whatever they were asked"
+    assert row["p_equivalent"] == pytest.approx(0.98**3) and gap is not None and gap["high"] == 2 * row["high"]
+    low, high = simultaneous({**row, "family": 4})
+    assert high == -low == pytest.approx(1 - 0.0125 ** (1 / 3))
+    named = [r for r in analysis.contrasts if r["task"] == "all"]
+    assert named and all(r["high"] == -r["low"] == gap["high"] for r in named)
+    assert all(r["p_equivalent"] == pytest.approx(0.99**3) for r in named)
+    plan = json.loads((folder / "plan.json").read_text())
+    conditions = list(dict.fromkeys((entry["model"], entry["task"]) for entry in plan))
+    for entry in plan:  # each condition has seeds of its own
+        own_seed = entry["seed"] + 100 * conditions.index((entry["model"], entry["task"]))
+        entry["config"] = {**entry["config"], "seed": own_seed}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    own = analyse_study(folder).row(N8)
+    assert own is not None and own["high"] == pytest.approx(1 - 0.05 ** (1 / 12)), "four conditions of three seeds"
 
 
 def test_interactions_are_welchs_test() -> None:
@@ -165,3 +184,20 @@ def test_a_failed_run_widens_what_is_said(tmp_path: Path) -> None:
     assert (whole["worst_low"], whole["worst_high"]) == (whole["low"], whole["high"])
     assert row["worst_low"] < row["low"] and row["worst_high"] > row["high"]
     assert row["models_low"] != row["models_low"], "two models say nothing of others"
+
+
+def test_failed_runs_count_by_condition_and_as_badly_as_a_difference_can_be(tmp_path: Path) -> None:
+    """A level whose runs all fail on one of two tasks: half of what was planned could have been -1 or 1."""
+    options: dict[str, Any] = {"models": ["m"], "seeds": 4, "questions": 40, "also": {}}
+    failed = {f"rollouts-n_8-m-arithmetic-s{s}": "failed" for s in range(4)} | {"batch-B_64-m-countdown-s0": "failed"}
+    analysis = analyse_study(make_study(tmp_path / "a", TWO, problems=failed, **options))
+    row, one = analysis.row(N8), analysis.row(BIG)
+    assert row is not None and one is not None
+    assert row["worst_low"] == pytest.approx(0.5 * row["low"] - 0.5)
+    assert row["worst_high"] == pytest.approx(0.5 * row["high"] + 0.5)
+    assert one["worst_low"] == pytest.approx(7 / 8 * one["low"] - 1 / 8), "one of four runs, in one of two conditions"
+    gap = analysis.row(N8, split="gap")
+    assert gap is not None and "worst_low" not in gap, "a difference of two gains has other ends"
+    failed = {"baseline-baseline-m-countdown-s1": "failed"}
+    pair = analyse_study(make_study(tmp_path / "b", TWO, problems=failed, **options)).row(N8)
+    assert pair is not None and pair["worst_high"] == pytest.approx(7 / 8 * pair["high"] + 1 / 8)
