@@ -10,7 +10,7 @@ import numpy as np
 
 from bandit_rft.study.cells import BASELINE, Cell, Study
 from bandit_rft.study.pairing import Condition, Level, Row
-from bandit_rft.study.statistics import CONFIDENCE, POWER, Array, contrast, t_interval, t_quantile
+from bandit_rft.study.statistics import CONFIDENCE, Array, contrast, minimum_detectable, t_interval, t_quantile
 
 
 @dataclass
@@ -98,7 +98,7 @@ def simultaneous(row: Row) -> tuple[float, float]:
 
 def detectable(row: Row) -> float:
     """The true gain that is found with 80% power by the corrected test of this row's family (its strictest step)."""
-    return float(t_quantile(row["degrees"], _level(row)) + t_quantile(row["degrees"], POWER)) * float(row["error"])
+    return float(minimum_detectable(np.asarray(row["error"]), np.asarray(row["degrees"]), _level(row)))
 
 
 def _level(row: Row) -> float:

@@ -239,9 +239,20 @@ def holm(p: Array) -> Array:
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
-def minimum_detectable(error: Array, degrees: Array) -> Array:
-    """The true gain that a study like this one finds significant with probability 80%: (t_0.975 + t_0.8) * error."""
-    return (t_quantile(degrees, (1 + CONFIDENCE) / 2) + t_quantile(degrees, POWER)) * error
+def minimum_detectable(error: Array, degrees: Array, level: float = (1 + CONFIDENCE) / 2) -> Array:
+    """The true gain that a study like this one finds significant with probability 80%.
+
+    The test rejects beyond t_level, and its statistic is noncentral t: the next study estimates its error anew. With
+    few degrees of freedom that takes more than the (t_level + t_0.8) * error of an error that is known.
+
+    Args:
+        error: true standard error of the gain.
+        degrees: of freedom of its estimate.
+        level: 1 - half of the two-sided level of the test.
+    """
+    from scipy.special import nctdtrinc
+
+    return np.asarray(nctdtrinc(degrees, 1 - POWER, t_quantile(degrees, level)) * error, dtype=np.float64)
 
 
 def seeds_needed(seeds: Array, questions: Array, residual: Array, count: Array, gain: float = 0.01) -> Array:

@@ -19,6 +19,7 @@ from simulated_study import make_study  # noqa: E402
 
 from bandit_rft.study.analyse import BASELINE, Analysis, analyse_study, compare_levels  # noqa: E402
 from bandit_rft.study.cells import load_study  # noqa: E402
+from bandit_rft.study.points import detectable  # noqa: E402
 from bandit_rft.study.statistics import (  # noqa: E402
     Array,
     bca,
@@ -155,6 +156,15 @@ def test_minimum_detectable_gain_is_found_four_times_in_five() -> None:
     planted = float(np.median(minimum_detectable(found.error, found.degrees)))
     found = contrast([(1.0, block + planted)])
     assert 0.75 <= (p_value(found.gain, found.error, found.degrees) <= 0.05).mean() <= 0.85
+
+
+@pytest.mark.parametrize(("degrees", "family"), [(2, 30), (4, 1), (4, 15), (48, 15)])
+def test_power_counts_that_the_error_is_estimated(degrees: float, family: int) -> None:
+    level = 1 - 0.025 / family
+    gain = float(minimum_detectable(np.array(0.01), np.array(degrees), level))
+    rejects = stats.nct.sf(stats.t.ppf(level, degrees), degrees, gain / 0.01)
+    assert rejects == pytest.approx(0.8, abs=1e-5)
+    assert gain == pytest.approx(detectable({"error": 0.01, "degrees": degrees, "family": family}))
 
 
 def test_seeds_needed() -> None:
