@@ -148,7 +148,10 @@ def configured_ranks(config: Config) -> AbstractContextManager[Ranks]:
         )
     if world > 1 and config.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device={config.device} is one of them; with {world} processes each takes its own: leave it")
-    return join_ranks(sharded=config.distributed.shard == "fsdp", timeout_s=config.distributed.timeout_s)
+    return join_ranks(
+        sharded=config.distributed.shard == "fsdp", timeout_s=config.distributed.timeout_s,
+        gpu=torch.cuda.is_available() and config.device != "cpu",
+    )  # fmt: skip
 
 
 def make_optimizer(policy: Policy, config: Config, ranks: Ranks | None = None) -> PolicyOptimizer:

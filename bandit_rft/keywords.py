@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from bandit_rft.config import Config, ConfigError, build_config, check_config
+from bandit_rft.launched import launched_rank
 from bandit_rft.listener import Listener, Listeners
 from bandit_rft.model import Policy
 from bandit_rft.rewards import RewardFunction
@@ -116,7 +117,8 @@ def _policy(model: Model | None, tokenizer: PreTrainedTokenizerBase | None, keys
             "tokenizer must be given with a model in memory: training turns prompts into tokens, completions into text"
         )
     dtype = str(policy.weight.dtype).removeprefix("torch.")
-    for key, has in (("dtype", dtype), ("device", str(policy.device))):
+    device = str(policy.device) if launched_rank()[1] == 1 else policy.device.type  # each rank has a GPU of its own
+    for key, has in (("dtype", dtype), ("device", device)):
         if keys.get(key, has) not in (has, "auto", None):
             raise ConfigError(
                 f"{key}={keys[key]!r}, but the model that was given is {has}: leave {key} out, or move it"

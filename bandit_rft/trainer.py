@@ -391,6 +391,8 @@ class Trainer:
             load_optimizer(found[0], self.optimizer)
             restore(self, *found)
             logger.info("continuing from %s", found[0])
+        if self._initial is not None and not self._initial.weight.numel():
+            raise RuntimeError("run() with several ranks used up the initial model of the KL: make a new Trainer")
         if (reference := load_reference(self.trained, config, self._initial)) is not None:
             reference = ranks.shard(reference)
         in_loss = config.kl.where == "loss"

@@ -8,10 +8,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from counted_bytes import SavedBytes
 from paths import SUPPORT
+from tiny_models import character_tokenizer, save_tiny_llama, tiny_llama
+
+from bandit_rft.model import Policy
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -32,7 +37,7 @@ from scaling_plan import (  # noqa: E402
     with_section,
 )  # fmt: skip
 
-TINY = Model("tiny", 3, 32, 64, 4, 2, 8, 64)  # that of counted_rank.py
+TINY = Model("tiny", 3, 32, 64, 4, 2, 8, 64)
 FLOAT = Bytes(computed=4, summed=4, kept=16)
 
 
@@ -58,45 +63,45 @@ def test_the_models_have_as_many_parameters_as_transformers_makes(model: Model, 
     assert model.kv == 2 * model.layers * made.model.layers[0].self_attn.k_proj.out_features
 
 
-def count(mesh: str, passes: int, tokens: int) -> dict[str, int]:
-    """What rank 0 of two counted."""
+@pytest.mark.slow
+def test_bytes_and_memory_of_two_ranks_that_train(tmp_path: Path) -> None:
+    """Three rounds, a micro-batch each; what rank 0 counts in the second, the first that begins with a gather."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    model = save_tiny_llama(tmp_path / "model", **sizes)  # TINY: all of its tensors divide by two, so nothing is padded
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, str(SUPPORT / "counted_rank.py"), mesh, str(passes), str(tokens)]
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(SUPPORT / "counted_trainer.py"), str(model), str(tmp_path)]
     ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE)
+        for rank in "01"
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = [rank.communicate(timeout=200)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    found: dict[str, int] = json.loads(said[0])
-    return found
+    found: dict[str, Any] = json.loads(said[0])
+
+    sent = sent_a_round(TINY, 2, passes=1, steps=1, mesh="fsdp", size=FLOAT)
+    round_, head = found["fsdp"]["rounds"][2], TINY.embedding * 4 / 2
+    assert round_["gather"] == sent["forward"] + sent["backward"] + head + sent["whole"]
+    assert round_["scatter"] == sent["gradients"] + head
+    assert sent["head"] == 2 * head
+    assert round_["sum"] + round_["other"] < 3000, "counts, norms, rewards, rollouts"
+    assert found["fsdp"]["optimizer"] == memory_of_a_rank(TINY, 2, 40, Machine(), FLOAT)["optimizer"]
+
+    sent = sent_a_round(TINY, 2, passes=1, steps=1, mesh="ddp", size=FLOAT)
+    assert 0 <= found["ddp"]["rounds"][2]["sum"] - sent["gradients"] < 500
+    assert found["ddp"]["optimizer"] == TINY.parameters * FLOAT.kept
 
 
-@pytest.mark.slow
-def test_bytes_and_memory_are_those_of_two_ranks() -> None:
-    """FSDP with three micro-batches of 40 tokens: every tensor divides by two, so nothing is padded."""
-    found, sent = count("fsdp", 3, 40), sent_a_round(TINY, 2, passes=3, steps=1, mesh="fsdp", size=FLOAT)
-    head = TINY.embedding * 4 / 2
-    assert found["gather"] == sent["forward"] + sent["backward"] + head + sent["whole"]
-    assert found["scatter"] == sent["gradients"] + head
-    assert not set(found) - {"gather", "scatter", "other", "kept", "saved"}
-    memory = memory_of_a_rank(TINY, 2, 40, Machine(), FLOAT)
-    assert found["kept"] * FLOAT.kept == memory["optimizer"]
-    inputs = 40 * TINY.layers * TINY.hidden * 4
-    assert inputs <= found["saved"] <= inputs + 3 * 40 * TINY.hidden * 4, "of a layer its input, and the last norm's"
-    assert found["saved"] < memory["activations"]
-
-
-@pytest.mark.slow
-def test_bytes_of_data_parallel_ranks() -> None:
-    found = count("ddp", 2, 40)
-    assert found["sum"] == sent_a_round(TINY, 2, passes=2, steps=1, mesh="ddp", size=FLOAT)["gradients"]
-    assert found["kept"] == TINY.parameters
+def test_a_layer_that_is_computed_again_keeps_its_input() -> None:
+    tokens, policy = 40, Policy(tiny_llama(hidden_size=32, num_hidden_layers=3), character_tokenizer())
+    policy.enable_gradient_checkpointing()
+    with (saved := SavedBytes(tokens)):
+        policy.hidden_states(torch.randint(3, 20, (tokens,)), [tokens])
+    inputs = tokens * TINY.layers * TINY.hidden * 4
+    assert inputs <= sum(saved.kept.values()) <= inputs + 3 * tokens * TINY.hidden * 4, "and the last norm's"
+    assert inputs < memory_of_a_rank(TINY, 2, tokens, Machine(), FLOAT)["activations"]
 
 
 def test_the_simulator_keeps_to_its_bounds() -> None:

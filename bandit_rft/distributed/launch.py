@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import metadata
 
 import torch
 import torch.distributed as dist
@@ -20,23 +21,25 @@ from bandit_rft.distributed.ranks import Ranks
 from bandit_rft.distributed.watch import Watch
 from bandit_rft.launched import launched_rank
 
-#: The first version whose FSDP2 sums gradients as they are needed here.
-NEEDED = (2, 13)
+#: The first versions whose FSDP2 sums gradients as they are needed here, and whose save_file lets other threads run:
+#: a rank that writes a long file must still give signs of life.
+NEEDED = {"torch": (2, 13), "safetensors": (0, 8)}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _RUNS = itertools.count()  # of this process: each has names of its own in the store
 
 
 @contextmanager
-def join_ranks(*, sharded: bool, timeout_s: float) -> Iterator[Ranks]:
+def join_ranks(*, sharded: bool, timeout_s: float, gpu: bool) -> Iterator[Ranks]:
     """The ranks of this run, for as long as the block runs.
 
     Args:
         sharded: whether parameters and optimizer state are split over the ranks.
         timeout_s: the longest that ranks that are alive wait for each other in one call.
+        gpu: whether each works on a GPU, that of its LOCAL_RANK.
 
     Raises:
-        ValueError: the environment is incomplete.
-        ImportError: torch is too old for several ranks.
+        ValueError: the environment is incomplete, or a process group is there that serves GPUs alone.
+        ImportError: torch or safetensors is too old for several ranks.
         RankError: another rank died or failed meanwhile.
     """
     rank, world = launched_rank()
@@ -45,14 +48,20 @@ def join_ranks(*, sharded: bool, timeout_s: float) -> Iterator[Ranks]:
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE={world}, but {missing[0]} is not set: start the ranks with torchrun")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < NEEDED:
-        raise ImportError(f"several ranks need torch >= {NEEDED[0]}.{NEEDED[1]}; this is {torch.__version__}")
+    for name, needed in NEEDED.items():
+        has = metadata.version(name)
+        if tuple(int(part) for part in has.split("+")[0].split(".")[:2]) < needed:
+            raise ImportError(f"several ranks need {name} >= {needed[0]}.{needed[1]}; this is {has}")
     from bandit_rft.distributed.process import ProcessRanks
 
-    if torch.cuda.is_available():
+    if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     given = dist.is_initialized()  # by the program that trains
+    if given and not dist.get_backend_config().startswith("gloo") and "cpu:" not in dist.get_backend_config():
+        raise ValueError(
+            f"the process group that is there has {dist.get_backend_config()}, but ranks exchange host memory, too: "
+            "init_process_group('cpu:gloo,cuda:nccl'), or leave it to the trainer"
+        )
     hosted = rank == 0 and not given and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -64,12 +73,14 @@ def join_ranks(*, sharded: bool, timeout_s: float) -> Iterator[Ranks]:
     loudness = log.level
     if rank:  # the first one speaks for all
         log.setLevel(logging.ERROR)
-    with Watch(rank, world, mine, where=f"{store.host}:{store.port}", hosted=hosted):
-        if not given:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)
-        yield ProcessRanks(sharded=sharded)
-        dist.barrier()  # the first rank may serve the store: nobody leaves while others still need it
-    log.setLevel(loudness)
+    try:
+        with Watch(rank, world, mine, where=f"{store.host}:{store.port}", hosted=hosted):
+            if not given:
+                backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+                dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)
+            yield ProcessRanks(sharded=sharded)
+            dist.barrier()  # the first rank may serve the store: nobody leaves while others still need it
+    finally:
+        log.setLevel(loudness)
     if not given:  # after a failure, leaving the group would wait for ranks that are gone
         dist.destroy_process_group()

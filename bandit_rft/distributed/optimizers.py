@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 class ReplicatedOptimizer(PolicyOptimizer):
     """Every rank has all parameters and all state; gradients lie side by side and are summed in one call a step."""
 
-    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], ranks: ProcessRanks, **options: Any):
+    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], **options: Any):
         super().__init__(named_parameters, **options)
-        self._ranks = ranks
         self._flat = []
         for dtype in dict.fromkeys(master.dtype for master in self.masters):
             masters = [master for master in self.masters if master.dtype == dtype]

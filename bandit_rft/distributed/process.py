@@ -110,6 +110,9 @@ class ProcessRanks(Ranks):
         """See Ranks."""
         if isinstance(policy, BasePolicy):  # what lies beneath adapters is sharded with them
             return policy
+        if policy.device.type == "cuda" and policy.device.index != torch.cuda.current_device():
+            own = f"cuda:{torch.cuda.current_device()}"
+            raise ValueError(f"model lies on {policy.device}, but rank {self.rank} works on {own}: move it there")
         for tensor in [*policy.model.parameters(), *policy.model.buffers()]:  # a program may give each rank another
             first = tensor.detach().contiguous()
             dist.broadcast(first, 0)
@@ -127,7 +130,7 @@ class ProcessRanks(Ranks):
         """See Ranks."""
         if isinstance(policy, ShardedPolicy):
             return ShardedOptimizer(policy, self, **options)
-        return ReplicatedOptimizer(policy.named_parameters(), self, **options)
+        return ReplicatedOptimizer(policy.named_parameters(), **options)
 
     def engine(self, engine: Engine) -> Engine:
         """See Ranks."""
@@ -155,7 +158,7 @@ class ProcessRanks(Ranks):
         """See Ranks."""
         with torch.set_grad_enabled(backward):
             hidden = policy.hidden_states(torch.zeros(1, dtype=torch.int64, device=policy.device), [1])
-            if backward:
+            if backward and hidden.requires_grad:  # not where the head alone is trained
                 hidden.backward(torch.zeros_like(hidden))
 
     def gather(self) -> None:

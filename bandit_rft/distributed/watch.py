@@ -25,7 +25,7 @@ from bandit_rft.text import LIMIT, printable
 
 #: Seconds between signs of life; without one after which a rank is taken for dead; for which a rank that has heard of
 #: it may take to end by itself.
-BEAT_S, DEAD_AFTER_S, GRACE_S = 1.0, 20.0, 10.0
+BEAT_S, DEAD_AFTER_S, GRACE_S = 1.0, 20.0, 5.0
 #: What is wrong, in a message that all ranks read.
 VERDICT = "verdict"
 

@@ -116,6 +116,11 @@ class BasePolicy(Policy):
         """The adapted policy's head, which is not always the same tensor."""
         return self.adapted.weight
 
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """Likewise its bias, which a sharded policy has only while it works."""
+        return self.adapted.bias
+
     def parameters(self) -> list[nn.Parameter]:
         """None: the weights belong to the adapted policy."""
         return []

@@ -130,15 +130,22 @@ class Tables:
         return ["factor", "level", "train gain − test gain", *columns], rows
 
     def endpoints(self) -> Table:
-        """Final Pass@1 and the area under the curve, test and train: which differ, and which are shown to be alike."""
+        """Final Pass@1 and the area, test and train: which differ, which are shown to be alike, for how many tokens."""
         ends = [("final", "test"), ("final", "train"), ("auc", "test"), ("auc", "train")]
         head = ["factor", "level"]
         head += [f"{'area' if metric == 'auc' else metric} {split}" for metric, split in ends]
+        head.append("tokens generated a run")
+        tokens = {
+            (row["factor"], row["level"]): decimal(row["tokens_generated"], 4)
+            for row in self.analysis.costs
+            if row["model"] == row["task"] == ALL
+        }
         rows: list[list[Text]] = []
         for level in self.levels:
             found = [self.analysis.row(level, *end) for end in ends]
             if all(found):
-                rows.append([*self._name(level), *(_verdict(row) for row in found if row is not None)])
+                verdicts = [_verdict(row) for row in found if row is not None]
+                rows.append([*self._name(level), *verdicts, tokens.get(level, "–")])
         return head, rows
 
     def wider(self) -> Table:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from bandit_rft.cli import main
 from bandit_rft.distributed import Ranks, join_ranks
 from bandit_rft.distributed.ranks import balanced
 from bandit_rft.distributed.sharded import ShardedPolicy
+from bandit_rft.launched import launched_rank
 from bandit_rft.model import Policy, UnsupportedModelError
 
 DEMO = ["--preset", "demo", "--device", "cpu", "--max_rounds", "1"]
@@ -44,7 +47,7 @@ def test_less_work_than_ranks_leaves_some_without() -> None:
 
 def test_a_process_that_is_alone_has_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with join_ranks(sharded=True, timeout_s=1.0) as ranks:
+    with join_ranks(sharded=True, timeout_s=1.0, gpu=False) as ranks:
         assert type(ranks) is Ranks and ranks.first and not torch.distributed.is_initialized()
 
 
@@ -70,13 +73,25 @@ def test_what_several_ranks_cannot_do_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_an_incomplete_environment_and_an_old_torch_are_refused(launched: pytest.MonkeyPatch) -> None:
-    launched.setattr(torch, "__version__", "2.12.1+cpu")
-    with pytest.raises(ImportError, match=r"torch >= 2\.13; this is 2\.12\.1"), join_ranks(sharded=True, timeout_s=1.0):
+@pytest.mark.parametrize(("name", "version"), [("torch", "2.12.1+cpu"), ("safetensors", "0.7.0")])
+def test_old_libraries_are_refused(launched: pytest.MonkeyPatch, name: str, version: str) -> None:
+    has = metadata.version
+    launched.setattr(metadata, "version", lambda of: version if of == name else has(of))
+    refused = pytest.raises(ImportError, match=rf"need {name} >= \d+\.\d+; this is {re.escape(version)}")
+    with refused, join_ranks(sharded=True, timeout_s=1.0, gpu=False):
         pass
+
+
+def test_an_incomplete_environment_is_refused(launched: pytest.MonkeyPatch) -> None:
     launched.delenv("MASTER_PORT")
-    with pytest.raises(ValueError, match="MASTER_PORT is not set"), join_ranks(sharded=True, timeout_s=1.0):
+    with pytest.raises(ValueError, match="MASTER_PORT is not set"), join_ranks(sharded=True, timeout_s=1.0, gpu=False):
         pass
+
+
+def test_one_process_is_alone_whatever_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert launched_rank() == (0, 1)
 
 
 def test_a_model_whose_calls_depend_on_its_texts_is_not_split() -> None:

@@ -29,6 +29,10 @@ CASES: dict[str, tuple[int, str, Values]] = {
         2, "untied", {"objective.kl": "k3", "objective.kl_coef": 0.1, "kl.where": "reward", "kl.target": 0.01},
     ),
     "fsdp, adapters and KL": (2, "tied", {"lora.rank": 2, "objective.kl": "k3", "objective.kl_coef": 0.1}),
+    "ddp, adapters": (2, "untied", {"lora.rank": 2, "distributed.shard": "ddp"}),
+    "fsdp, a bias of the head, adapters and KL": (
+        2, "biased", {"lora.rank": 2, "objective.kl": "k3", "objective.kl_coef": 0.1},
+    ),
     "fsdp, a bias of the head": (2, "biased", {}),
     "fsdp, replay and old policies": (
         3, "untied", {"replay.capacity": 20, "advantage": "spo", "num_generations": 2, "batch_size": 3},

@@ -25,6 +25,7 @@ from bandit_rft.study.cells import short  # noqa: E402
 from bandit_rft.study.designs import designs, planes  # noqa: E402
 from bandit_rft.study.figures import curves, forests, maps  # noqa: E402
 from bandit_rft.study.findings import baseline_finding, distinct, finding, recommend  # noqa: E402
+from bandit_rft.study.pairing import ALL  # noqa: E402
 from bandit_rft.study.plots import Forest, Mark, heat_map, signed  # noqa: E402
 from bandit_rft.study.points import Pairs, detectable, simultaneous  # noqa: E402
 from bandit_rft.study.report import to_csv, write_study_report  # noqa: E402
@@ -286,6 +287,21 @@ def test_one_row_a_configuration_and_one_scale(study: Path, page: Page) -> None:
     }  # fmt: skip
     assert len(scales) == 1 and "0" in [text for _, text in scales.pop()]
     assert len(charts.hover) == 2 * 10
+
+
+def test_tokens_stand_beside_the_gains(study: Path) -> None:
+    analysis = analyse_study(study)
+    head, rows = Tables(analysis).endpoints()
+    assert head[-1] == "tokens generated a run" and {len(row) for row in rows} == {len(head)}
+    spent = {
+        (row["factor"], row["level"]): row["tokens_generated"]
+        for row in analysis.costs
+        if row["model"] == row["task"] == ALL
+    }
+    for row in rows:
+        factor, level, tokens = row[0], str(row[1]).split(" (also")[0], row[-1]
+        assert isinstance(tokens, str)
+        assert float(tokens.replace(",", "")) == pytest.approx(spent[str(factor), level], rel=1e-3)
 
 
 def test_the_plane_has_its_column_n_1_and_a_key(study: Path, page: Page) -> None:

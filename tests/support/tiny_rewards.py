@@ -17,6 +17,10 @@ def nothing(prompts: list[str], completions: list[str], **columns: Any) -> list[
     return [0.0] * len(completions)
 
 
+def longer(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text) + i % 2) for i, text in enumerate(completions)]
+
+
 def none_for_some(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     return [None if i % 3 == 0 else 1.0 for i in range(len(completions))]
 

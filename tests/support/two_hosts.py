@@ -42,6 +42,7 @@ class TwoHosts:
     def __init__(self, seed: int = 0):
         self.names = [f"bandit-{os.getpid()}-{i}" for i in (0, 1)]
         self.addresses = ["10.77.0.1", "10.77.0.2"]
+        self.devices = [f"cable{i}-{os.getpid()}" for i in (0, 1)]  # at most 15 characters
         self.delay = self.loss = 0.0
         self.carried = [(0, 0), (0, 0)]
         self._rng, self._left, self._fds = random.Random(seed), float("inf"), list[int]()
@@ -49,9 +50,8 @@ class TwoHosts:
 
     def __enter__(self) -> TwoHosts:
         try:
-            for i, name in enumerate(self.names):
+            for i, (name, device) in enumerate(zip(self.names, self.devices, strict=True)):
                 _ip("netns", "add", name)
-                device = f"cable{i}-{os.getpid()}"[:15]
                 self._fds.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
                 fcntl.ioctl(self._fds[i], TUNSETIFF, struct.pack("16sH", device.encode(), IFF_TUN | IFF_NO_PI))
                 _ip("link", "set", device, "netns", name)
