@@ -341,6 +341,22 @@ def study_works_on_a_share(stage: Stage) -> None:
     assert "shard=2/2 is empty" in stage.says("study run s.yaml --shard 2/2", 1)
 
 
+def study_accepts_failures(stage: Stage) -> None:
+    from bandit_rft.study.plan import load_plan
+
+    path, record = stage.folder / "s.yaml", stage.folder / "runs" / "s" / "tuning.json"
+    path.write_text(path.read_text() + "tune: {grid: [1.0e-3, 2.0e-3], seeds: [9]}\n")
+    stage.monkeypatch.setattr("bandit_rft.study.run.Runner.run", lambda self: self.plan.write(self.folder))
+    tuning = load_plan(path).tuning
+    for cell in tuning.cells if tuning is not None else ():
+        home = record.parent / "tuning" / "cells" / cell.id
+        home.mkdir(parents=True)
+        (home / "cell.json").write_text('{"status": "failed", "attempts": 1}')
+    assert "2 of 2 runs that choose learning_rate failed" in stage.says("study run s.yaml", 1) and not record.exists()
+    stage.says("study run s.yaml --accept_failed", 1)
+    assert json.loads(record.read_text())["chosen"] == [["baseline", "baseline", 1e-3]]
+
+
 def study_keeps_time(stage: Stage) -> None:
     assert stage.runner("study run s.yaml")["limit"] is None
     stage.monkeypatch.undo()
@@ -389,6 +405,7 @@ ACTS: dict[str, Callable[[Stage], None]] = {
     "study run --gpus": reaches_the_runner("gpus", "0,2", ["0", "2"], []),
     "study run --output_dir": study_output_dir,
     "study run --shard": study_works_on_a_share,
+    "study run --accept_failed": study_accepts_failures,
     "study run --max_seconds": study_keeps_time,
     "study run --launcher": study_is_launched,
     "study run --workers": study_is_launched,
