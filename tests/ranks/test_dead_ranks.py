@@ -21,7 +21,7 @@ from bandit_rft.run_folder import RunFolder
 KILLS = int(os.environ.get("BANDIT_RFT_RANK_KILLS", "1"))
 ROUNDS = 8 + 4 * KILLS  # more than a run gets on between kills
 #: So that a test does not wait as long as a run does (watch.py).
-SOON = {"DEAD_AFTER_S": 4.0, "GRACE_S": 3.0}
+SOON = {"DEAD_AFTER_S": 10.0, "GRACE_S": 3.0}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_stopped_rank_is_named(world: World, values: dict[str, Any]) -> None:
 
     statuses = world.run(2, {**values, "max_rounds": 500}, after_round(1, values["output_dir"], stop), patch=SOON)
     assert statuses == [1, -signal.SIGKILL]
-    assert f"rank 0 ends: rank 1 (process {stopped[0]} on " in world.said(0)
+    assert f"rank 0 ends: rank 1 (process {stopped[0]} on " in world.said(0), world.said(0)
 
 
 def test_what_fails_on_one_rank_is_told_by_the_others(world: World, values: dict[str, Any]) -> None:
