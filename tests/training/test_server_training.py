@@ -257,7 +257,12 @@ def test_a_server_of_its_own_is_brought_back_and_ended(configure: Callable[..., 
 
     config = configure(**OWN)
     again = run(config, At(3, kill, phase="rollout"))
-    assert_same(again, whole)
+    # That server has one thread and this process two: the same tokens and weights, log-probabilities but for rounding.
+    assert all(map(torch.equal, again.policy.parameters(), whole.policy.parameters()))
+    for line, expected in zip(lines_of(config), lines_of(whole.config), strict=True):
+        assert line.keys() == expected.keys()
+        for key, value in expected.items():
+            assert line[key] is value or line[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     assert not servers()
     assert (again.folder / "server.log").read_text().count("$ ") == 2
 
