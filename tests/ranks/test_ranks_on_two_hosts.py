@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from paths import SUPPORT
 from safetensors.torch import load_file
 from tiny_models import save_tiny_llama
-from two_hosts import NoNamespacesError, TwoHosts
+from two_hosts import TwoHosts, two_hosts_or_skip
 
 from bandit_rft.checkpoint import list_checkpoints
 from bandit_rft.study.status import last_line
@@ -22,13 +21,7 @@ pytestmark = pytest.mark.slow
 ROUNDS = 20
 
 
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    try:
-        with TwoHosts() as hosts:
-            yield hosts
-    except NoNamespacesError as error:
-        pytest.skip(f"no two network namespaces with a cable can be made here: {error}")
+hosts = pytest.fixture(two_hosts_or_skip, scope="module")
 
 
 @pytest.fixture(scope="module")

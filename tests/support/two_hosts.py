@@ -17,9 +17,11 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 CLONE_NEWNET = 0x40000000
@@ -145,3 +147,12 @@ class TwoHosts:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+
+
+def two_hosts_or_skip() -> Iterator[TwoHosts]:
+    """A fixture: two hosts, or a skipped test where they cannot be made."""
+    try:
+        with TwoHosts() as hosts:
+            yield hosts
+    except NoNamespacesError as error:
+        pytest.skip(f"no two network namespaces with a cable can be made here: {error}")

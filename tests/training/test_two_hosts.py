@@ -14,7 +14,7 @@ import pytest
 import torch
 from paths import SUPPORT
 from tiny_models import save_tiny_llama, sums
-from two_hosts import NoNamespacesError, TwoHosts
+from two_hosts import TwoHosts, two_hosts_or_skip
 
 from bandit_rft.checkpoint import list_checkpoints
 from bandit_rft.config import build_config
@@ -32,13 +32,7 @@ SERVER, TRAINER = 0, 1
 FEW = 60
 
 
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    try:
-        with TwoHosts() as hosts:
-            yield hosts
-    except NoNamespacesError as error:
-        pytest.skip(f"no two network namespaces with a cable can be made here: {error}")
+hosts = pytest.fixture(two_hosts_or_skip, scope="module")
 
 
 @pytest.fixture(autouse=True)
