@@ -132,7 +132,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"One step of TRL {results['trl']}'s GRPOTrainer (`{results['loss_type']}`), {sequences} completions of up to "
         f"{length} tokens, H = {hidden}, V = {vocabulary}, {results['layers']} layers, {results['device']} "
         f"({results['machine']}, {results['threads']} threads, torch {results['torch']}): median of "
-        f"{results['repetitions']} steps, peak memory above what stood before. `python benchmarks/trl_step.py`.",
+        f"{max(1, results['repetitions'] - 1)} steps after a first, peak memory above what stood before. "
+        "`python benchmarks/trl_step.py`.",
         "", "| advantages that are 0 | TRL, s | fused, s | TRL, MiB | fused, MiB |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for zero in dict.fromkeys(run["zero"] for run in results["runs"]):
