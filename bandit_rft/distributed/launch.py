@@ -17,7 +17,7 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
-from bandit_rft.distributed.ranks import Ranks
+from bandit_rft.distributed.ranks import RankError, Ranks
 from bandit_rft.distributed.watch import Watch
 from bandit_rft.launched import launched_rank
 
@@ -40,7 +40,7 @@ def join_ranks(*, sharded: bool, timeout_s: float, gpu: bool) -> Iterator[Ranks]
     Raises:
         ValueError: the environment is incomplete, or a process group is there that serves GPUs alone.
         ImportError: torch or safetensors is too old for several ranks.
-        RankError: another rank died or failed meanwhile.
+        RankError: the ranks could not meet, or another one died or failed meanwhile.
     """
     rank, world = launched_rank()
     if world == 1:
@@ -62,11 +62,18 @@ def join_ranks(*, sharded: bool, timeout_s: float, gpu: bool) -> Iterator[Ranks]
             f"the process group that is there has {dist.get_backend_config()}, but ranks exchange host memory, too: "
             "init_process_group('cpu:gloo,cuda:nccl'), or leave it to the trainer"
         )
-    hosted = rank == 0 and not given and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    server = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    hosted = rank == 0 and server == "rank 0" and not given
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, hosted, timeout, multi_tenant=True
-    )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(host, port, world, hosted, timeout, multi_tenant=True)  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        what = str(error).strip().partition("\n")[0]
+        raise RankError(
+            f"rank {rank} could not meet the other ranks, of {world}, at {host}:{port}, which {server} serves "
+            f"(distributed.timeout_s={timeout_s:g}): {what}"
+        ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     mine = dist.PrefixStore(f"bandit_rft/{attempt}/{next(_RUNS)}", store)  # type: ignore[attr-defined]
     log = logging.getLogger("bandit_rft")
@@ -74,7 +81,7 @@ def join_ranks(*, sharded: bool, timeout_s: float, gpu: bool) -> Iterator[Ranks]
     if rank:  # the first one speaks for all
         log.setLevel(logging.ERROR)
     try:
-        with Watch(rank, world, mine, where=f"{store.host}:{store.port}", hosted=hosted):
+        with Watch(rank, world, mine, where=f"{store.host}:{store.port}", server=server):
             if not given:
                 backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
                 dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)

@@ -1,8 +1,8 @@
 """What becomes of the other ranks when one dies: they end, within a minute, and say which one it was.
 
 A rank that waits in a collective call for one that is gone hears of it late, or in words that name a socket. So each
-rank leaves a sign of life in the store that the ranks met at, every second, and looks for its neighbour's. Who misses a
-neighbour, or fails, writes it down there for all; whoever reads it ends.
+rank leaves a sign of life in the store that the ranks met at, when it joins and every second, and looks for its
+neighbour's. Who misses a neighbour, or fails, writes it down there for all; whoever reads it ends.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from bandit_rft.text import LIMIT, printable
 #: Seconds between signs of life; without one after which a rank is taken for dead; for which a rank that has heard of
 #: it may take to end by itself.
 BEAT_S, DEAD_AFTER_S, GRACE_S = 1.0, 20.0, 5.0
+#: Signs of life seen after an error that say that a rank was alive then: the first may have been left before it.
+ALIVE = 3
 #: What is wrong, in a message that all ranks read.
 VERDICT = "verdict"
 
@@ -38,14 +40,15 @@ class Watch:
         world: how many there are.
         store: where they met, with names of this run's own.
         where: its address.
-        hosted: whether this process serves the store.
+        server: who serves it: "rank 0", or "the launcher".
 
     Raises:
         RankError: from an error inside the block that another rank's end explains.
     """
 
-    def __init__(self, rank: int, world: int, store: Any, *, where: str, hosted: bool):
-        self._rank, self._world, self._where, self._hosted = rank, world, where, hosted
+    def __init__(self, rank: int, world: int, store: Any, *, where: str, server: str):
+        self._rank, self._world = rank, world
+        self._where, self._server, self._serves = where, server, server == f"rank {rank}"
         self._me = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
         connection = store.clone()  # one of its own: a call of the main thread may block for long
         connection.set_timeout(timedelta(seconds=DEAD_AFTER_S))
@@ -55,7 +58,7 @@ class Watch:
         self._answered = time.monotonic()  # when the store last did
 
     def __enter__(self) -> Watch:
-        self._store.set(f"name/{self._rank}", self._me)
+        self._sign(0)  # before this returns: a rank that is stopped from now on is missed
         for work in (self._look, self._judge):
             threading.Thread(target=work, name=f"watch of the ranks: {work.__name__}", daemon=True).start()
         return self
@@ -65,17 +68,42 @@ class Watch:
     ) -> None:
         try:
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                self._heard.wait(DEAD_AFTER_S + 5 * BEAT_S)  # a broken connection: whose end is it?
+                self._await_verdict(error)  # a broken connection: whose end is it?
                 if self._verdict is not None:
                     raise RankError(f"{self._verdict}. The run can be continued from its last checkpoint") from error
             if error is not None:
                 what = printable(str(error).strip().partition("\n")[0], LIMIT)
                 self._tell(f"{self._me} failed ({type(error).__name__}: {what})")
-                if self._hosted:
-                    self._heard.wait(3 * BEAT_S)
-                    time.sleep(3 * BEAT_S)  # for the others to read it
         finally:
             self._over.set()
+            if error is not None and self._serves:
+                time.sleep(3 * BEAT_S)  # the store ends with this process: for the others to read the verdict
+
+    def _await_verdict(self, error: RuntimeError) -> None:
+        """Return when there is a verdict, or none to be expected: all others have given signs of life since the error.
+
+        A rank that has not joined gives none. It is the verdict itself where the error says that it was waited for.
+        """
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        before, deadline = dict[int, int](), time.monotonic() + 3 * DEAD_AFTER_S  # by then `_judge` has spoken, too
+        while not self._heard.wait(BEAT_S) and time.monotonic() < deadline:
+            with contextlib.suppress(RuntimeError):  # the store is gone: `_look` and `_judge` say so
+                signs = {rank: self._sign_of(rank) for rank in others}
+                if isinstance(error, dist.DistStoreError) and (missing := [rank for rank in others if not signs[rank]]):
+                    self._tell(f"rank {missing[0]} has not joined the others: it died, is stopped, or was not started")
+                    continue
+                beats = {rank: int(sign.partition(" ")[0]) for rank, sign in signs.items() if sign}
+                before = before or beats
+                if all(beats[rank] >= count + ALIVE for rank, count in before.items()):
+                    return
+
+    def _sign(self, beats: int) -> None:
+        """Leave a sign of life: how many there were, and whose it is, in one, so that none is without the other."""
+        self._store.set(f"sign/{self._rank}", f"{beats} {self._me}")
+
+    def _sign_of(self, rank: int) -> str:
+        """A rank's latest sign of life; "": it has not joined."""
+        return self._store.get(f"sign/{rank}").decode() if self._store.check([f"sign/{rank}"]) else ""
 
     def _tell(self, verdict: str) -> None:
         """Write down for all why they cannot go on, unless somebody has."""
@@ -84,25 +112,25 @@ class Watch:
 
     def _look(self) -> None:
         """Leave a sign of life, look for the neighbour's and for a verdict; in a thread."""
-        neighbour, seen, since, beats = (self._rank + 1) % self._world, b"", time.monotonic(), 0
+        neighbour, seen, since, beats = (self._rank + 1) % self._world, "", time.monotonic(), 0
         while not self._over.wait(BEAT_S):
             beats += 1
             try:
-                self._store.set(f"beat/{self._rank}", str(beats))
+                self._sign(beats)
                 if self._store.check([VERDICT]):
                     self._hear(self._store.get(VERDICT).decode())
                     return
-                sign = self._store.get(f"beat/{neighbour}") if self._store.check([f"beat/{neighbour}"]) else b""
-                if sign != seen or not sign:  # one that has not begun yet is waited for where the ranks meet
+                sign = self._sign_of(neighbour)
+                if sign != seen or not sign:  # one that has not joined yet is waited for where the ranks meet
                     seen, since = sign, time.monotonic()
                 elif time.monotonic() - since > DEAD_AFTER_S:
-                    name = self._store.get(f"name/{neighbour}").decode()
+                    name = sign.partition(" ")[2]
                     self._tell(f"{name} gave no sign of life for {DEAD_AFTER_S:.0f} seconds: it died, or is stopped")
                 self._answered = time.monotonic()
             except RuntimeError:  # as torch reports a lost connection
                 if self._over.wait(3 * BEAT_S):  # all is done, and the first rank has left
                     return
-                self._hear(f"the store at {self._where} is gone: rank 0, or the launcher that serves it, died")
+                self._hear(f"the store at {self._where} is gone: {self._server}, which serves it, died")
                 return
 
     def _hear(self, verdict: str) -> None:
@@ -113,7 +141,10 @@ class Watch:
         """End this process where it hangs after a verdict, or where the store does not even answer; in a thread."""
         while not self._over.wait(BEAT_S):
             if self._verdict is None and time.monotonic() - self._answered > 2 * DEAD_AFTER_S:
-                self._hear(f"the store at {self._where} has not answered for {2 * DEAD_AFTER_S:.0f} seconds")
+                self._hear(
+                    f"the store at {self._where} has not answered for {2 * DEAD_AFTER_S:.0f} seconds: {self._server}, "
+                    "which serves it, died, or is stopped"
+                )
             if self._verdict is not None:
                 if self._over.wait(GRACE_S):
                     return

@@ -65,7 +65,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_it_had_lived(
         assert time.monotonic() - killed[0] < 60
         assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1
         said = world.said(1 - victim)
-        assert f"rank {victim} (process " in said or (victim == 0 and "rank 0, or the launcher" in said), said
+        assert f"rank {victim} (process " in said or (victim == 0 and "rank 0, which serves it" in said), said
         assert "can be continued from its last checkpoint" in said
     folder = world.trains(2, values)
     for name in ("model.safetensors", "optimizer.safetensors", "replay.safetensors"):
@@ -89,6 +89,64 @@ def test_a_stopped_rank_is_named(world: World, values: dict[str, Any]) -> None:
     statuses = world.run(2, {**values, "max_rounds": 500}, after_round(1, values["output_dir"], stop), patch=SOON)
     assert statuses == [1, -signal.SIGKILL]
     assert f"rank 0 ends: rank 1 (process {stopped[0]} on " in world.said(0), world.said(0)
+
+
+def kill_once(world: World, what: str, rank: int = 0, *, victim: int = 1) -> Callable[[Sequence[int]], None]:
+    """Kill a rank that halts once another has said `what`, or after a minute."""
+
+    def wait(ranks: Sequence[int]) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and what not in world.said(rank):
+            time.sleep(0.1)
+        os.kill(ranks[victim], signal.SIGKILL)
+
+    return wait
+
+
+@pytest.mark.slow
+def test_a_rank_stopped_as_soon_as_it_has_joined_is_named(world: World, values: dict[str, Any]) -> None:
+    """Before the second in which it would have given its next sign of life."""
+    statuses = world.run(2, values, kill_once(world, "rank 0 ends"), patch=SOON, halt=[1, "after"])
+    assert statuses == [1, -signal.SIGKILL]
+    assert "rank 0 ends: rank 1 (process " in world.said(0), world.said(0)
+
+
+@pytest.mark.slow
+def test_a_rank_stopped_before_it_has_joined_is_named(world: World, values: dict[str, Any]) -> None:
+    values["distributed.timeout_s"] = 5.0
+    statuses = world.run(2, values, kill_once(world, "Error"), patch=SOON, halt=[1, "before"])
+    assert statuses == [1, -signal.SIGKILL]
+    assert "RankError: rank 1 has not joined" in world.said(0), world.said(0)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_that_serves_the_store_is_named(world: World, values: dict[str, Any]) -> None:
+    meanwhile = kill_once(world, "rank 1 ends", 1, victim=0)
+    statuses = world.run(2, values, meanwhile, patch=SOON, halt=[0, "after"])
+    assert statuses == [-signal.SIGKILL, 1]
+    assert "rank 1 ends: the store at " in world.said(1) and "rank 0, which serves it" in world.said(1), world.said(1)
+
+
+@pytest.mark.slow
+def test_the_rank_that_serves_the_store_waits_until_all_have_read_who_died(
+    world: World, values: dict[str, Any]
+) -> None:
+    def kill(ranks: Sequence[int]) -> None:
+        os.kill(ranks[2], signal.SIGKILL)
+
+    statuses = world.run(3, values, after_round(0, values["output_dir"], kill), patch=SOON)
+    assert statuses == [1, 1, -signal.SIGKILL]
+    for rank in (0, 1):  # rank 1 missed it and wrote so down; the store must not end before it has read that
+        assert "rank 2 (process " in world.said(rank), world.said(rank)
+        assert "can be continued from its last checkpoint" in world.said(rank)
+
+
+@pytest.mark.slow
+def test_an_error_of_its_own_is_told_once_the_others_are_seen_to_live(world: World, values: dict[str, Any]) -> None:
+    """A RuntimeError might be a broken connection; the other rank's next signs of life say that it is not."""
+    assert world.run(2, values, patch={"DEAD_AFTER_S": 300.0}, fault=1) == [1, 1]
+    assert "RuntimeError: of rank 1's own" in world.said(1)
+    assert "rank 1 (process " in world.said(0) and "RuntimeError: of rank 1's own" in world.said(0), world.said(0)
 
 
 def test_what_fails_on_one_rank_is_told_by_the_others(world: World, values: dict[str, Any]) -> None:

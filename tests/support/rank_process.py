@@ -2,7 +2,9 @@
 
 stdin: one JSON object a line, {"world": K, "config": {...}} and, for faults, {"patch": {name in watch.py: value},
 "reward": name in tiny_rewards.py, "stop": [rank, round in which it is asked to stop], "save": rounds after which to
-save, whatever save_steps says}; stdout: the process ids of the ranks, then, when all have ended, their exit statuses.
+save, whatever save_steps says, "halt": [rank, "before" or "after" its first sign of life, where SIGSTOP halts it],
+"fault": rank that raises in the first round}; stdout: the process ids of the ranks, then, when all have ended, their
+exit statuses.
 Rank r writes to the file errors-r in the folder of the first argument.
 """
 
@@ -31,6 +33,8 @@ def train(order: dict[str, Any], rank: int) -> None:
     for name, value in order.get("patch", {}).items():
         assert hasattr(watch, name)
         setattr(watch, name, value)
+    if order.get("halt", [None])[0] == rank:
+        halt(order["halt"][1])
     task = sums()
     reward = getattr(tiny_rewards, order.get("reward", "starts_with_vowel"))
     run = trainer.Trainer(build_config(order["config"]), task=Task(task.name, task.splits, [reward]))
@@ -42,6 +46,12 @@ def train(order: dict[str, Any], rank: int) -> None:
             run.records.checkpoint()
 
     run._finish_round = finish_and_save  # type: ignore[method-assign]
+    if order.get("fault") == rank:
+
+        def fail(*of: Any) -> None:
+            raise RuntimeError(f"of rank {rank}'s own")
+
+        run.draw = fail  # type: ignore[method-assign]
     at = order.get("stop")
     if at is not None and at[0] == rank:
         number, draw = at[1], run.draw
@@ -52,6 +62,20 @@ def train(order: dict[str, Any], rank: int) -> None:
 
         run.draw = draw_and_stop  # type: ignore[method-assign]
     run.run()
+
+
+def halt(moment: str) -> None:
+    """Stop this process as it joins the others: no later than that can a moment be chosen without a race."""
+    enter = watch.Watch.__enter__
+
+    def enter_and_halt(of: watch.Watch) -> watch.Watch:
+        if moment == "before":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        entered = enter(of)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return entered
+
+    watch.Watch.__enter__ = enter_and_halt  # type: ignore[method-assign]
 
 
 def fork(order: dict[str, Any], rank: int, port: int, errors: Path) -> int:
