@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,33 @@ from browser import browser  # noqa: F401  (a fixture)
 from bandit_rft.ops import backends  # first: in a source tree that is not installed, it finds bandit_rft.kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+#: Functions that `make test-fast` leaves out besides those that are marked in their files; by tools/slow_tests.py.
+SLOW = frozenset((ROOT / "tests" / "slow_tests.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is on the list of slow tests, all cases of a function alike."""
+    for item in items:
+        if item.path.is_relative_to(ROOT):
+            name = getattr(item, "originalname", None) or item.name
+            if f"{item.path.relative_to(ROOT).as_posix()}::{name}" in SLOW:
+                item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """After the fast tests, the files that took longest: where to look when they are no longer fast."""
+    if config.getoption("markexpr") != "not slow":
+        return
+    seconds = Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration  # type: ignore[assignment]
+    slowest = ", ".join(f"{file} {s:.1f}" for file, s in seconds.most_common(5))
+    terminalreporter.write_line(f"seconds: {slowest}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,10 @@ import torch.distributed
 import torch.multiprocessing
 from vocab_parallel_rank import run
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.slow,  # ranks, which all tests here wait for
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+]
 
 #: Relative to the largest value; logits reach 200. Parts of hidden's gradient are rounded to bfloat16 on each rank.
 BOUNDS = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 2e-2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -38,6 +39,11 @@ from bandit_rft.study.limit import RESERVE, TimeLimit, seconds_left, slurm_secon
 from bandit_rft.study.plan import PlannedCell, load_plan
 from bandit_rft.study.run import Runner
 from bandit_rft.study.status import last_line, read_status
+
+with contextlib.suppress(
+    ImportError
+):  # before any test: its import closes what logs, and absl's handler pytest's stderr
+    import submitit  # noqa: F401
 
 
 def write_study(folder: Path, seeds: int = 1, rounds: int = 2) -> Path:
