@@ -60,6 +60,19 @@ BRFT_DEVICE T shuffle_up(T value, int distance) {
     return __shfl_up_sync(0xFFFFFFFFu, value, unsigned(distance));
 }
 
+// 16 bytes from global to shared memory, past the registers. A copy is there, for the thread that asked for it and no
+// other, once the thread has waited until at most `kLeft` of its groups, the latest, are under way.
+BRFT_DEVICE void copy_async(uint4* shared, const uint4* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+                 "l"(global)
+                 : "memory");
+}
+BRFT_DEVICE void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+BRFT_DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 // 16 bytes in one instruction, to be evicted first: nobody reads them again soon.
 BRFT_DEVICE void store_streaming(uint4* to, const uint4& value) { __stcs(to, value); }
 

@@ -92,6 +92,26 @@ const char* write_vector(int offset, void* global) {
     });
 }
 
+// As above: `groups` copies of a lane, of which the last `left` (0, 1 or 3) are not waited for, from `offset` bytes into
+// `global`; and what the lane then finds in shared memory.
+const char* copy_vectors(int groups, int left, int offset, const void* global, void* found) {
+    return guarded([&] {
+        cuda::emulation::run(1, 32, 0, size_t(groups) * 512, [&] {
+            const int lane = int(threadIdx.x);
+            auto* shared = reinterpret_cast<uint4*>(cuda::shared_memory()) + lane;
+            const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(global) + offset);
+            for (int g = 0; g < groups; ++g) {
+                cuda::copy_async(shared + g * 32, from + g * 32 + lane);
+                cuda::end_copy_group();
+            }
+            if (left == 0) cuda::wait_for_copies<0>();
+            if (left == 1) cuda::wait_for_copies<1>();
+            if (left == 3) cuda::wait_for_copies<3>();
+            for (int g = 0; g < groups; ++g) static_cast<uint4*>(found)[g * 32 + lane] = shared[g * 32];
+        });
+    });
+}
+
 const char* logprob_rows(LogitsArgument logits, const int64_t* targets, float* logprobs, float* entropy) {
     return guarded([&] { cuda::logprob_rows(logits_of(logits), targets, logprobs, entropy, {}); });
 }
