@@ -169,6 +169,7 @@ inline void block_barrier() {
 inline void cluster_arrive() {
     emulation::cluster.current->cluster_ticket = emulation::cluster.cluster_barrier.arrive();
 }
+inline void cluster_arrive_first() { cluster_arrive(); }
 inline void cluster_wait() {
     emulation::wait(emulation::cluster.cluster_barrier, emulation::cluster.current->cluster_ticket);
 }
