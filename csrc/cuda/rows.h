@@ -196,29 +196,24 @@ struct RowShare {
         return p / kPartsOfVector * 32 * kPartsOfVector + p % kPartsOfVector;
     }
     BRFT_DEVICE const Stored* of_span(int i) const { return start + int64_t(i) * kSpan; }
-    BRFT_DEVICE static void load_inside(const Stored* from, Raw& raw) {
-        const uint4* parts = reinterpret_cast<const uint4*>(from);
-        BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) raw.part[p] = parts[vector(p)];
-    }
-    BRFT_DEVICE void load_edge(int i, const Stored* from, Raw& raw) const {
-        Stored parts[kLogits];
-        const Extent extent = this->extent(i);
-        BRFT_UNROLL
-        for (int l = 0; l < kLogits; ++l) {
-            const auto outside = In::kMinusInfinity;
-            memcpy(&parts[l], &outside, sizeof(Stored));
-            if (extent.inside(l)) parts[l] = from[offset(l)];
-        }
-        memcpy(&raw, parts, sizeof(raw));
-    }
     BRFT_DEVICE Raw load(int i) const {
         const Stored* from = of_span(i);
         Raw raw;
-        if (edgeless(i))
-            load_inside(from, raw);
-        else
-            load_edge(i, from, raw);
+        if (edgeless(i)) {
+            const uint4* parts = reinterpret_cast<const uint4*>(from);
+            BRFT_UNROLL
+            for (int p = 0; p < kParts; ++p) raw.part[p] = parts[vector(p)];
+        } else {
+            Stored parts[kLogits];
+            const Extent extent = this->extent(i);
+            BRFT_UNROLL
+            for (int l = 0; l < kLogits; ++l) {
+                const auto outside = In::kMinusInfinity;
+                memcpy(&parts[l], &outside, sizeof(Stored));
+                if (extent.inside(l)) parts[l] = from[offset(l)];
+            }
+            memcpy(&raw, parts, sizeof(raw));
+        }
         return raw;
     }
 
@@ -247,8 +242,7 @@ struct RowShare {
     }
     BRFT_DEVICE Raw load_copied(int i) const {
         if (edgeless(i)) return load_kept(i);
-        Raw raw;
-        load_edge(i, of_span(i), raw);
+        const Raw raw = load(i);
         if (i < cached) keep(i, raw);
         return raw;
     }
@@ -268,6 +262,16 @@ struct RowShare {
         }
     }
 
+    template <Pass kPass>
+    BRFT_DEVICE Raw loaded(int i) const {
+        if constexpr (kPass == Pass::first) {
+            copy(i + kAhead * warps);
+            wait_for_copies<kAhead>();
+            return load_copied(i);
+        }
+        return kPass == Pass::again ? load_kept(i) : load(i);
+    }
+
     // visit(i, v) for every span of this warp, all its lanes together.
     template <Pass kPass, class Visit>
     BRFT_DEVICE void each(const Visit& visit) const {
@@ -277,14 +281,7 @@ struct RowShare {
         }
         BRFT_NO_UNROLL
         for (int i = warp; i < count; i += warps) {
-            Raw raw;
-            if constexpr (kPass == Pass::first) {
-                copy(i + kAhead * warps);
-                wait_for_copies<kAhead>();
-                raw = load_copied(i);
-            } else {
-                raw = kPass == Pass::again ? load_kept(i) : load(i);
-            }
+            const Raw raw = loaded<kPass>(i);
             float v[kLogits];
             values(i, raw, v);
             visit(i, v);

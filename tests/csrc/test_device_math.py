@@ -49,7 +49,7 @@ class Logits(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernels(emulated_cuda: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(emulated_cuda))
-    for name in ("logprob_rows", "policy_rows", "sample_rows", "write_vector", "copy_vectors"):
+    for name in ("logprob_rows", "policy_rows", "sample_rows"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.exp2_approximate.restype = ctypes.c_float
     return loaded
@@ -440,28 +440,3 @@ def test_scaled_weights_reach_float16(kernels: ctypes.CDLL) -> None:
     assert (found[0] == 0).double().mean() > 0.2
     assert not (found[1] == 0).any()
     torch.testing.assert_close(found[1], truth, rtol=2e-3, atol=0)
-
-
-def test_misaligned_vectors_are_seen(kernels: ctypes.CDLL) -> None:
-    """As on a device, a 16-byte access off a 16-byte address ends the kernel, in shared and in global memory."""
-    room = torch.zeros(64, dtype=torch.uint8)  # torch aligns allocations to 64 bytes
-    for memory in (None, room):
-        raise_if(kernels.write_vector(16, pointer(memory)))
-        for offset in (4, 8):
-            with pytest.raises(ValueError, match=f"misaligned address: {offset} modulo 16"):
-                raise_if(kernels.write_vector(offset, pointer(memory)))
-    assert room.view(torch.int32)[:8].tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("left", [0, 1, 3])
-def test_copies_that_nobody_waits_for_are_not_there(kernels: ctypes.CDLL, left: int) -> None:
-    """As late as a device may do it: a kernel that forgets a wait reads nonsense here."""
-    groups = 5
-    room, found = torch.arange(groups * 128 + 16, dtype=torch.int32), torch.empty(groups * 128, dtype=torch.int32)
-    copy = (ctypes.c_int(groups), ctypes.c_int(left))
-    raise_if(kernels.copy_vectors(*copy, 0, pointer(room), pointer(found)))
-    done = (groups - left) * 128
-    assert torch.equal(found[:done], room[:done])
-    assert bool((found[done:] == 0x7F7F7F7F).all())
-    with pytest.raises(ValueError, match="misaligned address: 4 modulo 16"):
-        raise_if(kernels.copy_vectors(*copy, 4, pointer(room), pointer(found)))
