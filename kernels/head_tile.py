@@ -43,6 +43,11 @@ class Tile(NamedTuple):
     enable_fp_fusion: bool = False
 
 
+#: What draws on sm_90: rows up to which, and the tile.
+DRAWING = [(1 << 31, Tile(64, 128, 64, 4, 4))]
+PERSISTENT = True
+
+
 def state_width(dtype: torch.dtype) -> int:
     """Logits of a row that have a state of their own, for scoring and drawing alike."""
     return 64 if dtype == torch.float32 else 128
@@ -69,7 +74,9 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
         return Tile(64, 128, 64, 8, 3)
     if capability >= 100:
         return Tile(64, 128, 64, 8, 4)
-    return Tile(64, 128, 64, 4, 4) if draws or rows <= 64 else Tile(128, 256, 64, 8, 4)
+    if draws:
+        return next(tile for most, tile in DRAWING if rows <= most)
+    return Tile(64, 128, 64, 4, 4) if rows <= 64 else Tile(128, 256, 64, 8, 4)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -85,6 +92,8 @@ def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor) -> int:
     tiles: int = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
     if not tensor.is_cuda:
         return min(tiles, INTERPRETED_PROGRAMS)
+    if not PERSISTENT:
+        return tiles
     multiprocessors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return min(tiles, multiprocessors * (REGISTERS // (32 * tile.num_warps * (tile.maxnreg or 256))))
 
