@@ -27,8 +27,8 @@ BRFT_DEVICE void block_barrier() { __syncthreads(); }
 
 // Blocks of a cluster exist from sm_90 on; elsewhere a block is alone. What was written to another block's shared
 // memory before cluster_arrive is seen there after cluster_wait.
-// cluster_arrive_first: where nothing was written yet that another block reads. It needs no fence; cluster_arrive's costs
-// as much as a load from memory, in front of everything that its thread does next.
+// cluster_arrive_first: where nothing was written yet that another block reads. It needs no fence; cluster_arrive has
+// one (MEMBAR.ALL.GPU), in front of everything that its thread does next.
 BRFT_DEVICE void cluster_arrive_first() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");

@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     block_barrier();
     const auto term = shared->row;
 
-    Stored *const row = static_cast<Stored*>(a.gradient) + index * a.gradient_stride, *const start = row + share.column(0);
+    Stored* const row = static_cast<Stored*>(a.gradient) + index * a.gradient_stride;
+    Stored* const start = row + share.column(0);
     const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0;
     BRFT_NO_UNROLL
     for (int base = (share.count - 1) / share.warps * share.warps; base >= 0; base -= share.warps) {
@@ -257,8 +258,8 @@ void policy_rows(const Logits& logits, const int64_t* targets, const PolicyInput
     if (logits.count == 0) return;
     require_grid(logits.count);
     const OnDevice on(where.device);
-    a.plan = plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, kThreadsOfSm,
-                       on.limits());
+    a.plan =
+        plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, kThreadsOfSm, on.limits());
     a.overlaid = overlay && a.plan.cached < a.plan.share;
     const bool plain = set_scaling(a.rows, true);
     launch(plain ? differentiate_for<true>(logits.dtype, out) : differentiate_for<false>(logits.dtype, out), a.plan,

@@ -13,9 +13,9 @@
 // warp owns the same spans in every pass, and a lane the same logits of them: what it leaves in shared memory or writes
 // in place needs no barrier.
 //
-// A first pass that keeps its row copies it straight into shared memory, kAhead spans before it looks at them. Loads
-// into registers would hold one span of a warp under way, 52 KiB a multiprocessor at the most and nothing while warps
-// compute; by Little's law 4.8 TB/s at about 1 us ask for 36 KiB at all times.
+// A first pass that keeps its row copies it straight into shared memory, kAhead spans before it looks at them. A load
+// into registers would be one span of a warp under way, and none while the warp computes; at 4.8 TB/s and about 1 us of
+// latency, 132 multiprocessors must have 36 KiB under way each, at all times.
 #pragma once
 
 #include "../row_math.h"
@@ -25,7 +25,7 @@ namespace bandit_rft::cuda {
 
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32, kMaxCluster = 8;
 constexpr int kLogits = 16, kSpan = 32 * kLogits;  // of a lane and of a warp at a time
-constexpr int kAhead = 4;  // spans of a warp that are copied while it looks at the one before
+constexpr int kAhead = 4;                          // spans of a warp that are copied while it looks at the one before
 // k m for the m that stands for -inf as a maximum, where -inf - (-inf) would be NaN: half of what float32 holds, so
 // that k (m - m') is finite for any m' up to as much above zero. A row whose largest |k m| is above this is NaN.
 constexpr float kNoExponent = -1.7e38f;
@@ -192,17 +192,16 @@ struct RowShare {
         return {before, (left < kSpan ? left < 0 ? 0 : int(left) : kSpan) - before};
     }
 
-    BRFT_DEVICE static constexpr int vector(int p) { return p / kPartsOfVector * 32 * kPartsOfVector + p % kPartsOfVector; }
-    BRFT_DEVICE const Stored* of_span(int i) const { return start + int64_t(i) * kSpan; }
-    BRFT_DEVICE Raw load_inside(int i) const {
-        const uint4* from = reinterpret_cast<const uint4*>(of_span(i));
-        Raw raw;
-        BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) raw.part[p] = from[vector(p)];
-        return raw;
+    BRFT_DEVICE static constexpr int vector(int p) {  // where a lane's part p of a span is, in 16 bytes
+        return p / kPartsOfVector * 32 * kPartsOfVector + p % kPartsOfVector;
     }
-    BRFT_DEVICE Raw load_edge(int i) const {
-        const Stored* from = of_span(i);
+    BRFT_DEVICE const Stored* of_span(int i) const { return start + int64_t(i) * kSpan; }
+    BRFT_DEVICE static void load_inside(const Stored* from, Raw& raw) {
+        const uint4* parts = reinterpret_cast<const uint4*>(from);
+        BRFT_UNROLL
+        for (int p = 0; p < kParts; ++p) raw.part[p] = parts[vector(p)];
+    }
+    BRFT_DEVICE void load_edge(int i, const Stored* from, Raw& raw) const {
         Stored parts[kLogits];
         const Extent extent = this->extent(i);
         BRFT_UNROLL
@@ -211,11 +210,17 @@ struct RowShare {
             memcpy(&parts[l], &outside, sizeof(Stored));
             if (extent.inside(l)) parts[l] = from[offset(l)];
         }
-        Raw raw;
         memcpy(&raw, parts, sizeof(raw));
+    }
+    BRFT_DEVICE Raw load(int i) const {
+        const Stored* from = of_span(i);
+        Raw raw;
+        if (edgeless(i))
+            load_inside(from, raw);
+        else
+            load_edge(i, from, raw);
         return raw;
     }
-    BRFT_DEVICE Raw load(int i) const { return edgeless(i) ? load_inside(i) : load_edge(i); }
 
     BRFT_DEVICE uint4* slot(int i) const { return cache + i * (kParts * 32); }
     BRFT_DEVICE void keep(int i, const Raw& raw) const {
@@ -230,8 +235,8 @@ struct RowShare {
     }
     BRFT_DEVICE Raw load_kept(int i) const { return i < cached ? kept(i) : load(i); }
 
-    // A group of copies for every span that the warp comes to, though it is empty for one with an edge, or without room,
-    // or past the last: then "all but the latest kAhead groups" is the same span's in every turn.
+    // A group of copies for every span that the warp comes to, even an empty one where a span has an edge or no room,
+    // or is past the last: so each turn waits for its own span's by leaving the latest kAhead groups under way.
     BRFT_DEVICE void copy(int i) const {
         if (i < cached && edgeless(i)) {
             const uint4* from = reinterpret_cast<const uint4*>(of_span(i));
@@ -242,7 +247,8 @@ struct RowShare {
     }
     BRFT_DEVICE Raw load_copied(int i) const {
         if (edgeless(i)) return load_kept(i);
-        const Raw raw = load_edge(i);
+        Raw raw;
+        load_edge(i, of_span(i), raw);
         if (i < cached) keep(i, raw);
         return raw;
     }
@@ -354,8 +360,8 @@ struct alignas(16) SharedStates {
 };
 static_assert(sizeof(SharedStates) % 16 == 0);
 
-// Every warp's state to every block. Expects an open cluster_arrive_first (a block's shared memory may be written only once
-// that block runs), and is itself a barrier for all that was read or written before it.
+// Every warp's state to every block. Expects an open cluster_arrive_first (a block's shared memory may be written only
+// once that block runs), and is itself a barrier for all that was read or written before it.
 BRFT_DEVICE void share_state(const ThreadState& own, float k, SharedStates* shared, int blocks, int rank) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
     const RowState state = merged_over_warp({own.m, double(own.s), double(own.t)}, k);

@@ -241,8 +241,8 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     auto* shared = reinterpret_cast<Memory*>(shared_memory());
     cluster_arrive_first();
     const int blocks = kFiltered ? a.plan.blocks : 1;
-    const int64_t index = blockIdx.x / unsigned(blocks);
-    const int block = int(blockIdx.x % unsigned(blocks));
+    const int64_t index = int64_t(blockIdx.x) / blocks;
+    const int block = int(blockIdx.x) % blocks;
     const Share share(a.rows, a.plan, index, block, after_header(shared));
     const int lane = share.lane, warp = share.warp, warps = share.warps;
     const float k = share.scale.k;

@@ -68,9 +68,9 @@ void plan_of(int64_t vocabulary, int width, const char* kernel, bool alone, int*
                        : name == "sample"        ? cuda::kHeaderBytes<cuda::Shared>
                                                  : cuda::kHeaderBytes<cuda::FilterShared>;
     const int passes = name == "score" || name == "sample" ? 1 : 2;
-    const auto plan = cuda::plan_rows(vocabulary, width, header, passes, alone,
-                                      name == "filtered" ? cuda::kThreadsOfSmForFilters : cuda::kThreadsOfSm,
-                                      cuda::emulated_limits);
+    const auto plan =
+        cuda::plan_rows(vocabulary, width, header, passes, alone,
+                        name == "filtered" ? cuda::kThreadsOfSmForFilters : cuda::kThreadsOfSm, cuda::emulated_limits);
     const int fields[] = {plan.blocks, plan.threads, plan.cached, plan.share, plan.shared_bytes};
     for (int i = 0; i < 5; ++i) out[i] = fields[i];
 }
@@ -94,8 +94,8 @@ const char* write_vector(int offset, void* global) {
     });
 }
 
-// As above: `groups` copies of a lane, of which the last `left` (0, 1 or 3) are not waited for, from `offset` bytes into
-// `global`; and what the lane then finds in shared memory.
+// As above: `groups` copies of a lane, of which the last `left` (0, 1 or 3) are not waited for, from `offset` bytes
+// into `global`; and what the lane then finds in shared memory.
 const char* copy_vectors(int groups, int left, int offset, const void* global, void* found) {
     return guarded([&] {
         cuda::emulation::run(1, 32, 0, size_t(groups) * 512, [&] {
