@@ -115,7 +115,8 @@ sanitize: .venv/.dependencies
 
 # Uses what is installed for $(PYTHON) (torch, pytest, scikit-build-core, pybind11, ninja) and no network; OUT: where to.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --build --output $(or $(OUT),benchmarks/results) $(if $(RESUME),--resume)
+	$(PYTHON) benchmarks/gpu_build.py
+	$(PYTHON) benchmarks/gpu_check.py --output $(or $(OUT),benchmarks/results) $(if $(RESUME),--resume)
 
 wheel: .venv/.dependencies
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,6 +1,6 @@
 """Measures the operations on a CUDA GPU next to what they are made of and what they compete with; needs no network.
 
-    make gpu-check                                             build for this GPU, measure, then test
+    make gpu-check                                             build (gpu_build.py), measure, then test
     python benchmarks/gpu_check.py --resume                    go on with the newest file in --output
     python benchmarks/gpu_check.py --device cpu --small        the same code on small shapes: does it run?
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,30 +30,6 @@ from gpu_measurements.worker import Worker, serve
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED, INCOMPLETE = 2, 3
 LEAST_SECONDS = 5.0  # what is left must allow this much, or no measurement is begun
-
-
-def find_nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
-def build() -> str | None:
-    """Build the module with CUDA for this GPU's architecture alone; what went wrong, or None."""
-    environment = dict(os.environ)
-    if environment.setdefault("BANDIT_RFT_CUDA", "ON") == "ON":
-        nvcc = find_nvcc()
-        if nvcc is None:
-            return (
-                "gpu-check needs nvcc to build the CUDA kernels, and finds none on PATH or in /usr/local/cuda/bin. "
-                "Nothing was measured. BANDIT_RFT_CUDA=OFF measures Triton and PyTorch alone."
-            )
-        environment["CUDACXX"] = nvcc
-    major, minor = torch.cuda.get_device_capability()
-    command = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps",
-        "-C", f"cmake.define.BANDIT_RFT_CUDA_ARCHITECTURES={major}{minor}", "--editable", str(ROOT),
-    ]  # fmt: skip
-    code = subprocess.run(command, env=environment).returncode
-    return f"gpu-check could not build the module (pip: exit status {code}). Nothing was measured." if code else None
 
 
 def newest(folder: Path) -> Path:
@@ -148,9 +123,8 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes: whether it runs, not how fast")
-    parser.add_argument("--build", action="store_true", help="first build the module with CUDA for this GPU")
     parser.add_argument("--only", default="", help="only measurements whose section or name has this (a regex)")
-    parser.add_argument("--seconds", type=float, default=560.0, help="time limit of the whole, the build included")
+    parser.add_argument("--seconds", type=float, default=560.0, help="time limit of the whole")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
     parser.add_argument(
         "--resume", type=Path, nargs="?", const=Path(), metavar="FILE",
@@ -185,9 +159,6 @@ def main(argv: list[str] | None = None) -> int:
             arguments.worker, {one.name: one.run for one in measurements if one.run}, Setting(device, arguments.small)
         )
         return 0
-    if arguments.build and (problem := build()) is not None:
-        print(problem, file=sys.stderr)
-        return REFUSED
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / "gpu-check.log"
     command = [sys.executable, "-u", str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)]

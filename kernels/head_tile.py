@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .row_math import LOWEST, fast_exp
 
+REGISTERS = 65536  # of a multiprocessor
 INTERPRETED_PROGRAMS = 3  # fewer than tiles, so that the interpreter also goes around the loop
 
 
@@ -36,8 +37,15 @@ class Tile(NamedTuple):
     BLOCK_H: int
     num_warps: int
     num_stages: int
+    #: Registers of a thread at most: what is above is spilled, and more programs share a multiprocessor.
+    maxnreg: int | None = None
     #: Whether a * b + c becomes one instruction would be decided for each kernel anew, and change bits between them.
     enable_fp_fusion: bool = False
+
+
+#: What draws on sm_90: rows up to which, and the tile.
+DRAWING = [(1 << 31, Tile(64, 128, 64, 4, 4))]
+PERSISTENT = True
 
 
 def state_width(dtype: torch.dtype) -> int:
@@ -66,7 +74,9 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
         return Tile(64, 128, 64, 8, 3)
     if capability >= 100:
         return Tile(64, 128, 64, 8, 4)
-    return Tile(64, 128, 64, 4, 4) if draws or rows <= 64 else Tile(128, 256, 64, 8, 4)
+    if draws:
+        return next(tile for most, tile in DRAWING if rows <= most)
+    return Tile(64, 128, 64, 4, 4) if rows <= 64 else Tile(128, 256, 64, 8, 4)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -78,12 +88,14 @@ def capability_of(tensor: Tensor) -> int:
 
 
 def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor) -> int:
-    """Persistent programs: as many as reside on the GPU at once, of 4 warps two a multiprocessor (255 registers)."""
+    """Persistent programs: as many as reside on the GPU at once, by their registers (65,536 a multiprocessor)."""
     tiles: int = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
     if not tensor.is_cuda:
         return min(tiles, INTERPRETED_PROGRAMS)
+    if not PERSISTENT:
+        return tiles
     multiprocessors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return min(tiles, multiprocessors * (2 if tile.num_warps == 4 else 1))
+    return min(tiles, multiprocessors * (REGISTERS // (32 * tile.num_warps * (tile.maxnreg or 256))))
 
 
 def describable(matrix: Tensor, capability: int) -> bool:

@@ -101,14 +101,14 @@ def best_of_tile(
 
 
 @triton.jit
-def draw_from_tile(z, seed, sequence, position, first, FAST: tl.constexpr, PIECE: tl.constexpr):
-    """(perturbed logit, logit, token within the tile) of the best token in each row of z [n, v].
+def draw_from_tile(z, exists, seed, sequence, position, first, FAST: tl.constexpr, PIECE: tl.constexpr):
+    """(perturbed logit, logit, token within the tile) of the best token in each row of z [n, v] that exists [n].
 
     Approximate noise finds the winner, whose perturbed logit alone is computed exactly. Where another one comes within
     the margin (a row in 16,000 or so), the whole tile is computed exactly: the draw is the exact one, always.
     """
     z_best, token, rivals = best_of_tile(z, seed, sequence, position, first, True, FAST, PIECE)
-    if tl.max(rivals, 0) > 1:
+    if tl.max(tl.where(exists, rivals, 0), 0) > 1:
         z_best, token, rivals = best_of_tile(z, seed, sequence, position, first, False, FAST, PIECE)
     w0, w1, w2, w3 = words_of(seed, sequence, position, first // 4 + token // 4)
     last = token % 4
@@ -143,7 +143,7 @@ def draw_tiles(
         store_state(z, states, tile, tiles, row, rows, not WIDEN)
         sequence = tl.load(sequences + row, mask=inside, other=0)
         position = tl.load(positions + row, mask=inside, other=0)
-        best, z_best, token = draw_from_tile(z, number, sequence, position, tile * BLOCK_V, not WIDEN, 32)
+        best, z_best, token = draw_from_tile(z, inside, number, sequence, position, tile * BLOCK_V, not WIDEN, 32)
         at = tile.to(tl.int64) * rows + row
         tl.store(winners + at, best, mask=inside)
         tl.store(winners + tiles.to(tl.int64) * rows + at, z_best, mask=inside)

@@ -5,7 +5,8 @@
     python tools/check_cuda.py --loop 'differentiate<F32, F32, plain>' 90      the instructions that are counted
 
 How instructions are counted: a kernel's loops are its backward branches. A loop that moves a row has 16-byte loads on
-the way from the branch's target to the branch; of the ways through it, the one with most 16-byte accesses and then
+the way from the branch's target to the branch (copies into shared memory, LDGSTS, are no loads: one turn asks for
+them and a later one reads them there); of the ways through it, the one with most 16-byte accesses and then
 fewest instructions is the one that a span without an edge takes (scalar accesses at a row's edge, barriers of overlaid
 gradients and the exact noise of a token that may win lie on other ways). Its instructions, predicated ones included,
 are divided by its logits: the bytes of its 16-byte loads by the size of a logit. Passes over a row are added up.
@@ -148,8 +149,10 @@ class Instruction(NamedTuple):
 
     @property
     def access(self) -> str:
-        """LDG.128, STG.32, LDS.128 ...; empty where no memory of the row or shared memory is touched."""
-        found = re.match(r"(LDG|STG|LDS|STS)\b", self.operation)
+        """LDG.128, STG.32, LDS.128, LDGSTS.128 ...; empty where no memory of the row or shared memory is touched."""
+        if self.text.startswith("@!PT"):  # never executed: ptxas puts some before fences and copies
+            return ""
+        found = re.match(r"(LDGSTS|LDG|STG|LDS|STS)\b", self.operation)
         width = re.search(r"\.(128|64|U?S?16|U?S?8)\b", self.operation)
         return f"{found[1]}.{width[1].lstrip('US') if width else 32}" if found else ""
 
@@ -164,20 +167,26 @@ def functions(sass: str) -> dict[str, list[Instruction]]:
 
 
 def _way(code: list[Instruction], begin: int, end: int) -> list[Instruction]:
-    """From `begin` to `end` forwards: most 16-byte accesses, then fewest instructions."""
+    """From `begin` to `end` forwards: most 16-byte accesses, then fewest instructions.
+
+    Where a loop has its row in shared memory, a 16-byte load from global memory is for what has no room there: such a
+    load counts against a way.
+    """
     part = [i for i in code if begin <= i.address <= end]
+    kept = any(i.access == "LDS.128" for i in part)
     best: dict[int, tuple[int, int]] = {part[0].address: (0, 0)}  # (-accesses, instructions) before an address
     came: dict[int, int] = {}
     for instruction, following in zip(part, [*part[1:], None], strict=True):
         if instruction.address not in best:
             continue
         wide = instruction.access.endswith(".128")
-        cost = (best[instruction.address][0] - wide, best[instruction.address][1] + 1)
+        against = kept and instruction.access == "LDG.128"
+        cost = (best[instruction.address][0] - wide + 2 * against, best[instruction.address][1] + 1)
         onwards = [instruction.target] if instruction.target is not None else []
         if instruction.falls_through and following is not None:
             onwards.append(following.address)
         for address in onwards:
-            if instruction.address < address <= end and cost < best.get(address, (1, 0)):
+            if instruction.address < address <= end and (address not in best or cost < best[address]):
                 best[address] = cost
                 came[address] = instruction.address
     if end not in best:

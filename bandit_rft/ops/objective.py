@@ -305,7 +305,7 @@ def loss_and_statistics(
     reference: Tensor | None,
     sequence_of: Tensor,
     lengths: Tensor,
-    tokens_skipped: int,
+    tokens_skipped: int | Tensor,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss 0-d, statistics [len(STATISTICS)]) from per-token values of the tokens computed; no host waits.

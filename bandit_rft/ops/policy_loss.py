@@ -239,7 +239,7 @@ def _compute(
     computed, sequence_of = inputs.rows(every), sequences.sequence_of[every]
     loss, statistics = loss_and_statistics(
         objective, logp[every], entropy[every], *computed, sequence_of, sequences.lengths,
-        tokens_skipped=0 if index is None else len(of.hidden) - len(index) - (0 if mask is None else int(mask.sum())),
+        tokens_skipped=0 if index is None else len(of.hidden) - len(index) - (0 if mask is None else mask.sum()),
     )  # fmt: skip
 
     if gradients is not None and not objective.token_separable:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -259,18 +261,29 @@ class CapturedDecoder:
 
 
 class _CudaRecorder:
-    """Captures a function as a CUDA graph; all share one pool of scratch memory, for no two run at once."""
+    """Captures functions as CUDA graphs; those alive share one pool of scratch memory, for no two run at once."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._pool: Any = None
+        # PyTorch gives a pool up with the last of its graphs, and asserts where one is captured into it after that.
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (rewards, a monitor) may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                function()
+            pool = next((graph.pool() for graph in self._alive), None)
+            try:
+                graph = self._captured(function, pool)
+            except BaseException:
+                # One that failed leaves PyTorch's random generator as if it went on; one that ends well mends that.
+                with suppress(RuntimeError):
+                    self._captured(lambda: torch.zeros(1, device=self._device), None)
+                raise
+        self._alive.add(graph)
         return graph.replay
+
+    def _captured(self, function: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (rewards, a monitor) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+        return graph

@@ -55,8 +55,7 @@ def plan(small: bool, device_type: str) -> list[Measurement]:
         add("sampling", operations.sample, *shape)
     for kind in ROWS:
         add("rows", operations.row_kernel, kind, *((64, 512) if small else (2048, 151936)))
-    add("whole round", training_round.training_round, seconds=180)
-    add("whole round", training_round.training_round_against_trl, seconds=180)
+    add("whole round", training_round.training_round, seconds=240)
     if device_type == "cuda":
         found += [Measurement(name, "tests", None, 300) for name in TESTS]
     return found

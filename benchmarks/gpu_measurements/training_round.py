@@ -77,28 +77,21 @@ def rounds(setting: Setting, model: Path, output: Path, count: int = 6, skip: in
 
 
 def training_round(setting: Setting) -> Iterator[Result]:
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        make_model(setting, model)
-        lines = rounds(setting, model, Path(folder) / "run")
-    phases = sorted({key for line in lines for key in line if key.startswith("seconds/") and line[key]})
-    yield {"round": {phase: statistics.median(line.get(phase) or 0.0 for line in lines) for phase in phases}}
-
-
-def training_round_against_trl(setting: Setting) -> Iterator[Result]:
-    """Our round over TRL's step: as many rollouts of as many tokens, but two a prompt, TRL's minimum."""
+    """Our round by phase, and over TRL's step: as many rollouts of as many tokens, but two a prompt, TRL's minimum."""
     case, shape = "a round", f"{ROLLOUTS} x {shape_of(setting)[1]} tokens"
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_model(setting, model)
+        lines = rounds(setting, model, Path(folder) / "run")
+        phases = sorted({key for line in lines for key in line if key.startswith("seconds/") and line[key]})
+        yield {"round": {phase: statistics.median(line.get(phase) or 0.0 for line in lines) for phase in phases}}
         try:
             theirs = _trl_steps(setting, model, Path(folder) / "trl")
         except Exception as error:  # whatever a peer raises, its text is the result
             text = f"{type(error).__name__}: {error}"[:500]
             yield {"case": case, "shape": shape, "against": "TRL GRPOTrainer step", "missing": text}
             return
-        mine = [line["seconds/round"] for line in rounds(setting, model, Path(folder) / "run")]
-    a, b = statistics.median(mine) * 1e3, statistics.median(theirs) * 1e3
+    a, b = statistics.median(line["seconds/round"] for line in lines) * 1e3, statistics.median(theirs) * 1e3
     yield {
         "case": case, "shape": shape, "against": "TRL GRPOTrainer step", "ours_ms": a, "other_ms": b, "ratio": a / b,
         "bar": None if setting.small else 0.5,

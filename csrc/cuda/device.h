@@ -27,6 +27,13 @@ BRFT_DEVICE void block_barrier() { __syncthreads(); }
 
 // Blocks of a cluster exist from sm_90 on; elsewhere a block is alone. What was written to another block's shared
 // memory before cluster_arrive is seen there after cluster_wait.
+// cluster_arrive_first: where nothing was written yet that another block reads. It needs no fence; cluster_arrive has
+// one (MEMBAR.ALL.GPU), in front of everything that its thread does next.
+BRFT_DEVICE void cluster_arrive_first() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+}
 BRFT_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     cooperative_groups::this_cluster().barrier_arrive();
@@ -58,6 +65,19 @@ BRFT_DEVICE uint32_t warp_uniform(uint32_t value) { return __reduce_or_sync(0xFF
 template <class T>
 BRFT_DEVICE T shuffle_up(T value, int distance) {
     return __shfl_up_sync(0xFFFFFFFFu, value, unsigned(distance));
+}
+
+// 16 bytes from global to shared memory, past the registers. A copy is there, for the thread that asked for it and no
+// other, once the thread has waited until at most `kLeft` of its groups, the latest, are under way.
+BRFT_DEVICE void copy_async(uint4* shared, const uint4* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+                 "l"(global)
+                 : "memory");
+}
+BRFT_DEVICE void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+BRFT_DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 // 16 bytes in one instruction, to be evicted first: nobody reads them again soon.

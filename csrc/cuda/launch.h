@@ -17,11 +17,27 @@ struct Limits {
     int max_threads;  // kMaxThreads, less in tests
 };
 
+// Threads that a multiprocessor's 65,536 registers serve: of kernels with 64 registers, and with 128 (the filters).
+constexpr int kThreadsOfSm = 2 * kMaxThreads, kThreadsOfSmForFilters = kMaxThreads;
+
+// How many warps share `share` spans, of at most `most`: the fewest that need no more rounds. A round costs the same
+// however many warps take part, and warps left over would hold registers and lengthen every barrier. With R rounds
+// at most R - 1 places are empty beside more than `most` (R - 1) that are taken: 16 of 17 at least, or 8 of 9.
+inline int64_t warps_for(int64_t share, int64_t most) {
+    const int64_t rounds = (share + most - 1) / most;
+    return (share + rounds - 1) / rounds;
+}
+
 // A row of `vocabulary` logits of `width` bytes. With `passes` > 1 its shares are kept in shared memory, beside
 // `header` bytes: on sm_90 and later by the smallest cluster that leaves room for two blocks on a multiprocessor. Where
 // even eight blocks cannot hold the row (or before sm_90 one), the rest is read again, latest first, from L2 as far as
 // it is there. `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
-inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, const Limits& limits) {
+//
+// Blocks that keep their rows have phases: one loads while another waits for its cluster and a third stores. So as many
+// are wanted as shared memory holds, up to four, and their threads are bounded by what registers are left to each of
+// them (of `threads_of_sm` threads): the bytes under way do not depend on threads, since copies need no registers.
+inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, int threads_of_sm,
+                         const Limits& limits) {
     // A row may start up to 32 bytes, less one logit, after an aligned address.
     const int64_t spans = (vocabulary + 32 / width - 1 + kSpan - 1) / kSpan;
     const int64_t half = std::max(0, (limits.shared_per_sm / 2 - 1024 - header) / (kSpan * width)),
@@ -36,8 +52,13 @@ inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, 
     plan.blocks = int(blocks);
     plan.share = int(share);
     plan.cached = passes > 1 ? int(std::min(share, share <= half ? half : full)) : 0;
-    plan.threads = int(std::min<int64_t>(limits.max_threads, share * 32));
     plan.shared_bytes = header + kSpan * width * plan.cached;
+    int most = limits.max_threads;
+    if (passes > 1) {
+        const int fit = std::clamp(limits.shared_per_sm / (plan.shared_bytes + 1024), 1, threads_of_sm / 256);
+        most = std::min(most, threads_of_sm / fit);
+    }
+    plan.threads = int(32 * warps_for(share, most / 32));
     return plan;
 }
 

@@ -43,7 +43,7 @@ BRFT_DEVICE bool has_target(const PolicyArguments& a, int64_t index) {
 template <class In, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, 2) score(PolicyArguments a) {
     auto* states = reinterpret_cast<SharedStates*>(shared_memory());
-    cluster_arrive();
+    cluster_arrive_first();
     const int64_t index = blockIdx.x;
     const RowShare<In, kPlain> share(a.rows, a.plan, index, 0, nullptr);
     const float k = share.scale.k;
@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     constexpr int kVector = 16 / int(sizeof(Stored));  // In is never narrower than Out
     using Share = RowShare<In, kPlain, kVector>;
     auto* shared = reinterpret_cast<PolicyShared*>(shared_memory());
-    cluster_arrive();
-    const int64_t index = int64_t(blockIdx.x) / a.plan.blocks;
-    const int rank = int(blockIdx.x) % a.plan.blocks;
+    cluster_arrive_first();
+    const int64_t index = blockIdx.x / unsigned(a.plan.blocks);
+    const int rank = int(blockIdx.x % unsigned(a.plan.blocks));
     const Share share(a.rows, a.plan, index, rank, after_header(shared));
     const float k = share.scale.k;
     if (threadIdx.x == 0)  // before it is written over
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
     block_barrier();
     const auto term = shared->row;
 
-    Stored* const start = static_cast<Stored*>(a.gradient) + index * a.gradient_stride + share.column(0);
+    Stored* const row = static_cast<Stored*>(a.gradient) + index * a.gradient_stride;
+    Stored* const start = row + share.column(0);
     const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0;
     BRFT_NO_UNROLL
     for (int base = (share.count - 1) / share.warps * share.warps; base >= 0; base -= share.warps) {
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) differentiate(PolicyArguments 
         }
     }
     if (has_target(a, index) && share.owns(a.targets[index]))
-        start[a.targets[index] - share.column(0)] = Out::narrow(term.at_target);
+        row[a.targets[index]] = Out::narrow(shared->row.at_target);
 }
 
 PolicyArguments arguments_of(const Logits& logits, const int64_t* targets, float* logprobs, float* entropy) {
@@ -224,7 +225,8 @@ void logprob_rows(const Logits& logits, const int64_t* targets, float* logprobs,
     require_grid(logits.count);
     const OnDevice on(where.device);
     PolicyArguments a = arguments_of(logits, targets, logprobs, entropy);
-    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), kHeaderBytes<SharedStates>, 1, false, on.limits());
+    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), kHeaderBytes<SharedStates>, 1, false, kThreadsOfSm,
+                       on.limits());
     const bool plain = set_scaling(a.rows, true);
     launch(plain ? score_for<true>(logits.dtype) : score_for<false>(logits.dtype), a.plan, logits.count, where.stream,
            a);
@@ -256,7 +258,8 @@ void policy_rows(const Logits& logits, const int64_t* targets, const PolicyInput
     if (logits.count == 0) return;
     require_grid(logits.count);
     const OnDevice on(where.device);
-    a.plan = plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, on.limits());
+    a.plan =
+        plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, kThreadsOfSm, on.limits());
     a.overlaid = overlay && a.plan.cached < a.plan.share;
     const bool plain = set_scaling(a.rows, true);
     launch(plain ? differentiate_for<true>(logits.dtype, out) : differentiate_for<false>(logits.dtype, out), a.plan,

@@ -10,7 +10,12 @@
 //
 // A row is cut into spans of 512 logits on aligned addresses: a warp takes one at a time, 16 logits a lane, in 16-byte
 // loads whose offsets are constants. Only a span over the row's edge looks at columns; what it has outside is -inf. A
-// warp owns the same spans in every pass, so what it leaves in shared memory or writes in place needs no barrier.
+// warp owns the same spans in every pass, and a lane the same logits of them: what it leaves in shared memory or writes
+// in place needs no barrier.
+//
+// A first pass that keeps its row copies it straight into shared memory, kAhead spans before it looks at them. A load
+// into registers would be one span of a warp under way, and none while the warp computes; at 4.8 TB/s and about 1 us of
+// latency, 132 multiprocessors must have 36 KiB under way each, at all times.
 #pragma once
 
 #include "../row_math.h"
@@ -20,6 +25,7 @@ namespace bandit_rft::cuda {
 
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32, kMaxCluster = 8;
 constexpr int kLogits = 16, kSpan = 32 * kLogits;  // of a lane and of a warp at a time
+constexpr int kAhead = 4;                          // spans of a warp that are copied while it looks at the one before
 // k m for the m that stands for -inf as a maximum, where -inf - (-inf) would be NaN: half of what float32 holds, so
 // that k (m - m') is finite for any m' up to as much above zero. A row whose largest |k m| is above this is NaN.
 constexpr float kNoExponent = -1.7e38f;
@@ -186,14 +192,17 @@ struct RowShare {
         return {before, (left < kSpan ? left < 0 ? 0 : int(left) : kSpan) - before};
     }
 
+    BRFT_DEVICE static constexpr int vector(int p) {  // where a lane's part p of a span is, in 16 bytes
+        return p / kPartsOfVector * 32 * kPartsOfVector + p % kPartsOfVector;
+    }
+    BRFT_DEVICE const Stored* of_span(int i) const { return start + int64_t(i) * kSpan; }
     BRFT_DEVICE Raw load(int i) const {
-        const Stored* from = start + int64_t(i) * kSpan;
+        const Stored* from = of_span(i);
         Raw raw;
         if (edgeless(i)) {
             const uint4* parts = reinterpret_cast<const uint4*>(from);
             BRFT_UNROLL
-            for (int p = 0; p < kParts; ++p)
-                raw.part[p] = parts[p / kPartsOfVector * 32 * kPartsOfVector + p % kPartsOfVector];
+            for (int p = 0; p < kParts; ++p) raw.part[p] = parts[vector(p)];
         } else {
             Stored parts[kLogits];
             const Extent extent = this->extent(i);
@@ -207,15 +216,34 @@ struct RowShare {
         }
         return raw;
     }
+
+    BRFT_DEVICE uint4* slot(int i) const { return cache + i * (kParts * 32); }
     BRFT_DEVICE void keep(int i, const Raw& raw) const {
         BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) cache[(i * kParts + p) * 32] = raw.part[p];
+        for (int p = 0; p < kParts; ++p) slot(i)[p * 32] = raw.part[p];
     }
-    BRFT_DEVICE Raw load_kept(int i) const {
-        if (i >= cached) return load(i);
+    BRFT_DEVICE Raw kept(int i) const {
         Raw raw;
         BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) raw.part[p] = cache[(i * kParts + p) * 32];
+        for (int p = 0; p < kParts; ++p) raw.part[p] = slot(i)[p * 32];
+        return raw;
+    }
+    BRFT_DEVICE Raw load_kept(int i) const { return i < cached ? kept(i) : load(i); }
+
+    // A group of copies for every span that the warp comes to, even an empty one where a span has an edge or no room,
+    // or is past the last: so each turn waits for its own span's by leaving the latest kAhead groups under way.
+    BRFT_DEVICE void copy(int i) const {
+        if (i < cached && edgeless(i)) {
+            const uint4* from = reinterpret_cast<const uint4*>(of_span(i));
+            BRFT_UNROLL
+            for (int p = 0; p < kParts; ++p) copy_async(slot(i) + p * 32, from + vector(p));
+        }
+        end_copy_group();
+    }
+    BRFT_DEVICE Raw load_copied(int i) const {
+        if (edgeless(i)) return load_kept(i);
+        const Raw raw = load(i);
+        if (i < cached) keep(i, raw);
         return raw;
     }
 
@@ -234,13 +262,26 @@ struct RowShare {
         }
     }
 
+    template <Pass kPass>
+    BRFT_DEVICE Raw loaded(int i) const {
+        if constexpr (kPass == Pass::first) {
+            copy(i + kAhead * warps);
+            wait_for_copies<kAhead>();
+            return load_copied(i);
+        }
+        return kPass == Pass::again ? load_kept(i) : load(i);
+    }
+
     // visit(i, v) for every span of this warp, all its lanes together.
     template <Pass kPass, class Visit>
     BRFT_DEVICE void each(const Visit& visit) const {
+        if constexpr (kPass == Pass::first) {
+            BRFT_NO_UNROLL
+            for (int ahead = 0; ahead < kAhead; ++ahead) copy(warp + ahead * warps);
+        }
         BRFT_NO_UNROLL
         for (int i = warp; i < count; i += warps) {
-            const Raw raw = kPass == Pass::again ? load_kept(i) : load(i);
-            if (kPass == Pass::first && i < cached) keep(i, raw);
+            const Raw raw = loaded<kPass>(i);
             float v[kLogits];
             values(i, raw, v);
             visit(i, v);
@@ -316,8 +357,8 @@ struct alignas(16) SharedStates {
 };
 static_assert(sizeof(SharedStates) % 16 == 0);
 
-// Every warp's state to every block. Expects an open cluster_arrive (a block's shared memory may be written only once
-// that block runs), and is itself a barrier for all that was read or written before it.
+// Every warp's state to every block. Expects an open cluster_arrive_first (a block's shared memory may be written only
+// once that block runs), and is itself a barrier for all that was read or written before it.
 BRFT_DEVICE void share_state(const ThreadState& own, float k, SharedStates* shared, int blocks, int rank) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
     const RowState state = merged_over_warp({own.m, double(own.s), double(own.t)}, k);

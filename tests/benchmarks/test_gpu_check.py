@@ -16,6 +16,7 @@ import torch
 from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_build
 import gpu_check
 from gpu_measurements import machine, record
 from gpu_measurements.plan import plan
@@ -154,7 +155,8 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, s
         seen.append((command, env))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_build.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.delenv("BANDIT_RFT_CUDA", raising=False)
@@ -165,8 +167,8 @@ def test_nvcc_is_found_beside_path_and_one_architecture_is_built(
     builds: list[tuple[list[str], dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     where = {None: None, "/usr/local/cuda/bin": "/usr/local/cuda/bin/nvcc"}
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: where[path])
-    assert gpu_check.build() is None
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name, path=None: where[path])
+    assert gpu_build.build() is None
     ((command, environment),) = builds
     assert environment["CUDACXX"] == "/usr/local/cuda/bin/nvcc" and environment["BANDIT_RFT_CUDA"] == "ON"
     assert "cmake.define.BANDIT_RFT_CUDA_ARCHITECTURES=90" in command and "--no-index" in command
@@ -175,13 +177,24 @@ def test_nvcc_is_found_beside_path_and_one_architecture_is_built(
 def test_it_stops_loudly_where_cuda_is_wanted_and_nvcc_missing(
     builds: list[tuple[list[str], dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
-    problem = gpu_check.build()
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name, path=None: None)
+    problem = gpu_build.build()
     assert problem is not None and "nvcc" in problem and "Nothing was measured" in problem and builds == []
     monkeypatch.setenv("BANDIT_RFT_CUDA", "OFF")
-    assert gpu_check.build() is None
+    assert gpu_build.build() is None
     ((_, environment),) = builds
     assert environment["BANDIT_RFT_CUDA"] == "OFF"
+
+
+def test_it_builds_where_nothing_is_installed_yet() -> None:
+    """What it imports must be there before the build: nothing of bandit_rft is, on a fresh machine."""
+    code = (
+        "import sys; sys.modules['bandit_rft'] = None; import torch; torch.cuda.is_available = lambda: False; "
+        "import gpu_build; print(gpu_build.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+    assert "needs a CUDA GPU" in done.stderr and "Nothing was measured" in done.stderr
 
 
 # --- tests as measurements, predictions -------------------------------------------------------------------------------

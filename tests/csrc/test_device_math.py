@@ -49,7 +49,7 @@ class Logits(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernels(emulated_cuda: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(emulated_cuda))
-    for name in ("logprob_rows", "policy_rows", "sample_rows", "write_vector"):
+    for name in ("logprob_rows", "policy_rows", "sample_rows"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.exp2_approximate.restype = ctypes.c_float
     return loaded
@@ -440,34 +440,3 @@ def test_scaled_weights_reach_float16(kernels: ctypes.CDLL) -> None:
     assert (found[0] == 0).double().mean() > 0.2
     assert not (found[1] == 0).any()
     torch.testing.assert_close(found[1], truth, rtol=2e-3, atol=0)
-
-
-def test_misaligned_vectors_are_seen(kernels: ctypes.CDLL) -> None:
-    """As on a device, a 16-byte access off a 16-byte address ends the kernel, in shared and in global memory."""
-    room = torch.zeros(64, dtype=torch.uint8)  # torch aligns allocations to 64 bytes
-    for memory in (None, room):
-        raise_if(kernels.write_vector(16, pointer(memory)))
-        for offset in (4, 8):
-            with pytest.raises(ValueError, match=f"misaligned address: {offset} modulo 16"):
-                raise_if(kernels.write_vector(offset, pointer(memory)))
-    assert room.view(torch.int32)[:8].tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
-
-
-def planned(kernels: ctypes.CDLL, device: tuple[int, int, int], vocabulary: int, *, alone: bool = False) -> list[int]:
-    kernels.use_device(*device, 512, ctypes.c_bool(False))
-    out = (ctypes.c_int * 5)()
-    kernels.plan_of(ctypes.c_int64(vocabulary), 4, b"differentiate", ctypes.c_bool(alone), out)
-    return list(out)
-
-
-def test_plans(kernels: ctypes.CDLL) -> None:
-    """Vocabularies of today's models fit a cluster's shared memory, two blocks a multiprocessor."""
-    for vocabulary, blocks in ((1, 1), (1024, 1), (32000, 2), (128256, 8), (151936, 8), (202048, 8)):
-        got, threads, cached, share, shared = planned(kernels, SM_90, vocabulary)
-        assert got == blocks
-        assert cached >= share and got * share * 512 >= vocabulary  # counted in spans of 512 logits
-        assert 2 * (shared + 1024) <= SM_90[2] and 32 <= threads <= 512 and threads % 32 == 0
-    blocks, _, cached, share, shared = planned(kernels, SM_80, 151936)
-    assert blocks == 1 and cached < share and shared <= SM_80[1]
-    # A row that no cluster holds belongs to one block where others could write over what it still has to read.
-    assert planned(kernels, SM_90, 600_000)[0] == 8 and planned(kernels, SM_90, 600_000, alone=True)[0] == 1

@@ -115,7 +115,14 @@ def test_gradient_in_place_and_narrow(v: int) -> None:
         rows.gradient_(narrow, targets, Scaling(), given, of_entropy, half)
     torch.testing.assert_close(got[0].double(), logp.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(full.double(), x.grad, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(half.double(), full.to(torch.bfloat16).double(), rtol=0, atol=0)
+    # A lane of the narrow kernel has 8 neighbours where the other's has 4, for 16-byte stores: float32 sums in another
+    # order, so the last bit of a row's constants may differ, and with it now and then the rounding to bfloat16: by one
+    # unit, or by float32's rounding of terms that cancel.
+    every = torch.log_softmax(x.detach(), -1)
+    terms = every.exp() * (given.abs()[:, None] + of_entropy.abs()[:, None] * (entropy.detach()[:, None] - every))
+    off = (half.double() - full.to(torch.bfloat16).double()).abs()
+    assert bool((off <= 2**-7 * full.double().abs() + 2**-20 * terms).all())
+    assert int((off > 0).sum()) <= 3 + 1e-4 * off.numel()
 
 
 def test_more_rows_than_a_grid_dimension_once_had() -> None:

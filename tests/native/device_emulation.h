@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -43,12 +44,20 @@ struct Barrier {
     }
 };
 
+struct Copy {
+    uint4* to;
+    const uint4* from;
+    long group;
+};
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(256 << 10);
     unsigned block = 0, thread = 0;
     long cluster_ticket = 0;
     long shuffles = 0;
+    std::vector<Copy> copies;  // asked for, and not waited for yet
+    long copy_groups = 0;
     bool finished = true;
 };
 
@@ -103,6 +112,8 @@ inline void run(unsigned blocks, unsigned threads, unsigned first_block, size_t 
         f.block = first_block + i / threads;
         f.thread = i % threads;
         f.shuffles = 0;
+        f.copies.clear();
+        f.copy_groups = 0;
         f.finished = false;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
@@ -158,6 +169,7 @@ inline void block_barrier() {
 inline void cluster_arrive() {
     emulation::cluster.current->cluster_ticket = emulation::cluster.cluster_barrier.arrive();
 }
+inline void cluster_arrive_first() { cluster_arrive(); }
 inline void cluster_wait() {
     emulation::wait(emulation::cluster.cluster_barrier, emulation::cluster.current->cluster_ticket);
 }
@@ -191,6 +203,28 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
     const uint32_t before = *to;
     *to += value;
     return before;
+}
+// A copy happens as late as it may, when its thread waits for it: what is read before is nonsense, and what is written
+// over its source before arrives. One that nobody waits for never happens.
+inline void copy_async(uint4* shared, const uint4* global) {
+    for (const uintptr_t address : {reinterpret_cast<uintptr_t>(shared), reinterpret_cast<uintptr_t>(global)})
+        if (address % 16)
+            emulation::fault("misaligned address: " + std::to_string(address % 16) + " modulo 16, copy_async");
+    emulation::Fiber& f = *emulation::cluster.current;
+    const auto& memory = emulation::cluster.memory[f.block - emulation::cluster.first_block];
+    const auto* to = reinterpret_cast<const char*>(shared);
+    if (to < memory.data() || to + 16 > memory.data() + memory.size())
+        emulation::fault("copy_async to what is not the block's shared memory");
+    f.copies.push_back({shared, global, f.copy_groups});
+}
+inline void end_copy_group() { ++emulation::cluster.current->copy_groups; }
+template <int kLeft>
+void wait_for_copies() {
+    emulation::Fiber& f = *emulation::cluster.current;
+    size_t done = 0;
+    for (; done < f.copies.size() && f.copies[done].group < f.copy_groups - kLeft; ++done)
+        *f.copies[done].to = *f.copies[done].from;
+    f.copies.erase(f.copies.begin(), f.copies.begin() + std::ptrdiff_t(done));
 }
 inline void store_streaming(uint4* to, const uint4& value) { *to = value; }
 // A model of ex2.approx.ftz: every result is off by up to the documented 2 units in the last place, in a direction that

@@ -68,7 +68,9 @@ void plan_of(int64_t vocabulary, int width, const char* kernel, bool alone, int*
                        : name == "sample"        ? cuda::kHeaderBytes<cuda::Shared>
                                                  : cuda::kHeaderBytes<cuda::FilterShared>;
     const int passes = name == "score" || name == "sample" ? 1 : 2;
-    const auto plan = cuda::plan_rows(vocabulary, width, header, passes, alone, cuda::emulated_limits);
+    const auto plan =
+        cuda::plan_rows(vocabulary, width, header, passes, alone,
+                        name == "filtered" ? cuda::kThreadsOfSmForFilters : cuda::kThreadsOfSm, cuda::emulated_limits);
     const int fields[] = {plan.blocks, plan.threads, plan.cached, plan.share, plan.shared_bytes};
     for (int i = 0; i < 5; ++i) out[i] = fields[i];
 }
@@ -88,6 +90,26 @@ const char* write_vector(int offset, void* global) {
         cuda::emulation::run(1, 32, 0, 64, [&] {
             char* to = global ? static_cast<char*>(global) : cuda::shared_memory();
             *reinterpret_cast<uint4*>(to + offset) = uint4{1, 2, 3, 4};
+        });
+    });
+}
+
+// As above: `groups` copies of a lane, of which the last `left` (0, 1 or 3) are not waited for, from `offset` bytes
+// into `global`; and what the lane then finds in shared memory.
+const char* copy_vectors(int groups, int left, int offset, const void* global, void* found) {
+    return guarded([&] {
+        cuda::emulation::run(1, 32, 0, size_t(groups) * 512, [&] {
+            const int lane = int(threadIdx.x);
+            auto* shared = reinterpret_cast<uint4*>(cuda::shared_memory()) + lane;
+            const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(global) + offset);
+            for (int g = 0; g < groups; ++g) {
+                cuda::copy_async(shared + g * 32, from + g * 32 + lane);
+                cuda::end_copy_group();
+            }
+            if (left == 0) cuda::wait_for_copies<0>();
+            if (left == 1) cuda::wait_for_copies<1>();
+            if (left == 3) cuda::wait_for_copies<3>();
+            for (int g = 0; g < groups; ++g) static_cast<uint4*>(found)[g * 32 + lane] = shared[g * 32];
         });
     });
 }

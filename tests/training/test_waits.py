@@ -54,6 +54,22 @@ def test_a_round_waits_for_its_rollouts_and_for_its_figures(kl: bool, monkeypatc
     assert optimizer.asynchronous and update.tokens_trained > 0 and (update.kl is not None) == kl
 
 
+def test_a_loss_waits_once_for_how_many_tokens_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for nothing where the caller knows: the kernels after a wait would have to be launched one by one."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((6, 8), (40, 8))]
+    for skips, waits in ((True, 1), (False, 0)):
+        with simulated(monkeypatch) as simulation:
+            hidden, weight = (OnDevice(value.clone()) for value in values)
+            hidden.requires_grad_(), weight.requires_grad_()
+            advantages = OnDevice(torch.tensor([1.0, 0.0]))
+            targets, cu_seqlens = to_device([3, 1, -100, 5, 9, 2], DEVICE), to_device([0, 3, 6], DEVICE, torch.int32)
+            linear_policy_loss(
+                hidden, weight, targets, advantages, cu_seqlens, objective=PolicyObjective(), skip_zero_rows=skips
+            ).loss.backward()
+            assert sum(simulation.waits.values()) == waits, dict(simulation.waits)
+
+
 def test_a_scaled_loss_with_weight_grad_is_seen_to_be_wrong_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host cannot look at the factor, gradients become NaN; a factor of 1 changes nothing."""
     generator = torch.Generator().manual_seed(0)
