@@ -31,7 +31,7 @@ def test_every_part_has_fast_tests(part: str) -> None:
             path = file.relative_to(ROOT).as_posix()
             names = re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)
             fast += sum(f"{path}::{name}" not in slow_tests.listed() for name in names)
-    assert fast >= 3
+    assert fast >= 2
 
 
 @pytest.mark.parametrize(

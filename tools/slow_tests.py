@@ -3,8 +3,8 @@
     .venv/bin/python -m pytest --junitxml build/junit.xml && .venv/bin/python tools/slow_tests.py build/junit.xml
 
 A test function is slow when its cases take longer than TOTAL_S together and MEAN_S each on average. One that did not
-run there (skipped) stays what it was, unless it no longer exists. What a fixture takes is counted for the first case that
-asks for it: a file whose tests share a slow one is marked `slow` itself.
+run there (skipped) stays what it was, unless it no longer exists. What a fixture takes is counted for the first case
+that asks for it: a file whose tests share a slow one is marked `slow` itself.
 """
 
 from __future__ import annotations
