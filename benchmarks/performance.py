@@ -21,7 +21,7 @@ from typing import Any
 import instructions
 from comparison import record
 from comparison.record import OURS
-from gpu_measurements import machine as gpu
+from gpu_measurements import record as gpu_record
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 HERE = Path(__file__).resolve().parent
@@ -237,6 +237,16 @@ def thread_wait() -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
+def gpu_tables() -> str:
+    """What `make gpu-check` measured last, but for the phases and statuses of its runs; "" where it never ran."""
+    found = sorted(RESULTS.glob("nvidia-*.json"), key=lambda path: path.stem[-10:])
+    if not found:
+        return ""
+    title, *rest = gpu_record.markdown(json.loads(found[-1].read_text(encoding="utf-8"))).split("\n\n")
+    shown = [part for part in rest if not part.startswith("| measurement")]
+    return "\n\n".join([f"**{title.removeprefix('# ')}**", *shown]).strip()
+
+
 def render(run: Path = RUN) -> str:
     """The page."""
     data = record.load(run)
@@ -248,7 +258,7 @@ def render(run: Path = RUN) -> str:
     template = environment.get_template("performance.md.j2")
     page = Page(data, counts)
     return template.render(
-        page=page, machine=data["machine"], table=table, predicted=gpu.table(gpu.H200), counts=counts,
+        page=page, machine=data["machine"], table=table, gpu_tables=gpu_tables(), counts=counts,
         thread_wait=thread_wait(), duration=duration, significant=significant,
         dates=sorted({case["date"] for case in data["cases"].values()}),
         commits=sorted({case["commit"] for case in data["cases"].values()}),

@@ -6,12 +6,12 @@
 
 Rows lie along the product's M, the vocabulary along N: there a thread has 32 of 128 logits of a row, the other 96 are
 its three neighbours', so a row is reduced in registers and by two shuffles, without a barrier. (The other way round, 64
-threads in 8 warps share a row, and reducing takes more instructions than all the rest.) Few rows are padded to 64,
-whose softmax and noise the multiprocessor computes while other programs load the weight. Programs are persistent: each
-computes many tiles, loading the next while it reduces the last. In which order sums are taken does not depend on the
-tile: halves of a row's logits are added to one another, element by element, down to 16. One hidden state gets the same
-bits alone (a decoding step) and among thousands (scoring a batch). Of a row of logits only states exist in memory: 12
-bytes each, 1-2% of float32 logits.
+threads in 8 warps share a row, and reducing takes more instructions than all the rest.) Few rows are padded to 16, 32
+or 64, whose softmax and noise the multiprocessor computes while other programs load the weight. Programs of many rows
+are persistent: each computes many tiles, loading the next while it reduces the last. In which order sums are taken does
+not depend on the tile: halves of a row's logits are added to one another, element by element, down to 16. One hidden
+state gets the same bits alone (a decoding step) and among thousands (scoring a batch). Of a row of logits only states
+exist in memory: 12 bytes each, 1-2% of float32 logits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ class Tile(NamedTuple):
 
 
 #: What draws on sm_90: rows up to which, and the tile.
-DRAWING = [(1 << 31, Tile(64, 128, 64, 4, 4))]
-PERSISTENT = True
+DRAWING = [
+    (16, Tile(16, 128, 64, 4, 5, 128)),
+    (32, Tile(32, 128, 64, 4, 4, 168)),
+    (1 << 31, Tile(64, 128, 64, 4, 4)),
+]
 
 
 def state_width(dtype: torch.dtype) -> int:
@@ -59,9 +62,13 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     The vendor's product with the CUDA row kernel would score about as fast (docs/performance.md predicts both), but
     sums in an order of its own for every shape; these two give a drawn token the same bits when it is scored.
 
-    Few rows: reading an entry of the weight, 2 H bytes, takes H / 2150 ns at 4.3 TB/s: 417 ps where H = 896. Softmax
-    and noise of 64 rows, padding included, take 64 x 55 instructions, 164 ps at 21 T instructions a second: 40% of
-    that. So two programs share a multiprocessor (4 warps and 100 KiB each on sm_90): one loads, the other computes.
+    Few rows: reading an entry of the weight, 2 H bytes, takes H / 2100 ns at 4.2 TB/s: 426 ps where H = 896. Softmax
+    and noise of 64 rows, padding included, are 64 x 55 instructions, which at the third of the issue slots that 8 warps
+    a multiprocessor fill (measured on an H200) take 320 ps: little of it hides behind the loads. So 16 and 32 rows have
+    tiles of their own, with less to pad and three programs a multiprocessor. Their products are those of single warps
+    (mma), and gave the same bits as a warpgroup's (wgmma) wherever the two were compared. A draw of 16 rows at H = 896
+    took 94 us there and one of 32 rows 98, against 132 to 142 in the tile of 64; the bare product took 78. Three
+    programs of 64 rows (168 registers, 160 bytes spilled) and tiles of 8 warps were slower than two of 4 warps.
     Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 64 x 128
     has 43. Scoring takes the former. A draw has as much to compute as to multiply, and keeps to two programs side by
     side. On sm_80 and sm_100 larger tiles than 64 x 128 spill.
@@ -87,12 +94,17 @@ def capability_of(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
-def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor) -> int:
-    """Persistent programs: as many as reside on the GPU at once, by their registers (65,536 a multiprocessor)."""
+def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor, persistent: bool = True) -> int:
+    """Persistent programs: as many as reside on the GPU at once, by their registers (65,536 a multiprocessor).
+
+    Otherwise one a tile: multiprocessors do not read equally fast, and the hardware gives the next tile to whichever is
+    ready. On an H200 a draw of 64 rows at H = 896 took 115 us that way and 143 us in persistent programs, which in turn
+    were faster where several blocks of rows share a tile of the weight (256 rows: 265 and 276 us).
+    """
     tiles: int = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
     if not tensor.is_cuda:
         return min(tiles, INTERPRETED_PROGRAMS)
-    if not PERSISTENT:
+    if not persistent:
         return tiles
     multiprocessors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return min(tiles, multiprocessors * (REGISTERS // (32 * tile.num_warps * (tile.maxnreg or 256))))

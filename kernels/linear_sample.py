@@ -186,7 +186,7 @@ def linear_sample(
             winners = torch.empty((2, tiles, len(h)), dtype=torch.float32, device=device)
             winning_token = torch.empty((tiles, len(h)), dtype=torch.int32, device=device)
             tile = configuration(len(h), hidden.dtype, capability, draws=True)
-            programs = programs_for(len(h), vocabulary, tile, h)
+            programs = programs_for(len(h), vocabulary, tile, h, persistent=len(h) > tile.BLOCK_N)
             hiddens, weights, described = operands(h, weight, tile, capability)
             draw_tiles[(programs,)](
                 hiddens, weights, bias, seed, sequence_ids[part], positions[part],

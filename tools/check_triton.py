@@ -36,8 +36,8 @@ MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
 VOCABULARY = 151_936
 #: Rows of a batch, or a chunk of tokens.
-DRAWS, SCORES = (64,), (64, 8192)
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+DRAWS, SCORES = (64, 32, 16), (64, 8192)
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 TYPES = {
     "hidden": "*bf16", "weight": "*bf16", "logits": "*fp32", "gradient": "*fp32", "winning_token": "*i32",
     **dict.fromkeys(["targets", "target", "seed", "sequences", "positions", "token", "tokens"], "*i64"),

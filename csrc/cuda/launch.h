@@ -17,8 +17,10 @@ struct Limits {
     int max_threads;  // kMaxThreads, less in tests
 };
 
-// Threads that a multiprocessor's 65,536 registers serve: of kernels with 64 registers, and with 128 (the filters).
-constexpr int kThreadsOfSm = 2 * kMaxThreads, kThreadsOfSmForFilters = kMaxThreads;
+// Blocks that should share a multiprocessor, of kernels with 64 registers a thread, which serve 1024 threads, and of
+// the filters, with 128: they look at their row in shared memory again and again, and on an H200 one block of 16 warps
+// took two thirds of the time of two of 8.
+constexpr int kBlocksOfSm = 4, kBlocksOfSmForFilters = 1;
 
 // How many warps share `share` spans, of at most `most`: the fewest that need no more rounds. A round costs the same
 // however many warps take part, and warps left over would hold registers and lengthen every barrier. With R rounds
@@ -34,9 +36,9 @@ inline int64_t warps_for(int64_t share, int64_t most) {
 // it is there. `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
 //
 // Blocks that keep their rows have phases: one loads while another waits for its cluster and a third stores. So as many
-// are wanted as shared memory holds, up to four, and their threads are bounded by what registers are left to each of
-// them (of `threads_of_sm` threads): the bytes under way do not depend on threads, since copies need no registers.
-inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, int threads_of_sm,
+// are wanted as shared memory holds, up to `blocks_of_sm`, and their threads are bounded by what registers are left to
+// each of them: the bytes under way do not depend on threads, since copies need no registers.
+inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, bool alone, int blocks_of_sm,
                          const Limits& limits) {
     // A row may start up to 32 bytes, less one logit, after an aligned address.
     const int64_t spans = (vocabulary + 32 / width - 1 + kSpan - 1) / kSpan;
@@ -54,9 +56,9 @@ inline RowPlan plan_rows(int64_t vocabulary, int width, int header, int passes, 
     plan.cached = passes > 1 ? int(std::min(share, share <= half ? half : full)) : 0;
     plan.shared_bytes = header + kSpan * width * plan.cached;
     int most = limits.max_threads;
-    if (passes > 1) {
-        const int fit = std::clamp(limits.shared_per_sm / (plan.shared_bytes + 1024), 1, threads_of_sm / 256);
-        most = std::min(most, threads_of_sm / fit);
+    if (passes > 1 && blocks_of_sm > 1) {
+        const int fit = std::clamp(limits.shared_per_sm / (plan.shared_bytes + 1024), 1, blocks_of_sm);
+        most = std::min(most, 2 * kMaxThreads / fit);
     }
     plan.threads = int(32 * warps_for(share, most / 32));
     return plan;

@@ -225,7 +225,7 @@ void logprob_rows(const Logits& logits, const int64_t* targets, float* logprobs,
     require_grid(logits.count);
     const OnDevice on(where.device);
     PolicyArguments a = arguments_of(logits, targets, logprobs, entropy);
-    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), kHeaderBytes<SharedStates>, 1, false, kThreadsOfSm,
+    a.plan = plan_rows(logits.vocabulary, width_of(logits.dtype), kHeaderBytes<SharedStates>, 1, false, kBlocksOfSm,
                        on.limits());
     const bool plain = set_scaling(a.rows, true);
     launch(plain ? score_for<true>(logits.dtype) : score_for<false>(logits.dtype), a.plan, logits.count, where.stream,
@@ -258,8 +258,7 @@ void policy_rows(const Logits& logits, const int64_t* targets, const PolicyInput
     if (logits.count == 0) return;
     require_grid(logits.count);
     const OnDevice on(where.device);
-    a.plan =
-        plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, kThreadsOfSm, on.limits());
+    a.plan = plan_rows(logits.vocabulary, int(width), kHeaderBytes<PolicyShared>, 2, overlay, kBlocksOfSm, on.limits());
     a.overlaid = overlay && a.plan.cached < a.plan.share;
     const bool plain = set_scaling(a.rows, true);
     launch(plain ? differentiate_for<true>(logits.dtype, out) : differentiate_for<false>(logits.dtype, out), a.plan,

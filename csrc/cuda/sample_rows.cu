@@ -346,7 +346,7 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
     const bool filtered = in.top_k > 0 || in.top_p < 1.0 || in.min_p > 0.0f;
     const int width = logits.dtype == DType::f32 ? 4 : 2;
     a.plan = plan_rows(logits.vocabulary, width, filtered ? kHeaderBytes<FilterShared> : kHeaderBytes<Shared>,
-                       filtered ? 2 : 1, false, filtered ? kThreadsOfSmForFilters : kThreadsOfSm, on.limits());
+                       filtered ? 2 : 1, false, filtered ? kBlocksOfSmForFilters : kBlocksOfSm, on.limits());
     // The plain template draws four tokens from one counter: every row must start at a multiple of four logits.
     const bool by_four = reinterpret_cast<uintptr_t>(logits.data) % uintptr_t(4 * width) == 0 &&
                          (logits.stride % 4 == 0 || logits.count == 1);

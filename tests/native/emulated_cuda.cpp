@@ -70,7 +70,7 @@ void plan_of(int64_t vocabulary, int width, const char* kernel, bool alone, int*
     const int passes = name == "score" || name == "sample" ? 1 : 2;
     const auto plan =
         cuda::plan_rows(vocabulary, width, header, passes, alone,
-                        name == "filtered" ? cuda::kThreadsOfSmForFilters : cuda::kThreadsOfSm, cuda::emulated_limits);
+                        name == "filtered" ? cuda::kBlocksOfSmForFilters : cuda::kBlocksOfSm, cuda::emulated_limits);
     const int fields[] = {plan.blocks, plan.threads, plan.cached, plan.share, plan.shared_bytes};
     for (int i = 0; i < 5; ++i) out[i] = fields[i];
 }
