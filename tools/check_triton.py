@@ -259,7 +259,7 @@ def tables(found: dict[int, dict[str, dict[str, Any]]], version: str) -> str:
 def version_table(found: dict[str, dict[int, dict[str, dict[str, Any]]]], today: str) -> str:
     """{version: {architecture: every_kernel}}: that all compile, what spills, what a fused head costs."""
     lines = [
-        f"Compiled on {today}; none of it has run. In each place: kernels compiled; bytes spilled a thread, of all",
+        f"Compiled on {today}. In each place: kernels compiled; bytes spilled a thread, of all",
         "kernels together; instructions a logit beside the product of linear_logprobs and linear_sample at 64 rows.",
         "",
         "| Triton |" + "".join(f" sm_{a} |" for a in ARCHITECTURES),
