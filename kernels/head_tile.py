@@ -67,7 +67,7 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     a multiprocessor fill (measured on an H200) take 320 ps: little of it hides behind the loads. So 16 and 32 rows have
     tiles of their own, with less to pad and three programs a multiprocessor. Their products are those of single warps
     (mma), and gave the same bits as a warpgroup's (wgmma) wherever the two were compared. A draw of 16 rows at H = 896
-    took 94 us there and one of 32 rows 98, against 132 to 142 in the tile of 64; the bare product took 78. Three
+    took 94 us in the tile of 16, 102 in that of 32, and 132 to 142 in that of 64; the bare product took 78. Three
     programs of 64 rows (168 registers, 160 bytes spilled) and tiles of 8 warps were slower than two of 4 warps.
     Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 64 x 128
     has 43. Scoring takes the former. A draw has as much to compute as to multiply, and keeps to two programs side by
