@@ -1,7 +1,7 @@
 """Measures the operations on a CUDA GPU next to what they are made of and what they compete with; needs no network.
 
     make gpu-check                                             build (gpu_build.py), measure, then test
-    python benchmarks/gpu_check.py --resume                    go on with the newest file in --output
+    python benchmarks/gpu_check.py --resume                    go on with this device's file in --output
     python benchmarks/gpu_check.py --device cpu --small        the same code on small shapes: does it run?
 
 Nothing that was measured is lost: every measurement runs in a process that may crash or hang, and each of its results
@@ -13,6 +13,7 @@ bar and beside what a model of the machine predicts. A GPU's cache is overwritte
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from gpu_measurements.operations import Setting
 from gpu_measurements.plan import TESTS, Measurement, injected, plan
-from gpu_measurements.record import CRASHED, DONE, FAILED, TIMED_OUT, Record
+from gpu_measurements.record import CRASHED, DONE, FAILED, TIMED_OUT, Record, record_path
 from gpu_measurements.worker import Worker, serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,11 +33,14 @@ REFUSED, INCOMPLETE = 2, 3
 LEAST_SECONDS = 5.0  # what is left must allow this much, or no measurement is begun
 
 
-def newest(folder: Path) -> Path:
-    found = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+def newest(folder: Path, device: str) -> Path:
+    """The file of this device that was begun last, today or yesterday: one of a commit is not to be gone on with."""
+    today = datetime.date.today()
+    days = (today.isoformat(), (today - datetime.timedelta(days=1)).isoformat())
+    found = [path for day in days if (path := record_path(folder, device, day)).exists()]
     if not found:
-        raise FileNotFoundError(f"--resume: there is no earlier .json in {folder}")
-    return found[-1]
+        raise FileNotFoundError(f"--resume: {folder} has no file of this {device} of today or yesterday")
+    return found[0]
 
 
 def run_tests(measurement: Measurement, seconds: float, log: Path) -> tuple[str, str]:
@@ -128,7 +132,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
     parser.add_argument(
         "--resume", type=Path, nargs="?", const=Path(), metavar="FILE",
-        help="measure what an earlier file (default: the newest in --output) has not as done",
+        help="measure what an earlier file (default: this device's of today or yesterday in --output) has not as done",
     )  # fmt: skip
     parser.add_argument("--fault", action="append", default=[], metavar="NAME=abort|hang|raise|missing", help="tests")
     parser.add_argument("--hung_after", type=float, default=None, help="seconds for every measurement (tests)")
@@ -167,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         worker.start()
         resumed = arguments.resume
         if resumed is not None and not resumed.name:
-            resumed = newest(arguments.output)
+            resumed = newest(arguments.output, worker.about["device"])
         record = Record(arguments.output, worker.about, resumed)
     except (RuntimeError, ValueError, OSError) as error:
         worker.stop()

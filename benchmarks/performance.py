@@ -238,12 +238,17 @@ def thread_wait() -> str:
 
 
 def gpu_tables() -> str:
-    """What `make gpu-check` measured last, but for the phases and statuses of its runs; "" where it never ran."""
+    """What `make gpu-check` measured last, and what did not end; "" where it never ran."""
     found = sorted(RESULTS.glob("nvidia-*.json"), key=lambda path: path.stem[-10:])
     if not found:
         return ""
-    title, *rest = gpu_record.markdown(json.loads(found[-1].read_text(encoding="utf-8"))).split("\n\n")
+    data = json.loads(found[-1].read_text(encoding="utf-8"))
+    title, *rest = gpu_record.markdown(data).split("\n\n")
     shown = [part for part in rest if not part.startswith("| measurement")]
+    ends = [
+        f"{name}: {one['status']}" for name, one in data["measurements"].items() if one["status"] != gpu_record.DONE
+    ]
+    shown += [f"Without a result: {'; '.join(ends)}."] if ends else []
     return "\n\n".join([f"**{title.removeprefix('# ')}**", *shown]).strip()
 
 

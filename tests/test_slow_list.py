@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +53,16 @@ def test_what_did_not_run_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{lines}</testsuite></testsuites>")
     slow_tests.main(tmp_path / "junit.xml")
     assert slow_tests.listed() == {f"{here}::test_every_part_has_fast_tests", f"{here}::test_what_is_listed_exists"}
+
+
+def test_what_is_listed_is_left_out() -> None:
+    """The list is read where pytest selects: of a file without marks, its listed functions are not run."""
+    file = "tests/ops/test_installed.py"
+    listed = {name for name in slow_tests.listed() if name.startswith(f"{file}::")}
+    found = []
+    for more in ([], ["-m", "not slow"]):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-qo", "addopts=", *more, file]
+        lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        found.append({line.split("[")[0] for line in lines if "::" in line})
+    every, fast = found
+    assert listed and every - fast == listed

@@ -15,15 +15,18 @@ SCHEMA = 2
 DONE, FAILED, CRASHED, TIMED_OUT = "done", "failed", "crashed", "timed out"
 
 
+def record_path(folder: Path, device: str, day: str) -> Path:
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{day}.json"
+
+
 class Record:
     """{"machine": ..., "limits": ..., "measurements": {name: {"status", "text", "seconds", "results"}}}."""
 
     def __init__(self, folder: Path, about: dict[str, Any], resumed: Path | None = None):
         today = datetime.date.today().isoformat()
         self.data: dict[str, Any] = {"schema": SCHEMA, "date": today, "machine": about, "measurements": {}}
-        slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{slug}-{today}.json"
+        self.path = record_path(folder, about["device"], today)
         if resumed is not None:
             earlier = json.loads(resumed.read_text())
             if earlier.get("schema") != SCHEMA or earlier["machine"]["device"] != about["device"]:

@@ -53,7 +53,10 @@ def test_warps_share_evenly_and_blocks_have_registers(
             _, threads, cached, share, shared = planned(kernels, device, vocabulary, width=width, kernel=kernel)
             warps, rest = divmod(threads, 32)
             assert rest == 0 and 1 <= warps <= 16
-            assert share / (warps * -(-share // warps)) > 8 / 9, (vocabulary, warps, share)
+            if kernel == "filtered":
+                assert warps == min(16, share)
+            else:
+                assert share / (warps * -(-share // warps)) > 8 / 9, (vocabulary, warps, share)
             if cached:  # registers keep out no block that fits
                 fit = min(blocks, device[2] // (shared + 1024))
                 assert 1 <= fit <= 65_536 // (registers * threads), (vocabulary, threads, shared)

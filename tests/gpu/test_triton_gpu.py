@@ -26,15 +26,16 @@ def test_operations_on_the_gpu() -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
 
 
-@pytest.mark.parametrize("hidden_size,rows", [(896, 1), (896, 40), (2048, 300)])
-def test_a_drawn_token_has_the_logprob_that_scoring_gives(hidden_size: int, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden_size,rows", [(896, 1), (896, 24), (4096, 24), (896, 40), (2048, 300)])
+def test_a_drawn_token_has_the_logprob_that_scoring_gives(hidden_size: int, rows: int, dtype: torch.dtype) -> None:
     """One tile order for both fused kernels: the same bits, whatever the number of rows around a row."""
     from bandit_rft.kernels.linear_logprobs import linear_logprobs
     from bandit_rft.kernels.linear_sample import linear_sample
 
     generator = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(rows, hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator)
-    weight = torch.randn(32001, hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator) * 0.03
+    hidden = torch.randn(rows, hidden_size, device="cuda", dtype=dtype, generator=generator)
+    weight = torch.randn(32001, hidden_size, device="cuda", dtype=dtype, generator=generator) * 0.03
     ids = torch.arange(rows, device="cuda")
     tokens, logprobs, _, entropy, _ = linear_sample(
         hidden, weight, seed=torch.tensor(5, device="cuda"), sequence_ids=ids, positions=torch.zeros_like(ids)

@@ -40,9 +40,8 @@ from bandit_rft.study.plan import PlannedCell, load_plan
 from bandit_rft.study.run import Runner
 from bandit_rft.study.status import last_line, read_status
 
-with contextlib.suppress(
-    ImportError
-):  # before any test: its import closes what logs, and absl's handler pytest's stderr
+# Before any test: its import closes what logs, and absl's handler pytest's stderr.
+with contextlib.suppress(ImportError):
     import submitit  # noqa: F401
 
 
