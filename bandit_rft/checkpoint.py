@@ -165,6 +165,11 @@ def _fingerprints(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(x, dict) and x.keys() == names for x in value.values())
 
 
+def _rewards(value: Any) -> bool:
+    names = {"name", "weight", "options", "given", "code"}
+    return isinstance(value, list) and all(isinstance(x, dict) and x.keys() == names for x in value)
+
+
 #: What state.json must hold, if a run is to continue from it; a checkpoint of an earlier version has no fingerprints.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "round": _count,
@@ -175,6 +180,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "layout": lambda x: x is None or _count(x),
     "config": lambda x: isinstance(x, dict),
     "data": lambda x: x is None or _fingerprints(x),
+    "rewards": lambda x: x is None or _rewards(x),
 }
 
 

@@ -74,9 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(given: argparse.Namespace) -> int:
     """Train a policy as configured."""
     from bandit_rft.config import build_config
+    from bandit_rft.inputs import refuse_python_inputs
 
-    config = build_config(given.overrides, getattr(given, "config", None))
+    file = getattr(given, "config", None)
+    config = build_config(given.overrides, file)
     choose_wait(config.thread_wait)
+    refuse_python_inputs(config, file, given.overrides)
     rank, world = launched_rank()
     if "dry_run" in given:
         if world > 1:
@@ -152,10 +155,11 @@ def _dry_run(config: Config, probe: bool) -> int:
 def evaluate(given: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint (with its settings) or any model; print a table with intervals, or JSON lines."""
     from bandit_rft.config import build_config
+    from bandit_rft.inputs import refuse_python_inputs, saved_state
 
     overrides, file = given.overrides, getattr(given, "config", None)
     found, title = "", ""  # the run's own configuration, which came with the checkpoint; what is evaluated
-    base = None  # what the run began with
+    base, state = None, None  # what the run began with; what its checkpoint says
     if "target" in given:
         target = Path(given.target)
         if not any((target / name).exists() for name in ("config.json", "adapter_config.json", "checkpoints")):
@@ -173,6 +177,7 @@ def evaluate(given: argparse.Namespace) -> int:
         raise UsageError("--best chooses among the checkpoints of a run: give its folder")
     config = build_config(overrides, file)
     choose_wait(config.thread_wait)
+    refuse_python_inputs(config, found or None, overrides)
     if found and "reward.functions" not in overrides:
         from bandit_rft.rewards.spec import refuse_foreign_code
 
@@ -183,6 +188,7 @@ def evaluate(given: argparse.Namespace) -> int:
 
         checkpoint, title = checkpoint_of(target, best="best" in given)
         config = replace(config, model_name_or_path=str(checkpoint))
+        state = saved_state(checkpoint) if found else None
     from rich.console import Console
 
     from bandit_rft.progress import EvaluationProgress, evaluation_line, show_evaluations
@@ -191,7 +197,7 @@ def evaluate(given: argparse.Namespace) -> int:
     with EvaluationProgress(console) as progress:
         from bandit_rft.evaluate import evaluate_splits
 
-        evaluations = evaluate_splits(config, progress.drawn, base=base)
+        evaluations = evaluate_splits(config, progress.drawn, base=base, state=state, asked=overrides)
         if "json" in given:
             for evaluation in evaluations:
                 print(json.dumps(evaluation_line(evaluation)), flush=True)

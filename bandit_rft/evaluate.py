@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from bandit_rft.intervals import Interval, reward_interval
 from bandit_rft.metrics import Metrics
 from bandit_rft.rollout import Engine, Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.run_data import check_evaluated
 
 EVALUATION_STREAM = 1  # training rollouts are drawn from stream 0
 
@@ -165,7 +166,12 @@ class EvaluatedSplit:
 
 
 def evaluate_splits(
-    config: Config, drawn: Callable[..., None] = lambda count, total: None, *, base: str | None = None
+    config: Config,
+    drawn: Callable[..., None] = lambda count, total: None,
+    *,
+    base: str | None = None,
+    state: Mapping[str, Any] | None = None,
+    asked: Collection[str] = (),
 ) -> Iterator[EvaluatedSplit]:
     """Evaluate the model that a configuration names, on its splits, one after another.
 
@@ -173,11 +179,15 @@ def evaluate_splits(
         config: checked.
         drawn: drawn(count, total=total), told how many more completions were drawn and scored, of how many in all.
         base: the model that the run began with, where what is evaluated is an adapter of it.
+        state: of the run's checkpoint, whose data and rewards these must be, unless others are `asked` for.
+        asked: dotted keys that were given beside the run's configuration.
 
     Raises:
-        ConfigError: for a split that the task does not have.
+        ConfigError: for a split that the task does not have, and for other data or rewards than the run's.
     """
     task = configured_task(config)
+    if state is not None:
+        check_evaluated(task, config, state, asked)
     policy = load_policy(config.model_name_or_path, config, base=base)
     if policy.tokenizer is None:
         raise ConfigError(f"model_name_or_path={config.model_name_or_path} has no tokenizer")

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from bandit_rft.config import Config, ConfigError, build_config, check_config
+from bandit_rft.inputs import check_use, reward_records
 from bandit_rft.launched import launched_rank
 from bandit_rft.listener import Listener, Listeners
 from bandit_rft.model import Policy
 from bandit_rft.rewards import RewardFunction
+from bandit_rft.rewards.session import reward_text
 from bandit_rft.rewards.spec import RewardError
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.tasks.checks import check_task
@@ -38,6 +40,7 @@ class Run(NamedTuple):
     config: Config
     listener: Listener
     task: Task
+    rewards: list[dict[str, Any]]  # what a checkpoint keeps of them
     policy: Policy | None = None
     shows: Callable[[], contextlib.AbstractContextManager[object]] = (
         contextlib.nullcontext
@@ -73,7 +76,7 @@ def make_run(
         if len(weights) != len(made.rewards):
             raise ValueError(f"reward_weights: expected {len(made.rewards)}, one a reward, got {len(weights)}")
         config = replace(config, reward=replace(config.reward, weights=weights))
-    return _watched(Run(config, listener or Listener(), made, policy), progress)
+    return _watched(_run(config, listener, made, policy, in_python=bool(rewards)), progress)
 
 
 def _from_config(
@@ -92,7 +95,13 @@ def _from_config(
         check_config(config)
     policy = None if model is None else Policy.of(model, tokenizer)  # type: ignore[arg-type]
     made = _task(task, None, None, config.reward.functions if task is None else [], config)
-    return Run(config, listener or Listener(), made, policy)
+    return _run(config, listener, made, policy, in_python=False)
+
+
+def _run(config: Config, listener: Listener | None, task: Task, policy: Policy | None, *, in_python: bool) -> Run:
+    """The parts together; `in_python` as in reward_records."""
+    check_use(task, config.evaluation.splits, config.batch_size)
+    return Run(config, listener or Listener(), task, reward_records(task, config, in_python=in_python), policy)
 
 
 def _refuse_beside_config(**given: Any) -> None:
@@ -132,7 +141,7 @@ def _policy(model: Model | None, tokenizer: PreTrainedTokenizerBase | None, keys
 def _rewards(reward_funcs: Reward | Sequence[Reward] | None, keys: dict[str, Any]) -> list[RewardFunction]:
     """Rewards of this session; what a notebook's cell or a script defines is kept, not imported again.
 
-    Where all of them are texts, the configuration names them as well.
+    The configuration names them as well: by what a worker can import, else by "session:" and the function's name.
     """
     if reward_funcs is None:
         return []
@@ -144,8 +153,10 @@ def _rewards(reward_funcs: Reward | Sequence[Reward] | None, keys: dict[str, Any
         rewards = [RewardFunction.of_session(function) for function in functions]
     except (TypeError, ValueError) as error:
         raise type(error)(f"reward_funcs: {str(error).removeprefix('reward: ')}") from None
-    if all(isinstance(function, str) for function in functions):
-        keys["reward.functions"] = functions
+    keys["reward.functions"] = [
+        function if isinstance(function, str) else reward_text(reward)
+        for function, reward in zip(functions, rewards, strict=True)
+    ]
     return rewards
 
 

@@ -14,6 +14,7 @@ from bandit_rft.audit import disk_estimate, model_folder, shown_bytes
 from bandit_rft.budget import planned_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.hub import check_place
+from bandit_rft.inputs import check_use, reward_records
 from bandit_rft.rewards import RewardError, RewardRunner
 from bandit_rft.tasks import HUB_SIZES, Task, load_task
 from bandit_rft.tasks.checks import check_filtered
@@ -103,12 +104,7 @@ def _data(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str]]
     )  # fmt: skip
     found.sizes = {name: len(examples) for name, examples in task.splits.items()}
     shown = ", ".join(f"{size:,} of {name}" for name, size in found.sizes.items())
-    for name in ("train", *config.evaluation.splits):
-        if name not in task.splits:
-            key = "" if name == "train" else "evaluation.splits: "
-            raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
-    if found.sizes["train"] < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} is more than the {found.sizes['train']} training prompts")
+    check_use(task, config.evaluation.splits, config.batch_size)
     found.task = task
     yield True, f"rows: {shown}"
 
@@ -154,15 +150,19 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _rewards(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str]]:
-    if found.task is None:
-        yield None, "not loaded: the data are not here"
-        return
     task, r = found.task, config.reward
-    weights = r.weights or task.reward_weights
+    if task is None and not r.functions:
+        yield None, "not loaded: the data are not here, and none are named"
+        return
+    rewards, weights = (r.functions, None) if task is None else (task.rewards, task.reward_weights)
+    columns = None if task is None else task.columns
     with RewardRunner(
-        task.rewards, weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, columns=task.columns
+        rewards, r.weights or weights, timeout_s=r.timeout_s, memory_mb=r.memory_mb, columns=columns
     ) as runner:
-        yield True, f"{', '.join(runner.names)}, with the columns {', '.join(task.columns) or 'none'}"
+        shown = "columns that cannot be compared: the data are not here"
+        if columns is not None:
+            shown = f"the columns {', '.join(columns) or 'none'}"
+        yield True, f"{', '.join(runner.names)}, with {shown}"
 
 
 def _device(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str]]:
@@ -200,7 +200,8 @@ def _folder(config: Config, found: Preflight) -> Iterator[tuple[bool | None, str
     from bandit_rft.run_folder import RunFolder
 
     settings = asdict(replace(config, dtype=resolve_dtype(config)))
-    checkpoint = RunFolder(folder).find_checkpoint(config.resume, settings)
+    rewards = reward_records(found.task, config, in_python=False) if found.task else ()
+    checkpoint = RunFolder(folder).find_checkpoint(config.resume, settings, rewards)
     if checkpoint is None:
         yield True, f"{folder}, a new run"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from bandit_rft.budget import last_position, planned_rounds
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import Fingerprint, PromptSet, data_difference, fingerprint, prompt_text, query_order
+from bandit_rft.inputs import check_use, reward_difference, reward_records
 from bandit_rft.metrics import Metrics
+from bandit_rft.rewards.spec import SESSION, given_in_python
 from bandit_rft.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+#: Flags of `eval` by which other data than the run's are asked for.
+DATA_FLAGS = ("task", "data_path", "seed", "task_options", "evaluation.files")
 
 
 class RunData:
@@ -29,8 +35,8 @@ class RunData:
         fingerprints: of every split in use, by name, as a checkpoint keeps them.
 
     Raises:
-        ConfigError: for a split that the task does not have.
-        ValueError: for a batch larger than the prompts, or prompts of which most are too long.
+        ConfigError: for a split that the task does not have, or a batch larger than the prompts.
+        ValueError: for prompts of which most are too long, or so many that a batch is larger than the rest.
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, config: Config):
@@ -41,10 +47,7 @@ class RunData:
                 "nothing; use chat_template=auto unless you know better."
             )
         names = config.evaluation.splits or list(task.splits)
-        for name in ("train", *names):
-            if name not in task.splits:
-                key = "evaluation.splits: " if name in names else ""
-                raise ConfigError(f"{key}{name!r} is none of the splits of task {task.name}: {', '.join(task.splits)}")
+        check_use(task, names, config.batch_size)
         self.train = self._prompts("train")
         query_order(len(self.train), config.batch_size, config.seed, 0, 1)  # refuses a batch too large, now
         self.rounds = planned_rounds(config, len(self.train))
@@ -112,3 +115,41 @@ class RunData:
                 "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
                 self.config.advantage, len(prompts), self.rounds, self.config.batch_size,
             )  # fmt: skip
+
+
+def check_evaluated(task: Task, config: Config, state: Mapping[str, Any], asked: Collection[str]) -> None:
+    """Refuse to measure a checkpoint on other data or by other rewards than its run's, unless others are asked for.
+
+    Args:
+        task: that the run's configuration names now.
+        config: of the evaluation.
+        state: of the checkpoint; what an earlier version did not keep is not compared.
+        asked: dotted keys that were given beside the run's configuration.
+
+    Raises:
+        ConfigError: saying what differs, and the flags that ask for it.
+    """
+    if not any(key == flag or key.startswith(f"{flag}.") for key in asked for flag in DATA_FLAGS):
+        saved = state.get("data") or {}
+        names = [name for name in config.evaluation.splits or task.splits if name in saved] or ["train"]
+        for name in names:
+            if name not in saved or name not in task.splits:
+                continue
+            if difference := data_difference(name, saved[name], fingerprint(task.splits[name])):
+                raise ConfigError(
+                    f"the data of task {config.task!r} are not those of the run ({difference}): they have changed, or "
+                    "a task of that name was given in Python. To measure on other data say so: --task and --data_path"
+                )
+    before, given = state.get("rewards"), {"reward.functions", "reward.weights"} & set(asked)
+    if before is None or "reward.functions" in given:
+        return
+    if session := [reward["name"] for reward in before if reward["given"] == "session"]:
+        raise ConfigError(given_in_python(f"{SESSION}{name}" for name in session))
+    now = reward_records(task, config, in_python=False)
+    if given:
+        now = [{**new, "weight": old["weight"]} for old, new in zip(before, now, strict=False)]
+    if "task" not in asked and (difference := reward_difference(before, now)):
+        raise ConfigError(
+            f"the rewards of task {config.task!r} are not those of the run ({difference}). To measure by others say "
+            "so: --reward.functions, --reward.weights"
+        )

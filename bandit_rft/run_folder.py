@@ -24,6 +24,7 @@ import filelock
 
 from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import MAY_CHANGE, ConfigError
+from bandit_rft.inputs import reward_difference, same_functions
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
 from bandit_rft.paths import same_place
 from bandit_rft.rollout_batch import RolloutBatch
@@ -67,12 +68,15 @@ class RunFolder:
         finally:
             lock.release()
 
-    def find_checkpoint(self, resume: str, config: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    def find_checkpoint(
+        self, resume: str, config: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to continue from and its state, or None for a new run.
 
         Args:
             resume: auto | never | a checkpoint folder.
             config: of the run that is about to start.
+            rewards: its `provenance.reward_records`, as far as they are known.
 
         Raises:
             ConfigError: when the folder holds a run and resume is never or a checkpoint of another folder, or the
@@ -89,7 +93,7 @@ class RunFolder:
             return None
         found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
         if found is not None:
-            _refuse_other_run(found[1], config, found[0], self.path)
+            _refuse_other_run(found[1], config, found[0], self.path, rewards)
         if resume != "auto" and used and Path(resume).resolve().parent != self.checkpoints.resolve():
             raise ConfigError(
                 f"resume={resume} lies outside of {self.checkpoints}, and output_dir={self.path} holds a run already: "
@@ -285,7 +289,9 @@ def _round_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _refuse_other_run(state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path) -> None:
+def _refuse_other_run(
+    state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path, rewards: Sequence[Mapping[str, Any]]
+) -> None:
     """Raise ConfigError when the checkpoint was made under settings that make this another run."""
 
     def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -298,13 +304,19 @@ def _refuse_other_run(state: Mapping[str, Any], now: Mapping[str, Any], path: Pa
         return out
 
     old, new = flat(state.get("config", {})), flat(now)
+    if "rewards" not in state and not old.get("reward.functions") and any(r["given"] != "name" for r in rewards):
+        old.pop("reward.functions", None)  # an earlier version did not keep what a program gave
     saved_in = state.get("folder")
     before = Path(saved_in) if isinstance(saved_in, str) else None
     changed = [
         f"{key}: {old[key]!r} -> {new.get(key)!r}"
         for key in old
-        if old[key] != new.get(key) and not same_place(key, old[key], before, new.get(key), folder)
+        if old[key] != new.get(key)
+        and not same_place(key, old[key], before, new.get(key), folder)
+        and not (key == "reward.functions" and same_functions(old[key], new.get(key)))
     ]
+    if not changed and rewards and state.get("rewards") and (other := reward_difference(state["rewards"], rewards)):
+        changed = [other]
     if changed:
         raise ConfigError(
             f"{path} was made with other settings ({'; '.join(changed)}): this would be neither run. Choose another "

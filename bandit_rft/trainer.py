@@ -119,7 +119,7 @@ class Trainer:
             keys=keys,
         )  # fmt: skip
         config = self.config = replace(run.config, dtype=resolve_dtype(run.config))
-        self.task, self.listener, self._shows = run.task, run.listener, run.shows
+        self.task, self.rewards, self.listener, self._shows = run.task, run.rewards, run.listener, run.shows
         self.run_folder = RunFolder(config.output_dir)
         self.ranks = Ranks()  # those of a run, while it runs
         self.stop_requested = False
@@ -382,7 +382,7 @@ class Trainer:
     def _start(self, stack: ExitStack) -> None:
         """Load everything, from the beginning or from a checkpoint."""
         config, ranks = self.config, self.ranks
-        found = self.run_folder.find_checkpoint(config.resume, asdict(config))
+        found = self.run_folder.find_checkpoint(config.resume, asdict(config), self.rewards)
         ranks.check_same("checkpoint", [str(found and found[1]).encode()])
         self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given)
         self.trained = ranks.shard(self.policy)  # with several ranks, this one's share

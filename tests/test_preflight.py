@@ -138,12 +138,19 @@ def test_the_estimate_of_a_checkpoint_is_its_size(make: Make) -> None:
     assert estimate is not None and 0.9 * real < estimate[0] <= real
 
 
-def test_what_is_not_here_is_not_checked_and_not_downloaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_here_is_not_checked_and_not_downloaded(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bandit_rft.tasks.files.read_hub", lambda *given, **more: pytest.fail("asked the hub"))
     config = make(task="gsm8k", data_path=None, model_name_or_path="some/model", preset="paper")
     found = preflight.preflight(config)
     assert found.failed == [] and found.sizes == {"train": 7473, "test": 1319}
-    assert {what for what, well, _ in found.lines if well is None} >= {"model", "data", "prompts", "rewards", "disk"}
+    assert {what for what, well, _ in found.lines if well is None} >= {"model", "data", "prompts", "disk"}
+    rewards = {text for what, well, text in found.lines if what == "rewards" and well}
+    assert rewards == {"plain, with columns that cannot be compared: the data are not here"}
+    for functions, message in (("sample:nofile.py:x", "does not exist"), (f"{tmp_path}/broken.py:plain", "imported")):
+        missing = preflight.preflight(replace(config, reward=replace(config.reward, functions=[functions])))
+        assert missing.failed == ["rewards"] and any(message in text for *_, text in missing.lines)
 
 
 def test_evaluation_is_priced_beside_training() -> None:

@@ -24,6 +24,8 @@ from bandit_rft.text import LIMIT, printable, shown_error
 Kind = Literal["batch", "sample", "verl", "openrlhf"]
 Entry = float | None | str  # the score of one completion, None where not scored, or a text that says what went wrong
 
+#: What a configuration calls a function that a program gave begins so: "session:sample:right_answer".
+SESSION = "session:"
 OUT_OF_MEMORY = 77  # the exit status by which a worker process says so
 _DEFAULT_NAMES: dict[str, str] = {"verl": "compute_score", "openrlhf": "reward_func"}
 _VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -82,6 +84,8 @@ class RewardFunction:
         Raises:
             ValueError: for anything else, for a file that is not there, and for an unknown built-in name.
         """
+        if spec.startswith(SESSION):
+            raise ValueError(f"reward: {given_in_python([spec])}")
         head, colon, rest = spec.partition(":")
         kind: Any = head if colon and head in ("batch", "sample", *_DEFAULT_NAMES) else "batch"
         location = rest if colon and kind == head else spec
@@ -302,6 +306,17 @@ def refuse_foreign_code(functions: Iterable[str], *, source: str, allowed: bool 
             f"reward.functions: {printable(source)} names code that scoring would run: {named}. If you trust it, "
             "say so with --allow_code, or name rewards of your own with --reward.functions"
         )
+
+
+def given_in_python(functions: Iterable[str]) -> str:
+    """That rewards were functions of a program, as a configuration calls them, and how to name them now."""
+    texts = [text.removeprefix(SESSION) for text in functions if text.startswith(SESSION)]
+    names = ", ".join(text.rpartition(":")[2] for text in texts)
+    flags = ",".join(f"{kind}{colon}FILE.py:{name}" for kind, colon, name in (text.rpartition(":") for text in texts))
+    return (
+        f"{printable(names, LIMIT, one_line=True)}: the rewards were functions given in Python, which the run folder "
+        f"does not hold. Put them in a file and name them: --reward.functions {printable(flags, LIMIT, one_line=True)}"
+    )
 
 
 def unknown_name(what: str, name: object, known: Collection[str]) -> str:

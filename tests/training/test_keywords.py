@@ -179,6 +179,8 @@ ERRORS = [
         r"reward_funcs: reward '<lambda>' takes \['solution'\], but the data",
     ),
     (bad(reward_weights=[1.0, 2.0]), "reward_weights: expected 1, one a reward, got 2"),
+    (bad(batch_size=32), "batch_size=32 is more than the 12 training prompts"),
+    (bad(evaluation={"splits": ["tset"]}), "evaluation.splits: 'tset' is none of the splits of task dataset: train"),
     (bad(learning_rat=1.0), r"unknown key 'learning_rat' \(did you mean learning_rate\?\)"),
     (bad(learning_rate="fast"), "learning_rate must be a finite number; got 'fast'"),
     (bad(preset="demmo"), r"preset must be one of .*did you mean demo"),
