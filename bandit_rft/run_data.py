@@ -17,11 +17,12 @@ from bandit_rft.inputs import check_use, reward_difference, reward_records
 from bandit_rft.metrics import Metrics
 from bandit_rft.rewards.spec import SESSION, given_in_python
 from bandit_rft.tasks import Task
+from bandit_rft.tasks.files import named_files
 
 logger = logging.getLogger(__name__)
 
 #: Flags of `eval` by which other data than the run's are asked for.
-DATA_FLAGS = ("task", "data_path", "seed", "task_options", "evaluation.files")
+DATA_FLAGS = ("task", "data_path", "seed", "task_options")
 
 
 class RunData:
@@ -130,7 +131,8 @@ def check_evaluated(task: Task, config: Config, state: Mapping[str, Any], asked:
         ConfigError: saying what differs, and the flags that ask for it.
     """
     if not any(key == flag or key.startswith(f"{flag}.") for key in asked for flag in DATA_FLAGS):
-        saved = state.get("data") or {}
+        files = named_files(config.evaluation.files) if "evaluation.files" in asked else {}
+        saved = {name: kept for name, kept in (state.get("data") or {}).items() if name not in files}
         names = [name for name in config.evaluation.splits or task.splits if name in saved] or ["train"]
         for name in names:
             if name not in saved or name not in task.splits:
@@ -138,7 +140,8 @@ def check_evaluated(task: Task, config: Config, state: Mapping[str, Any], asked:
             if difference := data_difference(name, saved[name], fingerprint(task.splits[name])):
                 raise ConfigError(
                     f"the data of task {config.task!r} are not those of the run ({difference}): they have changed, or "
-                    "a task of that name was given in Python. To measure on other data say so: --task and --data_path"
+                    "a task of that name was given in Python. To measure on other data say so: "
+                    "--task and --data_path, or --evaluation.files"
                 )
     before, given = state.get("rewards"), {"reward.functions", "reward.weights"} & set(asked)
     if before is None or "reward.functions" in given:

@@ -6,6 +6,7 @@ import dis
 import functools
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -43,11 +44,11 @@ def code_digest(function: Callable[..., Any]) -> str:
     while isinstance(inner, functools.partial):
         inner = inner.func
     module = sys.modules.get(getattr(inner, "__module__", None) or "")
-    described = json.dumps(_described(function, vars(module) if module else {}, set()))
+    described = json.dumps(_described(function, vars(module) if module else {}, {}))
     return f"{sys.version_info.major}.{sys.version_info.minor}:{hashlib.sha256(described.encode()).hexdigest()[:32]}"
 
 
-def _described(value: Any, around: Mapping[str, Any], seen: set[int]) -> Any:
+def _described(value: Any, around: Mapping[str, Any], seen: dict[int, Any]) -> Any:
     """A value as JSON that is the same in every process; `around` are the globals of the code that reads it."""
     if isinstance(value, _PLAIN):
         return f"{type(value).__name__} {value!r}"
@@ -55,13 +56,15 @@ def _described(value: Any, around: Mapping[str, Any], seen: set[int]) -> Any:
         return ["tuple", *(_described(part, around, seen) for part in value)]
     if isinstance(value, frozenset):  # whose order is another in every process
         return ["frozenset", *sorted(json.dumps(_described(part, around, seen)) for part in value)]
+    if isinstance(value, re.Pattern):
+        return ["pattern", repr(value.pattern), value.flags]
     if isinstance(value, CodeType):
         return _code(value, around, seen)
     if isinstance(value, ModuleType):
         return f"module {value.__name__}"
-    if id(value) in seen:  # a recursion
-        return "seen"
-    seen = seen | {id(value)}
+    if id(value) in seen:  # each once: functions may call themselves and each other
+        return f"number {list(seen).index(id(value))}"
+    seen[id(value)] = value  # kept, so that nothing else gets its id
     if isinstance(value, MethodType):
         return ["method", _described(value.__func__, around, seen), _described(value.__self__, around, seen)]
     if isinstance(value, functools.partial):
@@ -69,7 +72,7 @@ def _described(value: Any, around: Mapping[str, Any], seen: set[int]) -> Any:
         return ["partial", _described(value.func, around, seen), _described(given, around, seen)]
     if isinstance(value, FunctionType):
         return _function(value, around, seen)
-    if hasattr(value, "__wrapped__"):
+    if "__wrapped__" in getattr(value, "__dict__", {}):  # functools.cache and the like
         return [type(value).__name__, _described(value.__wrapped__, around, seen)]
     if isinstance(value, type):
         named = f"class {value.__module__}.{value.__qualname__}"
@@ -86,7 +89,7 @@ def _beside(module: str, around: Mapping[str, Any]) -> bool:
     return module in ("__main__", around.get("__name__"))
 
 
-def _members(members: Mapping[str, Any], around: Mapping[str, Any], seen: set[int]) -> list[Any]:
+def _members(members: Mapping[str, Any], around: Mapping[str, Any], seen: dict[int, Any]) -> list[Any]:
     """What a class or an object of the session holds, without what Python puts there itself."""
     parts: list[Any] = []
     for name, value in sorted(members.items()):
@@ -97,7 +100,7 @@ def _members(members: Mapping[str, Any], around: Mapping[str, Any], seen: set[in
     return parts
 
 
-def _function(function: FunctionType, around: Mapping[str, Any], seen: set[int]) -> Any:
+def _function(function: FunctionType, around: Mapping[str, Any], seen: dict[int, Any]) -> Any:
     if around and function.__globals__ is not around and not _beside(function.__module__ or "", around):
         return f"{function.__module__}.{function.__qualname__}"
     cells = []
@@ -111,7 +114,7 @@ def _function(function: FunctionType, around: Mapping[str, Any], seen: set[int])
     return [_code(function.__code__, around, seen), _described(given, around, seen)]
 
 
-def _code(code: CodeType, around: Mapping[str, Any], seen: set[int]) -> Any:
+def _code(code: CodeType, around: Mapping[str, Any], seen: dict[int, Any]) -> Any:
     instructions = list(dis.get_instructions(code))
     written = {i.argval for i in instructions if i.opname == "STORE_GLOBAL"}
     read = {str(i.argval) for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")} - written
@@ -122,7 +125,7 @@ def _code(code: CodeType, around: Mapping[str, Any], seen: set[int]) -> Any:
     }
 
 
-def _argument(instruction: dis.Instruction, around: Mapping[str, Any], seen: set[int]) -> Any:
+def _argument(instruction: dis.Instruction, around: Mapping[str, Any], seen: dict[int, Any]) -> Any:
     """What an instruction takes: the constant or the name itself, not where it stands among them."""
     if instruction.opcode in dis.hasconst:
         return _described(instruction.argval, around, seen)

@@ -16,7 +16,9 @@ from tiny_models import character_tokenizer, tiny_llama
 from bandit_rft import Example, RewardFunction, Task, Trainer, cli
 from bandit_rft.checkpoint import state_checksum
 from bandit_rft.config import ConfigError, build_config
+from bandit_rft.data import fingerprint
 from bandit_rft.rewards.session import code_digest, reward_text
+from bandit_rft.run_data import check_evaluated
 from bandit_rft.tasks import load_task
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8)]
@@ -153,6 +155,25 @@ def test_data_of_a_program_are_asked_for(kind: str, capsys: Any) -> None:
     assert status == 0, said
 
 
+def test_other_data_are_measured_where_a_flag_asks_for_them() -> None:
+    def examples(sign: str) -> list[Example]:
+        return [Example(f"{i}{sign}{i}=", {"answer": "0"}) for i in range(5)]
+
+    config = build_config({"evaluation.files": "new=new.jsonl"}, check=False)
+    before = {"train": examples("+"), "new": examples("*")}
+    state = {"data": {name: asdict(fingerprint(part)) for name, part in before.items()}}
+    check_evaluated(Task("t", before, ["exact_match"]), config, state, [])
+    task = Task("t", {"train": examples("+"), "new": examples("-")}, ["exact_match"])
+    with pytest.raises(ConfigError, match=r"not those of the run \(new: the prompts differ, first in row 0\)"):
+        check_evaluated(task, config, state, ["seeds", "evaluation.splits"])
+    for asked in ("evaluation.files", "data_path", "task_options.prompt_column"):
+        check_evaluated(task, config, state, [asked])
+    check_evaluated(task, config, {}, [])  # of an earlier version
+    task.splits["train"] = examples("-")
+    with pytest.raises(ConfigError, match=r"not those of the run \(train: the prompts differ"):
+        check_evaluated(task, config, state, ["evaluation.files"])
+
+
 def test_how_a_configuration_calls_a_reward() -> None:
     assert reward_text(RewardFunction.of("gsm8k")) == "gsm8k"
     assert reward_text(RewardFunction.of(load_task)) == "bandit_rft.tasks:load_task"
@@ -177,12 +198,23 @@ def test_a_digest_is_of_what_a_function_computes() -> None:
     limited = "def f(completion):\n    return float(len(completion) < LIMIT)"
     digests = [code_digest(cell(limited, "f", LIMIT=limit)) for limit in (5, 5, 6)]
     assert digests[0] == digests[1] != digests[2]
+    searched = (
+        "import re\nWORDS = re.compile('{}')\ndef f(completion):\n    return float(bool(WORDS.search(completion)))"
+    )
+    assert code_digest(cell(searched, "f")) != code_digest(cell(searched.replace("{}", "a+"), "f"))
     calls = [code_digest(cell(f"def f():\n    return g(1.5, 2.5, {last})", "f")) for last in (1.5, 2.5)]
     assert calls[0] != calls[1]
     counted = "def f(completion):\n    global N\n    N += 1\n    return 1.0"
     assert code_digest(cell(counted, "f", N=0)) == code_digest(cell(counted, "f", N=7))
     again = "def f(n):\n    return f(n - 1) if n else 0"
     assert code_digest(cell(again, "f")) == code_digest(cell(again, "f"))
+    # Forty functions that call each other; what they are is said once each.
+    many = "".join(f"def f{i}():\n    return [{', '.join(f'f{j}()' for j in range(40))}, {i}]\n" for i in range(40))
+    assert code_digest(cell(many, "f0")) == code_digest(cell(many, "f0"))
+    assert code_digest(cell(many, "f0")) != code_digest(cell(many.replace(", 39]", ", 40]"), "f0"))
+    cached = "import functools\n@functools.cache\ndef f(completion):\n    return 1.0"
+    assert code_digest(cell(cached, "f")) == code_digest(cell(cached, "f"))
+    assert code_digest(cell(cached, "f")) != code_digest(cell(cached.replace("1.0", "2.0"), "f"))
     function = cell()
     before = code_digest(function)
     for _ in range(2000):  # Python specializes what runs often
