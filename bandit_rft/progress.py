@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bandit_rft.inactive import inactive_keys
 from bandit_rft.listener import Listener
 from bandit_rft.text import printable
 
@@ -107,6 +108,8 @@ class ConsoleListener(Listener):
             f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.data.train):,} training prompts, "
             f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
         )
+        for text in inactive_keys(c):
+            self.say(f"note: {text}")
         if getattr(trainer.scorer, "isolation", None) == "fork":
             self.say("Rewards run in forks of this process: one of them cannot be imported.")
         if trainer.round:

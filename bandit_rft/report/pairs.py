@@ -59,7 +59,7 @@ def first_answers(table: Table) -> dict[int, dict[str, Any]]:
 def match(split: str, before: Table, after: Table) -> list[Pair]:
     """The questions of both tables, by number. One whose prompt differs is another question and is left out.
 
-    "Right" and "wrong" are said of rewards 0 and 1 alone; where any reward of the tables is another, only how it changed.
+    "Right" and "wrong" are said of rewards 0 and 1 alone; where any reward is another, only how it changed.
     """
     old_rows, new_rows = first_answers(before), first_answers(after)
     binary = is_binary(before.get("reward", ())) and is_binary(after.get("reward", ()))
