@@ -246,6 +246,8 @@ def study(given: argparse.Namespace) -> int:
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
     """Run a study's cells; of one with `tune`, first those that decide each level's value."""
     choose_wait("bounded")
+    from rich.console import Console
+
     from bandit_rft.study.limit import seconds_left
     from bandit_rft.study.plan import seed_warning
     from bandit_rft.study.status import read_status, show_plan
@@ -263,7 +265,7 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
         show_plan(plan, console)
         return 0
     if (warning := seed_warning(plan)) is not None:
-        console.print(f"note: {warning}", markup=False, style="yellow")
+        Console(stderr=True, highlight=False).print(f"note: {warning}", markup=False, style="yellow")  # --quiet, too
     if plan.tuning is not None:
         if _tune_study(plan, folder, given, console, ends) == 130:
             return 130

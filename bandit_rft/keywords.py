@@ -83,7 +83,7 @@ def _say_what_cannot_act(config: Config, task: Any, train: Rows | None) -> None:
     if config.evaluation.files and (train is not None or isinstance(task, Task)):
         where = "eval_dataset={name: rows}" if train is not None else "splits of the Task"
         raise ConfigError(
-            f"evaluation.files={config.evaluation.files} cannot act here: files are read as a named task reads its own. "
+            f"evaluation.files={config.evaluation.files} cannot act here: a named task reads such files. "
             f"Give further splits as {where}"
         )
     if config.thread_wait != "bounded":
