@@ -225,7 +225,9 @@ class Page:
 
 
 def table(rows: Sequence[Sequence[str]], *header: str) -> str:
-    """Markdown."""
+    """Markdown; a table without rows says so."""
+    if not rows:
+        return "Not measured yet."
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(line.replace("|  |", "| |") for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ def test_numbers_for_people(value: float, text: str) -> None:
 
 @committed
 def test_the_page_is_what_the_committed_results_make() -> None:
+    assert performance.table([], "a", "b") == "Not measured yet."
     assert performance.render() == performance.PAGE.read_text(encoding="utf-8"), "run `make performance`"
+    assert not re.search(r"\|---\|\n(?!\|)", performance.PAGE.read_text(encoding="utf-8")), "a table without rows"
     pictures = performance.Page(record.load(RUN), None).curves()
     assert pictures and all((ROOT / "docs" / path).is_file() for path in pictures.values())
 
