@@ -265,7 +265,8 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
         show_plan(plan, console)
         return 0
     if (warning := seed_warning(plan)) is not None:
-        Console(stderr=True, highlight=False).print(f"note: {warning}", markup=False, style="yellow")  # --quiet, too
+        said = Console(stderr=True, highlight=False)  # --quiet, too
+        said.print(f"note: {warning}", markup=False, style="yellow", soft_wrap=True)
     if plan.tuning is not None:
         if _tune_study(plan, folder, given, console, ends) == 130:
             return 130
