@@ -10,6 +10,7 @@ from pathlib import Path
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.budget import evaluation_count, evaluation_rollouts, planned_rounds, schedule_rounds
 from bandit_rft.config import Config
+from bandit_rft.inactive import inactive_keys
 
 NORMALIZERS = {
     "token-mean": "completion tokens of all scored rollouts of the round, zero-advantage ones included",
@@ -114,6 +115,8 @@ def budget(config: Config) -> str:
 def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
     o, replayed = config.objective, config.replay.capacity > 0
     uncorrected = replayed and config.replay.correction == "none"
+    for text in inactive_keys(config):
+        yield "note", text
     of_others = bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
     if o.kind in ("ppo", "gspo", "cispo") and steps == 1 and not uncorrected and not of_others:
         yield "note", "one update a round: the ratio is 1, so clipping never acts"

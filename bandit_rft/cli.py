@@ -252,6 +252,8 @@ def study(given: argparse.Namespace) -> int:
 def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any) -> int:
     """Run a study's cells; of one with `tune`, first those that decide each level's value."""
     choose_wait("bounded")
+    from rich.console import Console
+
     from bandit_rft.study.limit import seconds_left
     from bandit_rft.study.plan import seed_warning
     from bandit_rft.study.status import read_status, show_plan
@@ -269,7 +271,8 @@ def _run_study(plan: Any, folder: Path, given: argparse.Namespace, console: Any)
         show_plan(plan, console)
         return 0
     if (warning := seed_warning(plan)) is not None:
-        console.print(f"note: {warning}", markup=False, style="yellow")
+        said = Console(stderr=True, highlight=False)  # --quiet, too
+        said.print(f"note: {warning}", markup=False, style="yellow", soft_wrap=True)
     if plan.tuning is not None:
         if _tune_study(plan, folder, given, console, ends) == 130:
             return 130

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -70,6 +71,7 @@ def make_run(
         raise ConfigError("task or train_dataset must be given (or preset='demo', which names both model and task)")
     if policy is None and not config.model_name_or_path:
         raise ConfigError("model must be given: a folder, a hub name, a transformers model or a Policy")
+    _say_what_cannot_act(config, task, train_dataset)
     made = _task(task, train_dataset, eval_dataset, rewards or config.reward.functions, config)
     if reward_weights is not None:
         weights = [float(weight) for weight in reward_weights]
@@ -77,6 +79,22 @@ def make_run(
             raise ValueError(f"reward_weights: expected {len(made.rewards)}, one a reward, got {len(weights)}")
         config = replace(config, reward=replace(config.reward, weights=weights))
     return _watched(_run(config, listener, made, policy, in_python=bool(rewards)), progress)
+
+
+def _say_what_cannot_act(config: Config, task: Any, train: Rows | None) -> None:
+    """Refuse, or warn of, keys that only act on a run that the command line starts."""
+    if config.evaluation.files and (train is not None or isinstance(task, Task)):
+        where = "eval_dataset={name: rows}" if train is not None else "splits of the Task"
+        raise ConfigError(
+            f"evaluation.files={config.evaluation.files} cannot act here: a named task reads such files. "
+            f"Give further splits as {where}"
+        )
+    if config.thread_wait != "bounded":
+        warnings.warn(
+            f"thread_wait={config.thread_wait} acts on bandit-rft's commands alone: torch is imported already. Set "
+            "OMP_WAIT_POLICY in the environment before Python starts",
+            stacklevel=4,
+        )
 
 
 def _from_config(

@@ -1,8 +1,8 @@
 """What TRL and verl call things, in which unit, and what that is here.
 
-One table serves the guides (docs/guides, `tools/peer_tables.py` writes it there) and the command line: a name or a value
-of theirs that is typed for one of ours is answered with its row. Names are those of TRL 1.16.0 (GRPOConfig, RLOOConfig,
-ModelConfig) and verl 0.9.1 (ppo_trainer.yaml). No imports: it is read before anything is loaded.
+One table serves the guides (docs/guides, `tools/peer_tables.py` writes it there), the command line and `Trainer(...)`: a
+name or a value of theirs that is typed for one of ours is answered with its row. Names are those of TRL 1.16.0
+(GRPOConfig, RLOOConfig, ModelConfig, and the arguments of GRPOTrainer) and verl 0.9.1 (ppo_trainer.yaml). No imports: it is read before anything is loaded.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Row(NamedTuple):
         return f"{there}: {here}" + (f"; {self.note}" if self.note else "")
 
 
-_ONE_PROCESS = "training runs in one process, on one device"
-_OWN_ENGINE = "completions are drawn by the trainer's own engine, from the very weights it trains"
+_RANKS = "torchrun starts one process a GPU (docs/scaling.md)"
+_SERVER = "an option of the server: in the command that starts it (docs/scaling.md); the embedded engine needs none"
 _TEXT = "text in, text out: no images, tools or environments"
 
 # fmt: off
@@ -88,8 +88,15 @@ TRL: tuple[Row, ...] = tuple(Row("TRL", *row) for row in (
     ("max_completion_length", "tokens (512)", "max_completion_length", "1024 by default"),
     ("max_prompt_length", "tokens, cut off on the left", "max_prompt_length", "longer prompts are left out and counted"),
     ("chat_template_kwargs", "", "chat_template", "auto or never"),
-    ("use_vllm vllm_* use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged ds3_gather_for_generation", "", "", _OWN_ENGINE),
-    ("max_tool_calling_iterations log_multimodal", "", "", _TEXT),
+    ("use_vllm", "", "rollout.engine=vllm", "with rollout.urls or rollout.server_python (docs/scaling.md)"),
+    ("vllm_mode", "colocate (default), server", "rollout.urls rollout.server_python", "servers that run already, or one that the run starts, in a process of its own; there is no colocate: the embedded engine shares the weights' memory"),
+    ("vllm_server_base_url vllm_server_host vllm_server_port", "one address", "rollout.urls", "http://host:port, one or more"),
+    ("vllm_server_timeout", "seconds to wait for the server (240)", "rollout.retry_s", "600 by default; for one answer rollout.request_timeout_s"),
+    ("vllm_group_port", "port of the weights' transfer", "rollout.push", "auto, folder, lora or nccl; ports are chosen by themselves"),
+    ("vllm_importance_sampling_*", "correction on by default; clip_max 3", "rollout.on_logprob_gap=correct objective.importance_cap", "stop by default; correct takes ratios to the sampler past rollout.max_logprob_gap, objective.kind=importance or importance_mask truncates or masks them by token"),
+    ("vllm_*", "", "rollout.server_command", _SERVER),
+    ("use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged ds3_gather_for_generation", "", "", "the embedded engine draws, or vLLM servers do (rollout.engine)"),
+    ("max_tool_calling_iterations log_multimodal tools rollout_func environment_factory", "", "", _TEXT),
     # the optimizer
     ("learning_rate", "", "learning_rate", ""),
     ("lr_scheduler_type", "linear by default", "lr_scheduler_type", "constant by default; also linear and cosine"),
@@ -143,9 +150,21 @@ TRL: tuple[Row, ...] = tuple(Row("TRL", *row) for row in (
     ("include_num_input_tokens_seen skip_memory_metrics average_tokens_across_devices", "", "", "tokens and seconds are always logged"),
     ("push_to_hub hub_* log_completions_hub_repo", "", "", "checkpoints are Hugging Face folders: upload them as they are"),
     ("use_cpu", "", "device=cpu", ""),
-    ("deepspeed fsdp fsdp_config ddp_* local_rank accelerator_config parallelism_config", "", "", _ONE_PROCESS),
+    ("fsdp fsdp_config", "", "distributed.shard", f"fsdp (the default) or ddp; {_RANKS}"),
+    ("ddp_timeout", "seconds (1800)", "distributed.timeout_s", "3600 by default"),
+    ("ddp_*", "", "distributed.shard=ddp", f"its other options are not here; {_RANKS}"),
+    ("deepspeed accelerator_config parallelism_config", "", "distributed.shard", f"fsdp or ddp, of torch itself; {_RANKS}"),
+    ("local_rank", "", "", _RANKS),
     ("auto_find_batch_size torch_empty_cache_steps", "", "tokens_per_microbatch", ""),
     ("full_determinism", "", "", "always: the same settings give the same bits"),
+    # arguments of GRPOTrainer
+    ("args", "a GRPOConfig", "", "its fields are keywords of Trainer, by the names of this table: Trainer(..., learning_rate=1e-5); or a Config as config="),
+    ("processing_class", "a tokenizer", "", "Trainer's tokenizer=, of a model in memory; a model that is named brings its own"),
+    ("callbacks", "a list of TrainerCallback", "", "Trainer's listener=, one bandit_rft.Listener; Listeners joins several"),
+    ("peft_config", "a LoraConfig", "lora.rank lora.alpha lora.targets", "Trainer(..., lora={'rank': 16})"),
+    ("reward_processing_classes", "", "", "rewards are functions: a model among them brings its own tokenizer"),
+    ("optimizers", "", "", "AdamW alone"),
+    ("quantization_config", "", "", "weights are not quantized"),
 ))
 VERL: tuple[Row, ...] = tuple(Row("verl", *row) for row in (
     # the batch
@@ -184,7 +203,7 @@ VERL: tuple[Row, ...] = tuple(Row("verl", *row) for row in (
     ("algorithm.kl_ctrl.horizon", "responses", "kl.horizon", ""),
     ("algorithm.filter_groups.enable algorithm.filter_groups.metric", "", "rollout.dynamic_sampling", "by the reward"),
     ("algorithm.filter_groups.max_num_gen_batches algorithm.filter_groups.max_inflight_gen_batches", "batches; 0: no bound", "rollout.dynamic_sampling", "times a round that queries are replaced; 0: off"),
-    ("algorithm.rollout_correction.*", "", "objective.kind=importance objective.importance_cap", "sampler and trainer have the same log-probabilities: rollout.max_logprob_gap stops a run where they do not"),
+    ("algorithm.rollout_correction.*", "", "rollout.on_logprob_gap=correct objective.importance_cap", "of a vLLM server: past rollout.max_logprob_gap ratios to the sampler are taken, by token, which objective.kind=importance truncates and importance_mask masks; stop (default) ends the run. The embedded engine has the trainer's log-probabilities"),
     ("algorithm.gamma algorithm.lam", "", "", "a completion is one action: there is nothing to discount"),
     ("algorithm.use_pf_ppo algorithm.pf_ppo.*", "", "rollout.keep", "chooses a query's rollouts of greatest reward variance"),
     # drawing
@@ -200,7 +219,8 @@ VERL: tuple[Row, ...] = tuple(Row("verl", *row) for row in (
     ("actor_rollout_ref.rollout.val_kwargs.*", "", "", "evaluation draws from the whole softmax"),
     ("actor_rollout_ref.rollout.max_num_seqs", "sequences", "rollout.batch_size", ""),
     ("actor_rollout_ref.rollout.multi_turn.* actor_rollout_ref.rollout.agent.* data.*tool* data.image_* data.video_* data.audio_* data.mm_* data.return_*", "", "", _TEXT),
-    ("actor_rollout_ref.rollout.*", "", "", _OWN_ENGINE),
+    ("actor_rollout_ref.rollout.name actor_rollout_ref.rollout.mode", "vllm, sglang, ...", "rollout.engine", "embedded (default) or vllm, with rollout.urls or rollout.server_python (docs/scaling.md)"),
+    ("actor_rollout_ref.rollout.*", "", "rollout.server_command", _SERVER),
     # the optimizer
     ("actor_rollout_ref.actor.optim.lr", "", "learning_rate", ""),
     ("actor_rollout_ref.actor.optim.lr_warmup_steps", "optimizer steps", "warmup_rounds", "counts rounds"),
@@ -244,11 +264,16 @@ VERL: tuple[Row, ...] = tuple(Row("verl", *row) for row in (
     ("trainer.log_val_generations trainer.rollout_data_dir trainer.validation_data_dir", "", "log_rollouts_steps", "rollouts and evaluations are Parquet files of the run folder"),
     ("trainer.val_only", "", "", "bandit-rft eval"),
     ("trainer.device", "", "device", ""),
-    ("trainer.n_gpus_per_node trainer.nnodes actor_rollout_ref.actor.strategy", "", "", _ONE_PROCESS),
+    ("trainer.n_gpus_per_node", "", "", "torchrun --nproc_per_node starts so many processes, one a GPU (docs/scaling.md)"),
+    ("trainer.nnodes", "", "", "torchrun --nnodes, with the same command on each (docs/scaling.md)"),
+    ("actor_rollout_ref.actor.strategy", "fsdp, fsdp2, megatron, ...", "distributed.shard", "fsdp (FSDP2) or ddp"),
     ("trainer.critic_warmup critic.*", "", "", "there is no critic"),
     ("trainer.* ray_kwargs.* transfer_queue.* skip.* distillation.* global_profiler.*", "", "", ""),
     ("actor_rollout_ref.ref.*", "", "objective.kl_coef", "above 0 it loads the reference model"),
-    ("actor_rollout_ref.actor.fsdp_config.* actor_rollout_ref.actor.ulysses_sequence_parallel_size actor_rollout_ref.hybrid_engine actor_rollout_ref.nccl_timeout", "", "", _ONE_PROCESS),
+    ("actor_rollout_ref.nccl_timeout", "seconds", "distributed.timeout_s", "3600 by default"),
+    ("actor_rollout_ref.hybrid_engine", "", "rollout.engine", "embedded (default): one copy of the weights trains and draws"),
+    ("actor_rollout_ref.actor.ulysses_sequence_parallel_size actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", "", "", "a sequence is not split over GPUs"),
+    ("actor_rollout_ref.actor.fsdp_config.*", "", "distributed.shard", "fsdp or ddp; nothing is moved to host memory, and the rest is not adjustable"),
     ("actor_rollout_ref.*", "", "", ""),
 ))
 #: Values of theirs where one of ours is expected: (our key, their value) -> what it is here.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bandit_rft.inactive import inactive_keys
 from bandit_rft.listener import Listener
 from bandit_rft.text import printable
 
@@ -60,6 +61,8 @@ class ConsoleListener(Listener):
         self.console = console or Console(highlight=False)
         self._shown: dict[str, float] = {}
         self._pass_at_1: dict[str, float] = {}
+        self._binary: dict[str, bool] = {}  # by split, whether its rewards were 0 and 1 alone
+        self._folder: Path | None = None
         self._last_line = -1e9
         self._line = ""
         self._count = Count()
@@ -100,10 +103,13 @@ class ConsoleListener(Listener):
     def started(self, trainer: Trainer) -> None:
         """Say what is about to run."""
         c = self.config
+        self._folder = trainer.folder
         self.say(
             f"{c.model_name_or_path} on {trainer.task.name}: {len(trainer.data.train):,} training prompts, "
             f"{c.batch_size} x {c.num_generations} rollouts a round, to {trainer.folder}"
         )
+        for text in inactive_keys(c):
+            self.say(f"note: {text}")
         if getattr(trainer.scorer, "isolation", None) == "fork":
             self.say("Rewards run in forks of this process: one of them cannot be imported.")
         if trainer.round:
@@ -134,6 +140,8 @@ class ConsoleListener(Listener):
         number = int(metrics["round"])
         evaluated = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith("/pass@1")}
         self._pass_at_1 |= evaluated
+        for split, value in evaluated.items():
+            self._binary[split] = self._binary.get(split, True) and _is_pass_at_1(self._folder, split, {number: value})
         for key in ("reward", "completions/mean_length"):
             if metrics.get(key) is not None:
                 before = self._shown.get(key, metrics[key])
@@ -156,8 +164,8 @@ class ConsoleListener(Listener):
         parts = []
         if "reward" in self._shown:
             parts.append(f"reward {self._shown['reward']:.3f}")
-        measure = "Pass@1" if all(0 <= value <= 1 for value in self._pass_at_1.values()) else "mean reward"
-        parts += [f"{split} {measure} {value:.3f}" for split, value in self._pass_at_1.items()]
+        for split, value in self._pass_at_1.items():
+            parts.append(f"{split} {'Pass@1' if self._binary[split] else 'mean reward'} {value:.3f}")
         if "completions/mean_length" in self._shown:
             parts.append(f"length {self._shown['completions/mean_length']:.1f}")
         busy = sum(metrics.get(f"seconds/{phase}") or 0.0 for phase in ("rollout", "reward", "update"))
@@ -242,18 +250,28 @@ def show_result(
     evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
-        rewards = [v for line in (first, last) for k, v in line.items() if k.endswith("/pass@1") and v is not None]
-        measure = "pass@1" if all(0 <= value <= 1 for value in rewards) else "mean reward"
         table = Table("", "before", f"after {last['round']} rounds", "change", title=None)
         for key in [k for k in first if k.startswith("eval/") and k in last and not k.endswith("/unscored")]:
             a, b = first[key], last[key]
             if a is not None and b is not None:
-                name = key.removeprefix("eval/").replace("/", " ").replace("pass@1", measure)
+                name = key.removeprefix("eval/").replace("/", " ")
+                if key.endswith("/pass@1"):
+                    values = {first["round"]: a, last["round"]: b}
+                    binary = _is_pass_at_1(folder, key.split("/")[1], values)
+                    name = name if binary else name.replace("pass@1", "mean reward")
                 table.add_row(Text(name), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")
         console.print(table)
         _show_completions(folder, console)
     if report is not None:
         console.print(Text(f"report: {report}"), soft_wrap=True)
+
+
+def _is_pass_at_1(folder: Path | None, split: str, values: Mapping[int, float | None]) -> bool:
+    """Whether these mean rewards, by round, are of rewards 0 and 1: as the stored evaluations say, and the report."""
+    from bandit_rft.report.pairs import measured_binary
+
+    fractions = all(value is None or 0 <= value <= 1 for value in values.values())
+    return fractions and (folder is None or measured_binary(folder, split, values))
 
 
 def _show_completions(folder: Path, console: Console) -> None:

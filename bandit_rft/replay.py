@@ -36,6 +36,9 @@ class Replay:
         self.capacity = capacity
         self.kept: RolloutBatch | None = None  # oldest first
 
+    def __repr__(self) -> str:
+        return f"Replay({len(self):,} of {self.capacity:,} rollouts)"
+
     def __len__(self) -> int:
         return 0 if self.kept is None else len(self.kept)
 

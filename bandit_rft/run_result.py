@@ -130,6 +130,8 @@ class RunResult(Sequence[Line]):
 
     def summary(self) -> list[tuple[str, float, float]]:
         """(name, before, after) of the reward of a round and of every evaluation, where it was measured twice."""
+        from bandit_rft.report.pairs import measured_binary
+
         found = []
         keys = dict.fromkeys(key for line in self.lines for key in line if key.startswith("eval/"))
         for key in ["reward", *(key for key in keys if not key.endswith(("/unscored", "/filtered")))]:
@@ -137,8 +139,10 @@ class RunResult(Sequence[Line]):
             if len(values) < 2:
                 continue
             name = key.removeprefix("eval/").replace("/", " ")
-            if not all(0 <= value <= 1 for value in values):
-                name = name.replace("pass@1", "mean reward")
+            if "/pass@" in key:
+                fractions = all(0 <= value <= 1 for value in values)
+                if not (fractions and measured_binary(self.folder, key.split("/")[1])):
+                    name = name.replace("pass@1", "mean reward")
             found.append((name, values[0], values[-1]))
         return found
 

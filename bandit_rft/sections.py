@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.options import STRICT, fields_of, read_value
+from bandit_rft.presets import PRESETS
 from bandit_rft.tasks.files import named_files
 
 if TYPE_CHECKING:
@@ -104,18 +105,23 @@ class ObjectiveConfig(Section):
                 f"an unchanged policy (ratio 1); got {self.importance_cap:g}"
             )
         if self.dual_clip is not None and self.kind not in ("ppo", "gspo"):
+            setting = [name for name, tree in PRESETS.items() if tree["objective"]["dual_clip"] == self.dual_clip]
+            origin = f" (of preset {', '.join(setting)}; objective.dual_clip=null takes it away)" if setting else ""
             raise ValueError(
-                f"objective.dual_clip applies to objective.kind ppo or gspo; got dual_clip={self.dual_clip:g} with "
-                f"kind={self.kind}"
+                f"objective.dual_clip={self.dual_clip:g} cannot act with objective.kind={self.kind}: it belongs to "
+                f"ppo, gspo{origin}"
             )
         return self
 
     def fits(self, config: Config) -> None:
+        of_preset = PRESETS.get(config.preset or "", {}).get("objective", {})
         for name, kinds in CLIPPED_BY.items():
-            if self.kind not in kinds and (value := getattr(self, name)) != fields_of(type(self))[name].default:
+            default = fields_of(type(self))[name].default
+            if self.kind not in kinds and (value := getattr(self, name)) != default:
+                origin = f" (of preset {config.preset}; objective.{name}={default:g} takes it away)"
                 raise ValueError(
                     f"objective.{name}={value:g} cannot act with objective.kind={self.kind}: it belongs to "
-                    f"{', '.join(kinds)}"
+                    f"{', '.join(kinds)}{origin if of_preset.get(name) == value else ''}"
                 )
 
 
@@ -356,7 +362,7 @@ class LoraConfig(Section):
 
 @dataclass(config=STRICT)
 class DistributedConfig(Section):
-    """How several processes train together (docs/scaling.md); torchrun starts them. For one process it says nothing."""
+    """How several processes train together (docs/scaling.md); torchrun starts them. For one process it does nothing."""
 
     shard: Literal["fsdp", "ddp"] = Key(
         "fsdp", "weights, gradients and optimizer state split over the processes, or all of them on each",

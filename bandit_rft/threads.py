@@ -1,9 +1,9 @@
 """How the CPU threads of a command wait for work: the one setting that must be made before torch is imported.
 
 torch's threads (GNU OpenMP) spin between two parallel regions, for up to some milliseconds, so that the next one starts
-at once. Beside other busy processes such a thread burns a time slice that the thread it waits for would have needed,
-and a round takes several times as long: benchmarks/thread_wait.py measures it. So they spin for some microseconds,
-long enough for the gaps within a round, and then sleep.
+at once. Beside other busy processes such a thread burns a time slice that the thread it waits for would have needed.
+So they spin for some microseconds, long enough for the gaps within a round, and then sleep. benchmarks/thread_wait.py
+measures what each costs.
 """
 
 from __future__ import annotations

@@ -252,7 +252,18 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"task": "math", "task_options.verify": "strin"}, "must be one of string, math_verify; got 'strin' (did you"),
         ({"task": "reasoning-gym"}, "task_options.dataset must be given: one of the library's, such as leg_counting"),
         ({"task": "rows.jsonl", "task_options.test_sise": 3}, "(did you mean test_size?)"),
-        ({"objective.kind": "reinforce", "objective.dual_clip": 3}, "dual_clip applies to objective.kind ppo or gspo"),
+        (
+            {"objective.kind": "reinforce", "objective.dual_clip": 4},
+            "dual_clip=4 cannot act with objective.kind=reinforce: it belongs to ppo, gspo",
+        ),
+        (
+            {"preset": "demo", "objective.kind": "reinforce"},
+            "ppo, gspo (of preset paper, minimal, demo; objective.dual_clip=null takes it away)",
+        ),
+        (
+            {"preset": "single-rollout", "objective.kind": "ppo"},
+            "(of preset single-rollout; objective.importance_floor=0.5 takes it away)",
+        ),
         ({"objective": {"kind": "ppo", "clip_low": 2}}, "objective.clip_low must be >= 0 and <= 1; got 2"),
         ({"objective.kind.x": 1}, "unknown key 'objective.kind.x'"),
         ({"kl": 0.1}, "unknown key 'kl': it is a section of keys, such as kl.where"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def test_rows_lead_to_keys_and_no_name_has_two() -> None:
                     more |= {"objective.kl": "k3"} if key == "kl.where" else {}
                     more |= {"num_generations": 4} if key == "advantage" else {}
                     more |= {"objective.dual_clip": None} if key == "objective.kind" else {}
+                    if key.startswith("rollout."):
+                        more |= {"rollout.engine": "vllm", "rollout.urls": ["http://host:8000"]}
                     build_config({**NEEDED, **more, key: value})
 
 
@@ -56,6 +59,11 @@ def test_other_names_in_the_configuration_agree_with_the_table() -> None:
         ("actor_rollout_ref.rollout.n", "num_generations"), ("rollout.val_kwargs.n", "evaluation.num_samples"),
         ("actor.clip_ratio_c", "objective.dual_clip"), ("algorithm.adv_estimator", "advantage"),
         ("data.train_batch_size", "batch_size"), ("ppo_mini_batch_size", "update.minibatches"),
+        ("use_vllm", "rollout.engine"), ("vllm_mode", "rollout.urls"), ("vllm_server_base_url", "rollout.urls"),
+        ("vllm_gpu_memory_utilization", "rollout.server_command"), ("fsdp", "distributed.shard"),
+        ("vllm_importance_sampling_correction", "rollout.on_logprob_gap"), ("ddp_timeout", "distributed.timeout_s"),
+        ("algorithm.rollout_correction.rollout_is", "rollout.on_logprob_gap"), ("peft_config", "lora.rank"),
+        ("actor_rollout_ref.rollout.name", "rollout.engine"), ("actor.strategy", "distributed.shard"),
     ],
 )  # fmt: skip
 def test_a_peers_name_is_answered_with_its_row(typed: str, key: str) -> None:
@@ -68,7 +76,7 @@ def test_a_peers_name_is_answered_with_its_row(typed: str, key: str) -> None:
 
 def test_a_name_without_a_counterpart_is_said_to_have_none() -> None:
     for typed in (
-        "vllm_mode",
+        "local_rank",
         "use_bias_correction_kl",
         "push_to_hub",
         "actor_rollout_ref.actor.tau_pos",
@@ -87,6 +95,27 @@ def test_a_configuration_of_verls_is_answered_name_by_name(tmp_path: Path) -> No
         lines, ("algorithm.adv_estimator", "actor_rollout_ref.rollout.n"), ("advantage", "num_generations"), strict=True
     ):
         assert line.startswith(f"unknown key {name!r} (did you mean {key}?): verl's")
+
+
+def test_what_the_package_has_is_not_said_to_be_missing() -> None:
+    """Several processes and vLLM servers are there: torchrun, distributed.*, rollout.engine=vllm."""
+    assert not [row.names for row in (*TRL, *VERL) if "in one process" in row.note or "own engine" in row.note]
+    for typed in ("trainer.nnodes", "trainer.n_gpus_per_node", "fsdp", "local_rank"):
+        assert "torchrun" in refusal(**{typed: 1})
+
+
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [("args", "keywords of Trainer"), ("processing_class", "tokenizer="), ("callbacks", "listener="),
+     ("peft_config", "lora.rank"), ("optimizers", "AdamW")],
+)  # fmt: skip
+def test_an_argument_of_trls_trainer_is_answered(argument: str, instead: str) -> None:
+    from bandit_rft import Trainer
+
+    with pytest.raises(ConfigError) as caught:
+        Trainer(model="m", task="arithmetic", **{argument: object()})  # type: ignore[arg-type]
+    assert f"unknown key {argument!r}" in str(caught.value)
+    assert instead in str(caught.value) and "docs/guides/from-trl.md" in str(caught.value)
 
 
 def test_our_own_names_come_first() -> None:
@@ -124,6 +153,9 @@ def test_trl_has_no_name_without_a_row() -> None:
     for config in (trl.GRPOConfig, trl.RLOOConfig, trl.ModelConfig, trl.ScriptArguments):
         for field in dataclasses.fields(config):
             assert any(row.fits(field.name) for row in TRL), f"{config.__name__}.{field.name}"
+    own = {"self", "model"}  # Trainer has that too
+    for name in inspect.signature(trl.GRPOTrainer.__init__).parameters.keys() - own:
+        assert any(row.fits(name) for row in TRL), f"GRPOTrainer({name}=)"
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> list[str]:

@@ -44,6 +44,10 @@ def test_first_in_first_out_and_staleness() -> None:
     assert Replay(3).draw(5, sampling="prioritized", now=1, max_staleness=None, seed=0) == (None, 1.0)
 
 
+def test_it_says_how_full_it_is() -> None:
+    assert repr(Replay(6)) == "Replay(0 of 6 rollouts)"
+
+
 def test_draws_depend_on_seed_and_round_alone() -> None:
     replay = Replay(50)
     replay.add(rollouts(range(20)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bandit_rft.report.pairs import OUTCOMES, Pair, evaluation_files, first_and_last, showcase
+from bandit_rft.report.pairs import OF_BINARY, OF_OTHERS, Pair, evaluation_files, first_and_last, is_binary, showcase
 from bandit_rft.report.stats import Interval, mean_interval, wilson
 
 MAX_ROLLOUTS = 400
@@ -187,7 +187,7 @@ def _load_evaluations(run: Run, files: dict[str, list[tuple[int, Path]]]) -> Non
         rewards = [float(r) if r is not None and abs(r) < 1e100 else 0.0 for sample, r in pairs if sample == 0]
         mean = math.fsum(rewards) / len(rewards) if rewards else 0.0
         variance = math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1)
-        binary = all(r in (0.0, 1.0) for r in rewards)
+        binary = is_binary(table["reward"])
         run.evaluations[round_, split] = EvaluationFile(len(rewards), binary, math.sqrt(variance))
 
 
@@ -199,7 +199,8 @@ def _load_pairs(run: Run, files: dict[str, list[tuple[int, Path]]]) -> None:
         if matched is None:
             continue
         run.pair_rounds[split], pairs = matched
-        kinds = {kind: [pair for pair in pairs if pair.outcome == kind] for kind in OUTCOMES}
+        names = OF_BINARY if all(pair.binary for pair in pairs) else OF_OTHERS
+        kinds = {kind: [pair for pair in pairs if pair.outcome == kind] for kind in names}
         run.pair_counts[split] = {kind: len(of_kind) for kind, of_kind in kinds.items()}
         first = showcase(pairs)
         run.pairs += [] if first is None else [first]

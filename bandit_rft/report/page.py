@@ -88,7 +88,7 @@ def render(run: Run) -> str:
         "dynamics": dynamics(run, charts),
         "evaluations": evaluations(run),
         "ledger": ledger(run),
-        "outcomes": OUTCOMES,
+        "outcomes": [kind for kind in OUTCOMES if any(kind in counts for counts in run.pair_counts.values())],
         "columns": COLUMNS,
         "graded": bool(rewards),
         "most_pairs": MAX_PAIRS_PER_KIND,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OUTCOMES = ("gained", "lost", "still right", "still wrong")
+#: What became of a question: of rewards 0 and 1, and of others, which do not say what is right.
+OF_BINARY = ("gained", "lost", "still right", "still wrong")
+OF_OTHERS = ("gained", "lost", "same")
+OUTCOMES = (*OF_BINARY, "same")
 PAIR_COLUMNS = ["query", "sample", "prompt", "completion", "answer", "reward"]
 
 Table = Mapping[str, Sequence[Any]]
@@ -28,6 +31,7 @@ class Pair:
     before_reward: float | None
     after_reward: float | None
     outcome: str
+    binary: bool = True  # whether every reward of both evaluations was 0 or 1
 
     @property
     def gain(self) -> float:
@@ -53,8 +57,12 @@ def first_answers(table: Table) -> dict[int, dict[str, Any]]:
 
 
 def match(split: str, before: Table, after: Table) -> list[Pair]:
-    """The questions of both tables, by number. One whose prompt differs is another question and is left out."""
+    """The questions of both tables, by number. One whose prompt differs is another question and is left out.
+
+    "Right" and "wrong" are said of rewards 0 and 1 alone; where any reward is another, only how it changed.
+    """
     old_rows, new_rows = first_answers(before), first_answers(after)
+    binary = is_binary(before.get("reward", ())) and is_binary(after.get("reward", ()))
     pairs = []
     for query in sorted(old_rows.keys() & new_rows.keys()):
         old, new = old_rows[query], new_rows[query]
@@ -62,10 +70,30 @@ def match(split: str, before: Table, after: Table) -> list[Pair]:
             continue
         a, b = (None if row["reward"] is None else float(row["reward"]) for row in (old, new))
         low, high = (-math.inf if value is None else value for value in (a, b))
-        outcome = "gained" if high > low else "lost" if high < low else "still right" if high > 0 else "still wrong"
+        unchanged = ("still right" if high > 0 else "still wrong") if binary else "same"
+        outcome = "gained" if high > low else "lost" if high < low else unchanged
         answer = None if old["answer"] is None else str(old["answer"])
-        pairs.append(Pair(split, query, old["prompt"], answer, old["completion"], new["completion"], a, b, outcome))
+        texts = old["completion"], new["completion"]
+        pairs.append(Pair(split, query, old["prompt"], answer, *texts, a, b, outcome, binary))
     return pairs
+
+
+def is_binary(rewards: Iterable[float | None]) -> bool:
+    """Whether every reward is 0 or 1, so that their mean is a Pass@1; what could not be scored says nothing."""
+    return all(reward is None or not abs(reward) < 1e100 or reward in (0.0, 1.0) for reward in rewards)
+
+
+def measured_binary(folder: Path, split: str, rounds: Iterable[int] | None = None) -> bool:
+    """Whether the stored evaluations of a split, of some rounds or of all, have rewards 0 and 1 alone.
+
+    True where none is stored: the caller's values are all there is to judge by.
+    """
+    files, wanted = evaluation_files(folder).get(split, []), None if rounds is None else set(rounds)
+    return all(
+        is_binary(_read(path, ["reward"]).get("reward", ()))
+        for round_, path in files
+        if wanted is None or round_ in wanted
+    )
 
 
 def showcase(pairs: Sequence[Pair]) -> Pair | None:

@@ -175,6 +175,10 @@ class RolloutEngine:
                 capture=on_gpu, check_every=self._check_every, lag=1 if on_gpu else 0,
             )  # fmt: skip
 
+    def __repr__(self) -> str:
+        sizes = f"max_completion_length={self.max_completion_length}, batch_size={self.batch_size}"
+        return f"RolloutEngine({self.policy!r}, {sizes})"
+
     @plain_surroundings()
     def generate(
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1

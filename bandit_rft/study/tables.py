@@ -59,9 +59,9 @@ class Tables:
         budget = study.settings.get("budget")
         facts = [
             f"{used:,} of {len(study.cells):,} cells used",
-            f"{len(study.levels)} levels of {len(self.factors)} factors",
+            f"{_counted(len(study.levels), 'level')} of {_counted(len(self.factors), 'factor')}",
         ]
-        facts += [f"models: {', '.join(models)}", f"tasks: {', '.join(tasks)}", f"{len(study.seeds)} seeds"]
+        facts += [f"models: {', '.join(models)}", f"tasks: {', '.join(tasks)}", f"{_counted(len(study.seeds), 'seed')}"]
         if isinstance(budget, dict):
             facts.append(f"budget: {budget.get('amount', '')} {budget.get('rule', '')}".strip())
         return facts
@@ -355,6 +355,11 @@ def brackets(low: float, high: float, form: Callable[[float], str] = signed) -> 
 def p_text(value: float) -> str:
     """A p-value with three decimals."""
     return "–" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _counted(count: int, what: str) -> str:
+    """So many of something, "1 level" or "2 levels"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def share(value: float) -> str:

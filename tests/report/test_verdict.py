@@ -20,14 +20,16 @@ from browser import HOSTILE, Browser, Page  # noqa: E402
 from rich.console import Console  # noqa: E402
 from simulated_run import make_run, write_evaluation  # noqa: E402
 
+from bandit_rft.config import Config  # noqa: E402
 from bandit_rft.metrics import read_metrics  # noqa: E402
-from bandit_rft.progress import show_result  # noqa: E402
+from bandit_rft.progress import ConsoleListener, show_result  # noqa: E402
 from bandit_rft.report import write_report  # noqa: E402
 from bandit_rft.report.figures import Charts, dynamics, learning  # noqa: E402
 from bandit_rft.report.load import load_run  # noqa: E402
 from bandit_rft.report.pairs import first_answers, match, showcase  # noqa: E402
 from bandit_rft.report.shell import environment  # noqa: E402
 from bandit_rft.report.verdict import health, judge  # noqa: E402
+from bandit_rft.run_result import RunResult  # noqa: E402
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -229,9 +231,48 @@ def test_the_question_shown_first_is_embedded_whatever_its_place(tmp_path: Path)
     pq.write_table(pa.Table.from_pylist(rows), path)
     run = load_run(folder)
     assert run.pairs[0].query == 101 and run.pairs[0].split == "test"
-    for outcome in ("gained", "lost", "still right", "still wrong"):
+    assert "same" in run.pair_counts["test"] and "still right" in run.pair_counts["train"]  # a reward of 7 is no 0 or 1
+    for outcome in run.pair_counts["test"]:
         of_kind = [pair for pair in run.pairs if (pair.split, pair.outcome) == ("test", outcome)]
         assert len(of_kind) == min(12, run.pair_counts["test"][outcome])
+
+
+def rated(folder: Path, rewards: dict[float, float]) -> Path:
+    """The run's stored evaluations with other rewards in place of 0 and 1."""
+    for path in (folder / "evaluations").iterdir():
+        table = pq.read_table(path)
+        scores = pa.array([rewards[r] for r in table["reward"].to_pylist()])
+        pq.write_table(table.set_column(table.column_names.index("reward"), "reward", scores), path)
+    return folder
+
+
+def test_rewards_other_than_0_and_1_are_not_called_right_or_wrong(tmp_path: Path) -> None:
+    folder = rated(make_run(tmp_path / "run", rounds=20, rollout_rounds=0), {0.0: 0.1, 1.0: 0.9})
+    run = load_run(folder)
+    assert set(run.pair_counts["test"]) == {"gained", "lost", "same"} and run.pair_counts["test"]["same"] > 0
+    page = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "still right" not in page and "still wrong" not in page
+    binary = make_run(tmp_path / "binary", rounds=20, rollout_rounds=0)
+    assert set(load_run(binary).pair_counts["test"]) == {"gained", "lost", "still right", "still wrong"}
+    assert "same" not in {pair.outcome for pair in load_run(binary).pairs}
+
+
+def test_the_console_and_the_result_judge_rewards_and_not_their_mean(tmp_path: Path) -> None:
+    folder = rated(make_run(tmp_path / "run", rounds=20, rollout_rounds=0), {0.0: 0.1, 1.0: 0.9})
+    lines = read_metrics(folder)  # every mean lies between 0 and 1
+    other = make_run(tmp_path / "binary", rounds=20, rollout_rounds=0)
+    for path, said, not_said in ((folder, "mean reward", "pass@1"), (other, "pass@1", "mean reward")):
+        out = io.StringIO()
+        show_result(path, lines, None, Console(file=out, width=200))
+        result = RunResult(path, lines, None)  # type: ignore[arg-type]
+        live = io.StringIO()
+        listener = ConsoleListener(Config(max_rounds=20), Console(file=live, width=300))
+        listener._folder = path
+        for line in lines:
+            listener.round_done(line | {"tokens/generated": 0})
+        for text in (out.getvalue(), repr(result), live.getvalue()):
+            assert f"test {said}" in text.replace("Pass@1", "pass@1")
+            assert not_said not in text.replace("Pass@1", "pass@1")
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------

@@ -48,6 +48,11 @@ def test_first_rollout_is_the_same_whether_one_or_eight_are_drawn(policy: Policy
     torch.testing.assert_close(eight.split(eight.logprobs)[16], one.split(one.logprobs)[2], atol=1e-5, rtol=1e-5)
 
 
+def test_an_engine_says_what_it_is(policy: Policy) -> None:
+    said = repr(RolloutEngine(policy, max_completion_length=20))
+    assert said == f"RolloutEngine({policy!r}, max_completion_length=20, batch_size=256)" and len(said) < 200
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 256])
 def test_a_rollout_is_the_same_alone_and_in_a_batch(policy: Policy, batch_size: int) -> None:
     ids = sequence_ids(0, 1, list(range(len(PROMPTS))), 0)

@@ -34,6 +34,17 @@ def test_the_file_is_ten_lines_and_what_the_guide_says(tmp_path: Path) -> None:
     assert config.reward.functions == ["../../rewards.py:mine"]
 
 
+def test_too_few_seeds_are_said_of_a_quiet_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(FILES[0].replace("[0, 1, 2, 3, 4]", "[0, 1]"))
+    monkeypatch.setattr(cli, "_run_cells", lambda *arguments: 1)
+    assert cli.main(["study", "run", "mine.yaml", "--quiet"]) == 1
+    printed = capsys.readouterr()
+    assert "two seeds: where runs differ" in printed.err and not printed.out
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_guide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -45,7 +56,7 @@ def test_the_commands_of_the_guide(
     said = {}
     for command in COMMANDS:
         assert cli.main(command.split()) == 0, capsys.readouterr().err
-        said[command.split()[1]] = capsys.readouterr().out
+        said[command.split()[1]] = "".join(capsys.readouterr())
     assert "two seeds: where runs differ" in said["plan"] and "two seeds: where runs differ" in said["run"]
     assert said["status"].startswith("6 cells: 6 finished")
     page = (tmp_path / "runs" / "mine" / "report" / "report.html").read_text()

@@ -295,7 +295,7 @@ def test_few_seeds_are_warned_of_before_anything_runs(
     warning = seed_warning(plan)
     assert warning is None if words is None else warning is not None and words in warning
     started: list[str] = []
-    monkeypatch.setattr("bandit_rft.study.run.Runner.run", lambda self: started.append(capsys.readouterr().out))
+    monkeypatch.setattr("bandit_rft.study.run.Runner.run", lambda self: started.append(capsys.readouterr().err))
     monkeypatch.setattr("bandit_rft.study.status.show_status", lambda folder, console: None)
     main(["study", "run", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")])
     assert ("note: " in started[0]) == (words is not None)

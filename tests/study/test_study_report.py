@@ -115,7 +115,8 @@ def test_sentences_where_little_is_known(tmp_path: Path) -> None:
     one = make_study(tmp_path / "one", **{**SMALL, "seeds": 1})
     assert finding(analyse_study(one), "rollouts") == "no interval can be given: that takes two seeds or more."
     assert "(one seed: no interval)" in baseline_finding(analyse_study(one))
-    assert "With one seed no interval can be given" in Page(write_study_report(one).read_text()).text
+    page = Page(write_study_report(one).read_text()).text
+    assert "With one seed no interval can be given" in page and "· 1 seed ·" in page
     # two seeds were planned: that it takes two is no news, which of them are missing is
     for number, missing in enumerate((["baseline-baseline"], ["rollouts-n_8", "baseline-baseline"], ["rollouts-n_8"])):
         problems = {f"{kind}-m-a-s1": "running" for kind in missing}
