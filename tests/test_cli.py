@@ -266,7 +266,7 @@ def eval_chooses_the_best(stage: Stage) -> None:
         lines.append(json.dumps({"round": number, "eval/train/pass@1": 1 / number, "eval/test/pass@1": value}))
     (stage.folder / "run" / "metrics.jsonl").write_text("\n".join(lines))
     stage.monkeypatch.setattr(
-        "bandit_rft.evaluate.evaluate_splits", lambda config, *_, base: print(config.model_name_or_path) or sys.exit(7)
+        "bandit_rft.evaluate.evaluate_splits", lambda config, *_, **__: print(config.model_name_or_path) or sys.exit(7)
     )
     line = "eval run --preset demo"
     assert "checkpoint-4\n" in stage.says(line, 7) and "checkpoint-2\n" in stage.says(f"{line} --best", 7)
