@@ -18,7 +18,10 @@ from bandit_rft.ops import backends
 Measure = Callable[..., dict[str, Any]]
 Shape = tuple[int, int, int]
 FASTEST = "fastest peer"
-pytestmark = pytest.mark.skipif(backends.native is None, reason="measures the compiled core")
+pytestmark = [
+    pytest.mark.skipif(backends.native is None, reason="measures the compiled core"),
+    pytest.mark.timeout(900),  # torch.compile tries every algorithm, for every shape
+]
 
 
 def through(backend: str | None) -> str:

@@ -26,6 +26,8 @@ from bandit_rft.metrics import read_metrics
 from bandit_rft.tasks import Example, Task
 from bandit_rft.trainer import Trainer
 
+pytestmark = pytest.mark.timeout(900)  # the reference loop is compiled
+
 PROMPT = " ".join(f"w{i}" for i in range(16))
 EAGER, COMPILED = "reference loop, eager", "reference loop, compiled"
 TURNS = 3

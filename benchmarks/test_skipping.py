@@ -14,7 +14,7 @@ from comparison.record import OURS
 from bandit_rft.config import build_config
 from bandit_rft.metrics import read_metrics
 from bandit_rft.ops import policy_loss as operations
-from bandit_rft.tasks import load_task
+from bandit_rft.tasks import Task, load_task
 from bandit_rft.trainer import Trainer
 from bandit_rft.update import PolicyUpdater
 
@@ -49,7 +49,7 @@ def test_looking_for_rows_to_skip(
         monkeypatch.setattr(operations, name, timed(getattr(operations, name)))
     monkeypatch.setattr(PolicyUpdater, "_step", a_step)
     task = load_task("arithmetic")
-    task.rewards[:] = [one]
+    task = Task(task.name, task.splits, [one])
     config = build_config(
         {
             "preset": "demo", "max_rounds": 40, "eval_steps": 0, "save_steps": 0, "log_rollouts_steps": 0,
