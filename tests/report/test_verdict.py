@@ -16,7 +16,7 @@ import pytest
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("yaml")
 import pyarrow.parquet as pq  # noqa: E402
-from browser import HOSTILE, Browser, Page  # noqa: E402
+from browser import HARD_TO_READ, HOSTILE, Browser, Page  # noqa: E402
 from rich.console import Console  # noqa: E402
 from simulated_run import make_run, write_evaluation  # noqa: E402
 
@@ -384,3 +384,14 @@ def test_nothing_is_cut_or_scrolls_sideways(tmp_path: Path, browser: Browser, wi
     assert browser.run(clipped) == []
     wide = "return [...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().width)"
     assert max(browser.run(wide)) < 720  # a chart alone is no wider than one of two
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_is_legible(tmp_path: Path, browser: Browser, scheme: str) -> None:
+    browser.scheme(scheme)
+    browser.open(write_report(make_run(tmp_path / "run", rounds=40)))
+    browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    shade = browser.run("return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")
+    assert (int(shade) < 64) == (scheme == "dark")
+    assert browser.run(HARD_TO_READ) == []
+    assert browser.run(HARD_TO_READ.replace("? 3 : 4.5", "? 21.1 : 21.1"))  # it finds texts at all

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("yaml")
 pq = pytest.importorskip("pyarrow.parquet")
-from browser import HOSTILE, Browser, Page  # noqa: E402
+from browser import HARD_TO_READ, HOSTILE, Browser, Page  # noqa: E402
 from simulated_study import make_study  # noqa: E402
 
 from bandit_rft.report.figures import Charts  # noqa: E402
@@ -415,3 +415,14 @@ def test_nothing_is_cut(study: Path, browser: Browser, width: int) -> None:
         return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth);
     }).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))"""
     assert browser.run(outside) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_is_legible(study: Path, browser: Browser, scheme: str) -> None:
+    browser.scheme(scheme)
+    browser.open(write_study_report(study))
+    browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    shade = browser.run("return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")
+    assert (int(shade) < 64) == (scheme == "dark")
+    assert browser.run(HARD_TO_READ) == []
+    assert browser.run(HARD_TO_READ.replace("? 3 : 4.5", "? 21.1 : 21.1"))  # it finds texts at all

@@ -99,11 +99,35 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
 
+    def scheme(self, name: str) -> None:
+        """What the system asks for: "dark" or "light"."""
+        media = {"features": [{"name": "prefers-color-scheme", "value": name}]}
+        self.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
+
     def run(self, script: str) -> Any:
         return self.call("POST", "/execute/sync", {"script": script, "args": []})
 
     def log(self) -> list[dict[str, Any]]:
         return list(self.call("POST", "/se/log", {"type": "browser"}))
+
+
+#: Texts that are hard to read: contrast below 4.5 (3 where large), as WCAG 2.1 defines it, section 1.4.3.
+HARD_TO_READ = """
+    const rgba = text => { const c = text.match(/[0-9.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c; };
+    const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+    const behind = e => { const c = rgba(getComputedStyle(e).backgroundColor);
+        return c[3] === 1 || !e.parentElement ? over(c, [255, 255, 255]) : over(c, behind(e.parentElement)); };
+    const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const light = c => 0.2126 * linear(c[0]) + 0.7152 * linear(c[1]) + 0.0722 * linear(c[2]);
+    return [...document.querySelectorAll('body *')].filter(e => e.checkVisibility() && !e.closest('script, style')
+        && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
+        const style = getComputedStyle(e), back = behind(e);
+        const front = over(rgba(e instanceof SVGElement ? style.fill : style.color), back);
+        const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+        return [(a + 0.05) / (b + 0.05), parseFloat(style.fontSize) >= 24 ? 3 : 4.5, e];
+    }).filter(([contrast, least]) => contrast < least).map(([contrast, , e]) =>
+        `${e.tagName}.${e.className.baseVal ?? e.className} ${contrast.toFixed(2)} ${e.textContent.slice(0, 30)}`);
+"""
 
 
 @pytest.fixture(scope="module")
