@@ -220,3 +220,27 @@ def test_a_digest_is_of_what_a_function_computes() -> None:
     for _ in range(2000):  # Python specializes what runs often
         function("1", "2")
     assert code_digest(function) == before
+
+
+class Refuses:
+    """An object that lets nobody look."""
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        raise RuntimeError("not to be looked at")
+
+
+def test_a_digest_never_ends_a_run() -> None:
+    """What cannot be described is known by the function's name alone; what is nested deeply, too."""
+    refuses = Refuses()
+    deep: Any = ()
+    for _ in range(5000):
+        deep = (deep,)
+
+    def one(completions: list[str], **columns: Any) -> list[float]:
+        return [float(refuses is None)] * len(completions)
+
+    def other(completions: list[str], **columns: Any) -> list[float]:
+        return [float(deep is None)] * len(completions)
+
+    assert code_digest(one) == code_digest(one) != code_digest(other)
