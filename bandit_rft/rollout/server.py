@@ -75,6 +75,7 @@ class ServerEngine:
         self._concurrency, self._retry_seconds = concurrency, retry_seconds
         self._run = uuid.uuid4().hex[:8]  # two runs must not take each other's weights for their own
         self._locks = [threading.Lock() for _ in clients]
+        self._sent = [0 for _ in clients]  # how often weights were sent to each
         self._using = threading.Lock()  # a push waits for what is being drawn
         self._stopping = threading.Event()
         self._counts, self._count_lock = Counter[str](), threading.Lock()
@@ -160,13 +161,14 @@ class ServerEngine:
         """One completion by the weights that were pushed last, whatever happens to the server meanwhile."""
         failures = _Failures(self._clients[server].url, self._retry_seconds, stopping)
         while True:
+            sent = self._sent[server]
             try:
                 answer = self._clients[server].generate(request)
                 if answer.versions == [self._label]:
                     return answer
                 self._count("redrawn_stale")
                 failures.stale(answer.versions, self._label)
-                self._send_again(server)
+                self._send_again(server, sent)
             except GarbledError as error:
                 self._count("garbled")
                 failures.garbled(error)
@@ -179,7 +181,7 @@ class ServerEngine:
                     raise RolloutError(f"a request was refused: {error} {HINT}") from error
                 self._count("redrawn_stale")  # a restarted server knows no adapter
                 failures.stale([], self._label)
-                self._send_again(server)
+                self._send_again(server, sent)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -244,11 +246,20 @@ class ServerEngine:
     def _send(self, server: int) -> None:
         with self._locks[server]:
             self._push.send(self._clients[server], self._label)
+            self._sent[server] += 1
 
-    def _send_again(self, server: int) -> None:
-        """Give a server that has other weights the pushed ones; one of the threads that noticed does it."""
+    def _send_again(self, server: int, sent: int) -> None:
+        """Give a server that has other weights the pushed ones; one of the threads that noticed does it.
+
+        Args:
+            server: its number.
+            sent: how often weights had been sent to it when the request began that was answered by others. While
+                they are sent, answers are by others: were they sent again for each of those, it would never end.
+        """
         client = self._clients[server]
         with self._locks[server]:
+            if self._sent[server] != sent:
+                return
             if self._push.adapter(self._label) is None and client.version() == self._label:
                 return
             if not self._push.repeatable:
@@ -258,6 +269,7 @@ class ServerEngine:
                 )
             logger.warning("%s has other weights than those of round %s: they are sent again", client.url, self.version)
             self._push.send(client, self._label)
+            self._sent[server] += 1
 
     def _revive(self, server: int) -> None:
         if self._process is not None:

@@ -95,7 +95,7 @@ class Packer:
 
     def content(self) -> tuple[bytes, str]:
         """cells.npz and clocks.csv."""
-        text = json.dumps(self._description, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(self._description, separators=(",", ":"))  # escaped: a name may hold half a surrogate pair
         sink = io.BytesIO()
         np.savez_compressed(
             sink,

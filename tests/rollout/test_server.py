@@ -300,7 +300,7 @@ def test_a_failed_write_leaves_no_folder_that_looks_whole(tmp_path: Path) -> Non
     assert not (tmp_path / "step-1").exists()
 
 
-def test_adapters_get_a_new_name_each_version(tmp_path: Path) -> None:
+def test_adapters_get_a_new_name_each_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("peft")
     from bandit_rft.model.lora import add_adapter
     from bandit_rft.rollout.push import LoraPush
@@ -325,7 +325,9 @@ def test_adapters_get_a_new_name_each_version(tmp_path: Path) -> None:
     assert len(server.adapters) == 2 and {name[-2:] for name in server.adapters} == {"-1", "-2"}
     server.stop()
     server.start()  # it knows no adapter any more
+    caplog.clear()
     assert gap(policy, engine.generate(PROMPTS, IDS, seed=1, n=2)) < 1e-4
+    assert caplog.text.count("they are sent again") == 1  # by one thread for all that noticed
     engine.close()
     server.stop()
 
