@@ -59,8 +59,8 @@ def state_width(dtype: torch.dtype) -> int:
 def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = False) -> Tile:
     """Which kernel serves: the tile for this many rows on sm_80, sm_90 or sm_100, for scoring or for drawing.
 
-    The vendor's product with the CUDA row kernel might score about as fast (nobody measured it), but
-    sums in an order of its own for every shape; these two give a drawn token the same bits when it is scored.
+    The vendor's product with the CUDA row kernel might score about as fast (nobody measured it), but sums in an order
+    of its own for every shape; these two give a drawn token the same bits when it is scored.
 
     Few rows: reading an entry of the weight, 2 H bytes, takes H / 2100 ns at 4.2 TB/s: 426 ps where H = 896. Softmax
     and noise of 64 rows, padding included, are 64 x 55 instructions, which at the third of the issue slots that 8 warps
