@@ -76,7 +76,7 @@ class RunFolder:
         Args:
             resume: auto | never | a checkpoint folder.
             config: of the run that is about to start.
-            rewards: its `provenance.reward_records`, as far as they are known.
+            rewards: its `inputs.reward_records`, as far as they are known.
 
         Raises:
             ConfigError: when the folder holds a run and resume is never or a checkpoint of another folder, or the
