@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -43,25 +44,42 @@ class Watch:
         server: who serves it: "rank 0", or "the launcher".
 
     Raises:
-        RankError: from an error inside the block that another rank's end explains.
+        RankError: the server of the store died before this rank could join, or from an error inside the block that
+            another rank's end explains.
     """
 
     def __init__(self, rank: int, world: int, store: Any, *, where: str, server: str):
         self._rank, self._world = rank, world
         self._where, self._server, self._serves = where, server, server == f"rank {rank}"
+        self._gone = f"the store at {where} is gone: {server}, which serves it, died"
         self._me = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
-        connection = store.clone()  # one of its own: a call of the main thread may block for long
-        connection.set_timeout(timedelta(seconds=DEAD_AFTER_S))
-        self._store = dist.PrefixStore("watch", connection)  # type: ignore[attr-defined]
+        self._joined = store
         self._verdict: str | None = None
         self._heard, self._over = threading.Event(), threading.Event()
         self._answered = time.monotonic()  # when the store last did
 
     def __enter__(self) -> Watch:
-        self._sign(0)  # before this returns: a rank that is stopped from now on is missed
-        for work in (self._look, self._judge):
-            threading.Thread(target=work, name=f"watch of the ranks: {work.__name__}", daemon=True).start()
+        self._start(self._judge)  # first: a server that is stopped by now leaves a new connection waiting without end
+        try:
+            self._store = dist.PrefixStore("watch", self._connection())  # type: ignore[attr-defined]
+            self._sign(0)  # before this returns: a rank that is stopped from now on is missed
+        except RuntimeError as error:
+            self._over.set()
+            raise RankError(f"{self._gone}. The run can be continued from its last checkpoint") from error
+        self._start(self._look)
         return self
+
+    def _connection(self) -> Any:
+        """One of its own to the store: a call of the main thread may block for long."""
+        patience, limit = self._joined.timeout, timedelta(seconds=DEAD_AFTER_S)
+        self._joined.set_timeout(limit)  # for connecting, too
+        connection = self._joined.clone()
+        self._joined.set_timeout(patience)
+        connection.set_timeout(limit)
+        return connection
+
+    def _start(self, work: Callable[[], None]) -> None:
+        threading.Thread(target=work, name=f"watch of the ranks: {work.__name__}", daemon=True).start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -130,7 +148,7 @@ class Watch:
             except RuntimeError:  # as torch reports a lost connection
                 if self._over.wait(3 * BEAT_S):  # all is done, and the first rank has left
                     return
-                self._hear(f"the store at {self._where} is gone: {self._server}, which serves it, died")
+                self._hear(self._gone)
                 return
 
     def _hear(self, verdict: str) -> None:

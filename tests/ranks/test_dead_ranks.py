@@ -128,6 +128,29 @@ def test_a_stopped_rank_that_serves_the_store_is_named(world: World, values: dic
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_a_rank_that_joins_late_hears_that_the_server_is_gone(
+    world: World, values: dict[str, Any], killed: bool
+) -> None:
+    """It has met rank 0, and has yet to connect for its signs of life."""
+    start = time.monotonic()
+
+    def kill(ranks: Sequence[int]) -> None:
+        """Once the other has said that it is stopped, or as soon as it is."""
+        if not killed:
+            kill_once(world, "rank 1 ends", 1, victim=0)(ranks)
+        else:
+            while "T (stopped)" not in Path(f"/proc/{ranks[0]}/status").read_text() and time.monotonic() < start + 60:
+                time.sleep(0.01)
+            os.kill(ranks[0], signal.SIGKILL)
+
+    statuses = world.run(2, values, kill, patch={**SOON, "DEAD_AFTER_S": 4.0}, halt=[0, "after"], late=1)
+    assert statuses == [-signal.SIGKILL, 1]
+    assert "rank 0, which serves it" in world.said(1), world.said(1)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
 def test_the_rank_that_serves_the_store_waits_until_all_have_read_who_died(
     world: World, values: dict[str, Any]
 ) -> None:

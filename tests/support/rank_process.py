@@ -3,8 +3,9 @@
 stdin: one JSON object a line, {"world": K, "config": {...}} and, for faults, {"patch": {name in watch.py: value},
 "reward": name in tiny_rewards.py, "stop": [rank, round in which it is asked to stop], "save": rounds after which to
 save, whatever save_steps says, "halt": [rank, "before" or "after" its first sign of life, where SIGSTOP halts it],
-"fault": rank that raises in the first round}; stdout: the process ids of the ranks, then, when all have ended, their
-exit statuses.
+"late": rank that joins two seconds after the others, "fault": rank that raises in the first round}; stdout: the process
+ids of the ranks, then, when all have ended, their exit statuses. What still runs after LIMIT_S is killed, so that the
+next line is read whatever became of this one.
 Rank r writes to the file errors-r in the folder of the first argument.
 """
 
@@ -15,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from bandit_rft.config import build_config
 from bandit_rft.distributed import process, watch  # noqa: F401
 from bandit_rft.tasks import Task
 
+#: Seconds that the ranks of one run may take: less than a test may (pyproject.toml).
+LIMIT_S = 150
+
 
 def train(order: dict[str, Any], rank: int) -> None:
     for name, value in order.get("patch", {}).items():
@@ -35,6 +40,8 @@ def train(order: dict[str, Any], rank: int) -> None:
         setattr(watch, name, value)
     if order.get("halt", [None])[0] == rank:
         halt(order["halt"][1])
+    if order.get("late") == rank:
+        join_late()
     task = sums()
     reward = getattr(tiny_rewards, order.get("reward", "starts_with_vowel"))
     run = trainer.Trainer(build_config(order["config"]), task=Task(task.name, task.splits, [reward]))
@@ -78,11 +85,21 @@ def halt(moment: str) -> None:
     watch.Watch.__enter__ = enter_and_halt  # type: ignore[method-assign]
 
 
+def join_late() -> None:
+    begin = watch.Watch.__init__
+
+    def wait_and_begin(of: watch.Watch, *args: Any, **options: Any) -> None:
+        time.sleep(2)
+        begin(of, *args, **options)
+
+    watch.Watch.__init__ = wait_and_begin  # type: ignore[method-assign]
+
+
 def fork(order: dict[str, Any], rank: int, port: int, errors: Path) -> int:
-    child = os.fork()
-    if child:
-        return child
-    with (errors / f"errors-{rank}").open("w") as file:
+    with (errors / f"errors-{rank}").open("w") as file:  # before the fork: whoever looks finds no earlier run's
+        child = os.fork()
+        if child:
+            return child
         os.dup2(file.fileno(), 2)
     world = order["world"]
     os.environ |= {
@@ -98,6 +115,21 @@ def fork(order: dict[str, Any], rank: int, port: int, errors: Path) -> int:
     os._exit(0)
 
 
+def end_of(ranks: list[int]) -> list[int]:
+    """The exit statuses of processes, each within LIMIT_S of the call."""
+    deadline = time.monotonic() + LIMIT_S
+    statuses = list[int]()
+    for rank in ranks:
+        ended, status = os.waitpid(rank, os.WNOHANG)
+        while not ended:
+            if time.monotonic() > deadline:
+                os.kill(rank, signal.SIGKILL)
+            time.sleep(0.01)
+            ended, status = os.waitpid(rank, os.WNOHANG)
+        statuses.append(status)
+    return statuses
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,4 +143,4 @@ if __name__ == "__main__":
         port = free_port()
         ranks = [fork(order, rank, port, Path(sys.argv[1])) for rank in range(order["world"])]
         print(*ranks, flush=True)
-        print(*(os.waitpid(rank, 0)[1] for rank in ranks), flush=True)
+        print(*end_of(ranks), flush=True)

@@ -53,8 +53,11 @@ class World:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"world": world, "config": {**TINY, **config}, **order}) + "\n")
         self.process.stdin.flush()
-        meanwhile([int(word) for word in self.process.stdout.readline().split()])
-        return [os.waitstatus_to_exitcode(int(word)) for word in self.process.stdout.readline().split()]
+        try:
+            meanwhile([int(word) for word in self.process.stdout.readline().split()])
+        finally:  # the next run's first line must not be this one's last
+            statuses = self.process.stdout.readline().split()
+        return [os.waitstatus_to_exitcode(int(word)) for word in statuses]
 
     def said(self, rank: int) -> str:
         """What a rank of the latest run wrote to stderr."""
