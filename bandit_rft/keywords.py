@@ -83,17 +83,22 @@ def make_run(
 
 def _say_what_cannot_act(config: Config, task: Any, train: Rows | None) -> None:
     """Refuse, or warn of, keys that only act on a run that the command line starts."""
-    if config.evaluation.files and (train is not None or isinstance(task, Task)):
-        where = "eval_dataset={name: rows}" if train is not None else "splits of the Task"
-        raise ConfigError(
-            f"evaluation.files={config.evaluation.files} cannot act here: a named task reads such files. "
-            f"Give further splits as {where}"
-        )
+    _refuse_files(config, task, train)
     if config.thread_wait != "bounded":
         warnings.warn(
             f"thread_wait={config.thread_wait} acts on bandit-rft's commands alone: torch is imported already. Set "
             "OMP_WAIT_POLICY in the environment before Python starts",
             stacklevel=4,
+        )
+
+
+def _refuse_files(config: Config, task: Any, train: Rows | None = None) -> None:
+    """Refuse evaluation.files where no task reads them (ConfigError)."""
+    if config.evaluation.files and (train is not None or isinstance(task, Task)):
+        where = "eval_dataset={name: rows}" if train is not None else "splits of the Task"
+        raise ConfigError(
+            f"evaluation.files={config.evaluation.files} cannot act here: a named task reads such files. "
+            f"Give further splits as {where}"
         )
 
 
@@ -111,8 +116,9 @@ def _from_config(
             raise TypeError(f"{name}={str(value)!r} beside a config: the config names it")
     if model is None and task is None:
         check_config(config)
+    _refuse_files(config, task)
     policy = None if model is None else Policy.of(model, tokenizer)  # type: ignore[arg-type]
-    made = _task(task, None, None, config.reward.functions if task is None else [], config)
+    made = _task(task, None, None, config.reward.functions, config)
     return _run(config, listener, made, policy, in_python=False)
 
 

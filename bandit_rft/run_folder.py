@@ -11,6 +11,7 @@ report.html
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -22,12 +23,15 @@ from typing import Any
 
 import filelock
 
+from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.checkpoint import CheckpointError, LayoutError, latest_checkpoint, list_checkpoints, read_state
-from bandit_rft.config import MAY_CHANGE, ConfigError
+from bandit_rft.config import MAY_CHANGE, ConfigError, keys
 from bandit_rft.inputs import reward_difference, same_functions
 from bandit_rft.metrics import parse_metrics, read_metrics, write_parquet
+from bandit_rft.options import fields_of
 from bandit_rft.paths import same_place
 from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.tasks import task_option_model
 from bandit_rft.text import printable
 
 logger = logging.getLogger(__name__)
@@ -293,32 +297,47 @@ def _refuse_other_run(
     state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path, rewards: Sequence[Mapping[str, Any]]
 ) -> None:
     """Raise ConfigError when the checkpoint was made under settings that make this another run."""
+    old, new = _identity(state.get("config", {})), _identity(now)
+    if "rewards" not in state and not old.get("reward.functions") and any(r["given"] != "name" for r in rewards):
+        new.pop("reward.functions", None)  # an earlier version did not keep what a program gave
+    saved_in = state.get("folder")
+    before = Path(saved_in) if isinstance(saved_in, str) else None
+    pairs = {key: (old.get(key, _DEFAULTS.get(key)), new.get(key, _DEFAULTS.get(key))) for key in {**old, **new}}
+    changed = {
+        key: f"{key}: {one!r} -> {other!r}"
+        for key, (one, other) in pairs.items()
+        if one != other
+        and not same_place(key, one, before, other, folder)
+        and not (key == "reward.functions" and same_functions(one, other))
+    }
+    if not changed and rewards and state.get("rewards") and (other := reward_difference(state["rewards"], rewards)):
+        changed["rewards"] = other
+    if changed:
+        raise ConfigError(
+            f"{path} was made with other settings ({'; '.join(changed.values())}): this would be neither run. Choose "
+            "another output_dir, or put the settings back"
+        )
+
+
+#: What a key is where a checkpoint of an earlier version does not say it.
+_DEFAULTS = {key.name: key.default for key in keys().values()}
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a configuration the run that it is, by dotted key: options that are not given have their default."""
+    task, advantage = str(config.get("task", "")), ADVANTAGES.get(str(config.get("advantage")))
+    models = {"task_options": task_option_model(task), "advantage_options": advantage and advantage.option_model}
+    defaults = {
+        key: {name: field.get_default(call_default_factory=True) for name, field in fields_of(model).items()}
+        for key, model in models.items()
+    }
+    whole = {**config, **{key: {**options, **(config.get(key) or {})} for key, options in defaults.items()}}
 
     def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in tree.items():
-            name = f"{prefix}{key}"
-            if name in MAY_CHANGE:
-                continue
-            out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+            if (name := f"{prefix}{key}") not in MAY_CHANGE:
+                out |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
         return out
 
-    old, new = flat(state.get("config", {})), flat(now)
-    if "rewards" not in state and not old.get("reward.functions") and any(r["given"] != "name" for r in rewards):
-        old.pop("reward.functions", None)  # an earlier version did not keep what a program gave
-    saved_in = state.get("folder")
-    before = Path(saved_in) if isinstance(saved_in, str) else None
-    changed = [
-        f"{key}: {old[key]!r} -> {new.get(key)!r}"
-        for key in old
-        if old[key] != new.get(key)
-        and not same_place(key, old[key], before, new.get(key), folder)
-        and not (key == "reward.functions" and same_functions(old[key], new.get(key)))
-    ]
-    if not changed and rewards and state.get("rewards") and (other := reward_difference(state["rewards"], rewards)):
-        changed = [other]
-    if changed:
-        raise ConfigError(
-            f"{path} was made with other settings ({'; '.join(changed)}): this would be neither run. Choose another "
-            "output_dir, or put the settings back"
-        )
+    return flat(json.loads(json.dumps(whole, default=repr)))  # as a checkpoint has it
