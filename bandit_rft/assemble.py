@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import logging
 import shlex
@@ -197,62 +195,6 @@ def check_course(checkpoint: Path, saved: dict[str, int] | None, now: LearningRa
             f"{now.course['warmup']}: this would be neither run. To train on after the end of that course, give "
             f"lr_scheduler_rounds={before['rounds'] or 1}"
         )
-
-
-def keep_initial(given: Policy | None, config: Config) -> Policy | None:
-    """A copy of the model that a program gave, for the KL to it; None where there is no use for one.
-
-    The one that is given is trained in place. Adapters leave it as it is, so that no copy is needed.
-    """
-    if given is None or not config.objective.kl_coef or config.lora.rank:
-        return None
-    initial = prepare(Policy(copy.deepcopy(given.model), given.tokenizer), config)
-    initial.model.requires_grad_(False)
-    return initial
-
-
-def load_reference(policy: Policy, config: Config, initial: Policy | None = None) -> Policy | None:
-    """The initial model that a KL is taken to, without gradients; None where there is no KL.
-
-    Args:
-        policy: what is trained; with adapters, the model beneath them is the initial one.
-        config: of the run; names the initial model.
-        initial: that model, where a program gave it.
-    """
-    if not config.objective.kl_coef:
-        return None
-    if config.lora.rank:
-        from bandit_rft.model.lora import base_policy
-
-        return base_policy(policy)
-    if initial is not None:
-        return initial
-    reference = load_policy(config.model_name_or_path, config)
-    reference.model.requires_grad_(False)
-    return reference
-
-
-def check_initial(checkpoint: Path, saved: str | None, now: str | None) -> None:
-    """Refuse to go on with a KL to another model than the one that a program gave at first (ConfigError).
-
-    Args:
-        checkpoint: its folder.
-        saved: the head_digest of the initial model as the checkpoint keeps it.
-        now: of the one that is given; None: none is.
-    """
-    if saved is not None and now is not None and saved != now:
-        raise ConfigError(
-            f"{checkpoint} was made with a KL to the model as it was given then, and the one given now has other "
-            "weights: has it been trained since? Load it anew, or choose another output_dir"
-        )
-
-
-def head_digest(policy: Policy | None) -> str | None:
-    """What the weights of a head are known by; None for no policy."""
-    if policy is None:
-        return None
-    weight = policy.weight.detach().cpu().contiguous()
-    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
 def make_updater(

@@ -65,7 +65,7 @@ class Config(Section):
     preset: str | None = Key(None, "start from these values: " + " | ".join(PRESETS), may_change=True, design=False)
     model_name_or_path: str = Key(
         "", "a Hugging Face causal LM: folder, hub name, or arithmetic-base (built in)",
-        also=("model",), may_change=True,
+        also=("model",),
     )  # fmt: skip
     task: str = Key(
         "", "arithmetic | countdown | gsm8k | math | summarize | dataset | reasoning_gym", also=("dataset",)

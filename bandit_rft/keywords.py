@@ -117,7 +117,10 @@ def _from_config(
     if model is None and task is None:
         check_config(config)
     _refuse_files(config, task)
-    policy = None if model is None else Policy.of(model, tokenizer)  # type: ignore[arg-type]
+    policy = None
+    if model is not None:
+        policy = Policy.of(model, tokenizer)  # type: ignore[arg-type]
+        config = replace(config, **_place(policy, vars(config)))  # type: ignore[arg-type]
     made = _task(task, None, None, config.reward.functions, config)
     return _run(config, listener, made, policy, in_python=False)
 
@@ -149,17 +152,25 @@ def _policy(model: Model | None, tokenizer: PreTrainedTokenizerBase | None, keys
         raise ValueError(
             "tokenizer must be given with a model in memory: training turns prompts into tokens, completions into text"
         )
+    keys |= _place(policy, keys)
+    return policy
+
+
+def _place(policy: Policy, keys: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a configuration that a model in memory decides: dtype, device and, where none is given, the name.
+
+    Raises:
+        ConfigError: `keys` say something else.
+    """
     dtype = str(policy.weight.dtype).removeprefix("torch.")
     device = str(policy.device) if launched_rank()[1] == 1 else policy.device.type  # each rank has a GPU of its own
-    for key, has in (("dtype", dtype), ("device", device)):
-        if keys.get(key, has) not in (has, "auto", None):
+    for key, has, fits in (("dtype", dtype, "auto"), ("device", device, policy.device.type)):
+        if keys.get(key, has) not in (has, fits, None):
             raise ConfigError(
                 f"{key}={keys[key]!r}, but the model that was given is {has}: leave {key} out, or move it"
             )
-        keys[key] = has
     name = getattr(policy.model.config, "name_or_path", "") or type(policy.causal_lm).__name__
-    keys.setdefault("model_name_or_path", name)
-    return policy
+    return {"dtype": dtype, "device": device, "model_name_or_path": keys.get("model_name_or_path") or name}
 
 
 def _rewards(reward_funcs: Reward | Sequence[Reward] | None, keys: dict[str, Any]) -> list[RewardFunction]:

@@ -150,10 +150,15 @@ class PolicyOptimizer:
             states.setdefault(name, {})[entry] = value
         if unknown := set(states) - set(self.names):
             raise ValueError(f"the optimizer state names parameters this policy does not have: {sorted(unknown)[:3]}")
+        if states and (missing := [name for name in self.names if name not in states]):
+            raise ValueError(f"the optimizer state lacks parameters that are trained now: {missing[:3]}")
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             state = states.get(name, {})
             kept = state.pop("master", None)
-            if kept is not None and parameter is not master:
+            if (kept is None) != (parameter is master) and name in states:
+                was = "float32 or float64" if kept is None else "a lower precision, with a float32 master copy"
+                raise ValueError(f"optimizer state {name}: it was trained in {was}, and is {parameter.dtype} now")
+            if kept is not None:
                 master.data.copy_(kept)
             for key, value in state.items():
                 if key != "step" and value.shape != master.shape:

@@ -114,7 +114,9 @@ class Records:
             "config": saved_tree(asdict(config), absolute), "folder": str(self.folder.resolve()),
             "data": trainer.data.fingerprints, "torch": torch.__version__, "position": trainer.position,
             "kl_coef": trainer.kl.coef, "generated_tokens": trainer.generated_tokens, "seconds": trainer.seconds,
-            "course": trainer.learning_rate.course, "initial": trainer.initial_digest, "rewards": trainer.rewards,
+            "course": trainer.learning_rate.course, "rewards": trainer.rewards,
+            "model": trainer.initial.digest, "stop_tokens": trainer.policy.stop_tokens,
+            "padding_token_ids": trainer.policy.padding_token_ids,
         }  # fmt: skip
         arrays = {f"{name}|{k}": x for name, part in _remembering(trainer).items() for k, x in part.arrays().items()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,17 @@ class RunFolder:
             lock.release()
 
     def find_checkpoint(
-        self, resume: str, config: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()
-    ) -> tuple[Path, dict[str, Any]] | None:
+        self, resume: str, config: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = (),
+        same_model: Callable[[Mapping[str, Any]], bool] = lambda state: True,
+    ) -> tuple[Path, dict[str, Any]] | None:  # fmt: skip
         """The checkpoint to continue from and its state, or None for a new run.
 
         Args:
             resume: auto | never | a checkpoint folder.
             config: of the run that is about to start.
             rewards: its `inputs.reward_records`, as far as they are known.
+            same_model: whether a run of this state began with the weights that the configuration names otherwise;
+                asked last. By default that is left open.
 
         Raises:
             ConfigError: when the folder holds a run and resume is never or a checkpoint of another folder, or the
@@ -97,7 +100,7 @@ class RunFolder:
             return None
         found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
         if found is not None:
-            _refuse_other_run(found[1], config, found[0], self.path, rewards)
+            _refuse_other_run(found[1], config, found[0], self.path, rewards, same_model)
         if resume != "auto" and used and Path(resume).resolve().parent != self.checkpoints.resolve():
             raise ConfigError(
                 f"resume={resume} lies outside of {self.checkpoints}, and output_dir={self.path} holds a run already: "
@@ -294,8 +297,9 @@ def _round_of(path: Path) -> int:
 
 
 def _refuse_other_run(
-    state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path, rewards: Sequence[Mapping[str, Any]]
-) -> None:
+    state: Mapping[str, Any], now: Mapping[str, Any], path: Path, folder: Path, rewards: Sequence[Mapping[str, Any]],
+    same_model: Callable[[Mapping[str, Any]], bool],
+) -> None:  # fmt: skip
     """Raise ConfigError when the checkpoint was made under settings that make this another run."""
     old, new = _identity(state.get("config", {})), _identity(now)
     if "rewards" not in state and not old.get("reward.functions") and any(r["given"] != "name" for r in rewards):
@@ -310,8 +314,11 @@ def _refuse_other_run(
         and not same_place(key, one, before, other, folder)
         and not (key == "reward.functions" and same_functions(one, other))
     }
+    model = changed.pop("model_name_or_path", None)  # a name says less than weights, which take long to read
     if not changed and rewards and state.get("rewards") and (other := reward_difference(state["rewards"], rewards)):
         changed["rewards"] = other
+    if model is not None and (changed or not same_model(state)):
+        changed["model_name_or_path"] = model
     if changed:
         raise ConfigError(
             f"{path} was made with other settings ({'; '.join(changed.values())}): this would be neither run. Choose "

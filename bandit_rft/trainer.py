@@ -21,18 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from bandit_rft.advantages import ADVANTAGES, compute_advantages
 from bandit_rft.assemble import (
     check_course,
-    check_initial,
     configured_ranks,
-    head_digest,
-    keep_initial,
     load_policy,
-    load_reference,
     make_engine,
     make_learning_rate,
     make_optimizer,
     make_scorer,
     make_updater,
-    new_policy,
     resolve_dtype,
     takes_ratios,
 )
@@ -41,6 +36,7 @@ from bandit_rft.config import Config, advantage_options
 from bandit_rft.data import completion_texts, query_order, score
 from bandit_rft.distributed import Ranks
 from bandit_rft.gates import CanaryError, GateError, SpotCheck
+from bandit_rft.initial import InitialModel
 from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
@@ -123,6 +119,12 @@ class Trainer:
         self.run_folder = RunFolder(config.output_dir)
         self.ranks = Ranks()  # those of a run, while it runs
         self.stop_requested = False
+        self.initial = InitialModel(run.policy, config)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is counted and remembered, as before the first round."""
+        config = self.config
         self.round = 0
         self.position = 0  # in the order of queries
         self.generated_tokens = 0
@@ -132,8 +134,6 @@ class Trainer:
         self.memory = self.advantage.make_memory(advantage_options(config))
         self.replay = Replay(config.replay.capacity) if config.replay.capacity else None
         self.ahead = Ahead() if config.rollout.ahead else None
-        self._given, self._initial = run.policy, keep_initial(run.policy, config)
-        self.initial_digest = head_digest(self._initial)
 
     @property
     def folder(self) -> Path:
@@ -382,18 +382,17 @@ class Trainer:
     def _start(self, stack: ExitStack) -> None:
         """Load everything, from the beginning or from a checkpoint."""
         config, ranks = self.config, self.ranks
-        found = self.run_folder.find_checkpoint(config.resume, asdict(config), self.rewards)
+        self._begin()  # run() may be called again
+        found = self.run_folder.find_checkpoint(config.resume, asdict(config), self.rewards, self.initial.is_model_of)
         ranks.check_same("checkpoint", [str(found and found[1]).encode()])
-        self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given)
+        self.policy = self.initial.policy(self.folder, found, first=ranks.first)
         self.trained = ranks.shard(self.policy)  # with several ranks, this one's share
         self.optimizer = make_optimizer(self.trained, config, ranks)
         if found is not None:
             load_optimizer(found[0], self.optimizer)
             restore(self, *found)
             logger.info("continuing from %s", found[0])
-        if self._initial is not None and not self._initial.weight.numel():
-            raise RuntimeError("run() with several ranks used up the initial model of the KL: make a new Trainer")
-        if (reference := load_reference(self.trained, config, self._initial)) is not None:
+        if (reference := self.initial.reference(self.trained, found and found[0])) is not None:
             reference = ranks.shard(reference)
         in_loss = config.kl.where == "loss"
         self.kl_reference = None if in_loss else reference  # scored for a KL in the reward
@@ -414,7 +413,6 @@ class Trainer:
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:
             self.data.compare_with(found[0], found[1].get("data", {}))
-            check_initial(found[0], found[1].get("initial"), self.initial_digest)
             check_course(found[0], found[1].get("course"), self.learning_rate)
         scorer = make_scorer(self.task, config)
         self.scorer = ranks.scorer(stack.enter_context(scorer) if ranks.first else scorer)

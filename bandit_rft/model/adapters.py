@@ -75,6 +75,17 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Adapter | No
     return Adapter(folder, config.get("base_model_name_or_path"), config.get("revision"))
 
 
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Give a model's adapter the weights of a saved one (ValueError where they are of another adapter)."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    saved = load_peft_weights(str(folder), device="cpu")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if other := sorted(saved.keys() ^ own.keys()):
+        raise ValueError(f"the saved adapter is another: {', '.join(other[:3])}")
+    set_peft_model_state_dict(model, saved)
+
+
 def check_adapter(model: PeftModel) -> None:
     """Refuse (UnsupportedModelError) adapters that do not only act inside of the base model; warn of dropout."""
     name, configs = type(model).__name__, model.peft_config

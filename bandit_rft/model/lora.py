@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bandit_rft.model.adapters import find_adapter, need_peft
@@ -88,11 +89,22 @@ def add_adapter(
         str(Path(base).resolve()) if base and Path(base).is_dir() else base or None
     )
     result = Policy(adapted, policy.tokenizer)
+    result.stop_tokens = list(policy.stop_tokens)
     if policy.padding_token_ids:
         result.mask_padding_tokens(policy.padding_token_ids)
     if policy.gradient_checkpointing:
         result.enable_gradient_checkpointing()
     return result
+
+
+def remove_layers(model: PreTrainedModel) -> None:
+    """Take the layers of an adapter out of the model that `add_adapter` put them in; its weights stay as they are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def is_adapted(policy: Policy) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bandit_rft.model.adapters import find_adapter, without_adapter
+from bandit_rft.model.adapters import find_adapter, load_adapter_weights, without_adapter
 from bandit_rft.model.packing import PackingMode, PackingPlan
 from bandit_rft.model.probe import probe
 from bandit_rft.model.split import Split, UnsupportedModelError
@@ -163,6 +163,23 @@ class Policy:
         model.save_pretrained(folder, **options)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Take up, in place, the weights of a folder that `save` wrote: of the adapter, where there is one.
+
+        Raises:
+            ValueError, RuntimeError: they are of another model, naming the tensors.
+            OSError: there is no such model in the folder.
+        """
+        model: Any = self.model
+        if hasattr(model, "get_base_model"):
+            load_adapter_weights(model, Path(folder))
+            return
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.model.parameters()))
+        saved: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        model.load_state_dict(saved.state_dict())
 
     @property
     def device(self) -> torch.device:
