@@ -219,7 +219,7 @@ class ServerEngine:
                         failures.garbled(error)
                     except ServerError as error:
                         if isinstance(error, FailedError) and failures.said is None:
-                            logger.warning("the weights of round %s were not taken, again: %s", version, error)
+                            logger.warning("the weights of round %s were not taken, now again: %s", version, error)
                         self._revive(server)
                         failures.again(error)
                     except RefusedError as error:
