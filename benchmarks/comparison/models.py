@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 #: name -> configuration. The first is that of the rounds; the others decode, with heads of a size that vLLM serves and
-#: weights so large that a greedy token depends on the order of those before it: with 0.02, transformers' own, each
-#: sequence repeats one token for ever, and sides that rotate heads differently would agree.
+#: weights so large that a greedy token depends on the order of those before it: with 0.02, transformers' own, most
+#: sequences repeat one token for ever, and llama.cpp agreed even where the heads of its GGUF were left as they are.
 SIZES: dict[str, dict[str, Any]] = {
     "1.1M": {
         "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
