@@ -388,6 +388,7 @@ class Trainer:
         self.policy = self.initial.policy(self.folder, found, first=ranks.first)
         self.trained = ranks.shard(self.policy)  # with several ranks, this one's share
         self.optimizer = make_optimizer(self.trained, config, ranks)
+        stack.callback(self.optimizer.close)
         if found is not None:
             load_optimizer(found[0], self.optimizer)
             restore(self, *found)
