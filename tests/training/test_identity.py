@@ -20,6 +20,8 @@ from bandit_rft.checkpoint import CheckpointError
 from bandit_rft.config import ConfigError, build_config
 from bandit_rft.initial import weights_digest
 from bandit_rft.model.lora import add_adapter
+from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.report import ReportWriter
 from bandit_rft.run_folder import RunFolder
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(24)]
@@ -37,6 +39,7 @@ def length(completion: str) -> float:
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ReportWriter, "finished", lambda *_: None)  # nothing here reads it
     save_tiny_llama(Path("model"))
 
 
@@ -105,10 +108,9 @@ def test_another_model_does_not_continue_a_run() -> None:
     trainer(max_rounds=2).run()
     save_tiny_llama(Path("other"), num_hidden_layers=1)
     save_tiny_llama(Path("alike"), seed=1)
-    for other in ("other", "alike"):
-        for rounds in (2, 3):
-            with pytest.raises(ConfigError, match=rf"model_name_or_path: '.*/model' -> '{other}'"):
-                trainer(model=other, max_rounds=rounds).run()
+    for other, rounds in (("other", 2), ("alike", 3)):
+        with pytest.raises(ConfigError, match=rf"model_name_or_path: '.*/model' -> '{other}'"):
+            trainer(model=other, max_rounds=rounds).run()
     assert yaml.safe_load(Path("run/config.yaml").read_text())["model_name_or_path"] == "../model"
     shutil.copytree("model", "copy")  # other places, the same weights
     assert trainer(model="copy", max_rounds=3).run()[-1]["round"] == 3
@@ -160,10 +162,10 @@ def weights(policy: Policy) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora", "config"])
+@pytest.mark.parametrize("kind", ["bfloat16", "lora", "config"])
 def test_a_given_model_goes_on_as_it_was(kind: str) -> None:
     """Two rounds and two more are four, in place, with what is frozen, stops and is masked."""
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    dtype = torch.bfloat16  # so that there are master weights
 
     def run(folder: str, rounds: int) -> Trainer:
         keys = {"max_rounds": rounds, "output_dir": folder}
@@ -218,6 +220,19 @@ def test_a_given_model_that_is_not_as_it_was_is_refused() -> None:
         in_memory(other, max_rounds=2).run()
     assert all(torch.equal(before[name], p) for name, p in weights(other).items())
     assert in_memory(max_rounds=2).run()[-1]["round"] == 2
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_an_optimizer_state_of_another_precision_is_refused(low: bool) -> None:
+    kinds = [torch.float32, torch.bfloat16][:: -1 if low else 1]
+    saved, other = (
+        PolicyOptimizer([("w", torch.nn.Parameter(torch.ones(3, dtype=kind)))], learning_rate=0.1) for kind in kinds
+    )
+    saved.step()
+    with pytest.raises(
+        ValueError, match=f"optimizer state w: it was trained in .*, and is {other.parameters[0].dtype}"
+    ):
+        other.load_state_tensors(saved.state_tensors())
 
 
 @pytest.mark.parametrize("choice", [{}, {"lora": {"rank": 2}}], ids=str)
