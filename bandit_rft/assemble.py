@@ -28,6 +28,7 @@ from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.model.policy import align
 from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.queries import Epochs, Learnable
 from bandit_rft.rewards import RewardFunction, RewardRunner
 from bandit_rft.rollout import RolloutEngine, ServerEngine
 from bandit_rft.rollout.client import VllmClient
@@ -279,6 +280,14 @@ def logprob_gap_limit(policy: Policy, config: Config) -> float:
 def takes_ratios(config: Config) -> bool:
     """Whether a round's rollouts may be another policy's, so that every update takes ratios to their sampler."""
     return bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
+
+
+def make_queries(config: Config) -> Epochs:
+    """What chooses the queries of each round."""
+    q = config.queries
+    if q.order == "learnable":
+        return Learnable(config.batch_size, config.seed, floor=q.floor, half_life=q.half_life)
+    return Epochs(config.batch_size, config.seed)
 
 
 def configured_task(config: Config) -> Task:

@@ -41,6 +41,7 @@ from bandit_rft.sections import (
     KLConfig,
     LoraConfig,
     ObjectiveConfig,
+    QueriesConfig,
     ReplayConfig,
     RewardConfig,
     RolloutConfig,
@@ -128,6 +129,7 @@ class Config(Section):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     kl: KLConfig = Field(default_factory=KLConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
+    queries: QueriesConfig = Field(default_factory=QueriesConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)

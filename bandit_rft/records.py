@@ -161,5 +161,5 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
 
 def _remembering(trainer: Trainer) -> dict[str, Any]:
     """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
-    parts = {"history": trainer.memory, "replay": trainer.replay, "ahead": trainer.ahead}
+    parts = {"history": trainer.memory, "replay": trainer.replay, "ahead": trainer.ahead, "queries": trainer.queries}
     return {name: part for name, part in parts.items() if part is not None}

@@ -270,6 +270,18 @@ class RolloutConfig(Section):
 
 
 @dataclass(config=STRICT)
+class QueriesConfig(Section):
+    """Which queries a round asks (bandit_rft.queries)."""
+
+    order: Literal["epochs", "learnable"] = Key(
+        "epochs",
+        "shuffled passes, or drawn by past rewards, more often where the next one is less certain (curriculum)",
+    )
+    floor: float = Key(0.02, "added to every query's p (1 - p), p its chance of a reward (learnable)", gt=0)
+    half_life: float = Key(5.0, "passes after which a reward counts half in p (learnable)", gt=0)
+
+
+@dataclass(config=STRICT)
 class ReplayConfig(Section):
     """What of the past is learned from again."""
 

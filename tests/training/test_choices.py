@@ -69,6 +69,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "several updates": {"update.epochs": 2, "update.minibatches": 3},
     "PODS": {"advantage": "group_norm", "num_generations": 5, "rollout.keep": 2},
     "dynamic sampling": {"advantage": "group_norm", "num_generations": 2, "rollout.dynamic_sampling": 2},
+    "queries by their rewards": {"queries.order": "learnable", "queries.floor": 0.01, "queries.half_life": 2},
+    "queries by their rewards, dynamic sampling": {
+        "queries.order": "learnable", "advantage": "group_norm", "num_generations": 2, "rollout.dynamic_sampling": 2,
+    },
     "KL in the loss, adaptive": {"objective.kl": "k3", "objective.kl_coef": 0.1, "kl.target": 0.01, "kl.horizon": 50},
     "KL in the reward": {"objective.kl": "k1", "objective.kl_coef": 0.1, "kl.where": "reward"},
     "entropy bonus": {"objective.entropy_coef": 0.01},
@@ -359,6 +363,7 @@ def test_budgets_end_a_run_after_the_round_that_uses_them_up(configure: Callable
         ({"replay.capacity": 9, "rollout.top_p": 0.9}, "needs the log-probabilities of the distribution"),
         ({"replay.capacity": 9, "objective.kind": "gspo"}, "gspo has one ratio a sequence"),
         ({"replay.capacity": 9, "replay.ratio": 0}, "replay.ratio must be > 0"),
+        ({"queries.order": "learnable", "queries.floor": 0}, "queries.floor must be > 0"),
         ({"update.minibatches": 7}, "more than the 6 rollouts"),
         ({"kl.where": "reward"}, "needs objective.kl_coef > 0"),
         ({"kl.target": 0.1}, "start it above 0"),
