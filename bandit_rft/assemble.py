@@ -22,6 +22,7 @@ from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
 from bandit_rft.distributed import Ranks, join_ranks
 from bandit_rft.gates import LOGPROB_GAP
+from bandit_rft.hopeless import Hopeless
 from bandit_rft.hub import asking, check_place
 from bandit_rft.launched import launched_rank
 from bandit_rft.lr_schedule import LearningRate
@@ -288,6 +289,20 @@ def make_queries(config: Config) -> Epochs:
     if q.order == "learnable":
         return Learnable(config.batch_size, config.seed, floor=q.floor, half_life=q.half_life)
     return Epochs(config.batch_size, config.seed)
+
+
+def make_hopeless(task: Task, config: Config) -> Hopeless | None:
+    """What ends rollouts that will earn nothing; None where nothing does.
+
+    Raises:
+        ConfigError: the task's reward does not tell.
+    """
+    if not config.rollout.stop_hopeless:
+        return None
+    try:
+        return Hopeless(task, config.rollout.stop_hopeless)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def configured_task(config: Config) -> Task:

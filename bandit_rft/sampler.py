@@ -11,6 +11,7 @@ from bandit_rft.assemble import logprob_gap_limit
 from bandit_rft.config import Config
 from bandit_rft.data import PromptSet
 from bandit_rft.gates import check_canaries
+from bandit_rft.hopeless import Hopeless
 from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
 from bandit_rft.rollout import Ahead, Engine, Sampling, ServerEngine, sequence_ids
@@ -29,13 +30,15 @@ class Sampler:
         prompts: those trained on.
         config: of the run.
         ahead: holds the round that is drawn while another is trained on; None: none is.
+        hopeless: what ends rollouts early; None: nothing does.
     """
 
     def __init__(
         self, engine: Engine, policy: Policy, prompts: PromptSet, config: Config,
-        ahead: Ahead | None,
+        ahead: Ahead | None, hopeless: Hopeless | None = None,
     ):  # fmt: skip
         self.engine, self.policy, self.prompts, self.config, self.ahead = engine, policy, prompts, config, ahead
+        self.hopeless = hopeless
         self._canary: Metrics = {}
         r = config.rollout
         self._sampling = Sampling(config.temperature, r.top_k, r.top_p, r.min_p)
@@ -68,9 +71,13 @@ class Sampler:
         prompts, n = self.prompts, self.config.num_generations
         queries = np.array([prompts.indices[i] for i in positions for _ in range(n)])  # one a rollout
         attempts = np.tile(np.arange(n), len(positions))
+        watch = None
+        if self.hopeless is not None and self.policy.tokenizer is not None:
+            examples = [prompts.examples[i] for i in positions for _ in range(n)]
+            watch = self.hopeless.watch(examples, self.policy.tokenizer)
         return self.engine.generate(
             [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
-            seed=self.config.seed, sampling=self._sampling, n=n,
+            seed=self.config.seed, sampling=self._sampling, n=n, watch=watch,
         ).with_columns(query=queries, attempt=attempts, round=number)  # fmt: skip
 
     def begin(self, positions: Sequence[int], end: int, number: int) -> None:

@@ -28,6 +28,7 @@ from bandit_rft.assemble import (
     load_policy,
     load_reference,
     make_engine,
+    make_hopeless,
     make_learning_rate,
     make_optimizer,
     make_queries,
@@ -42,6 +43,7 @@ from bandit_rft.config import Config, advantage_options
 from bandit_rft.data import completion_texts, score
 from bandit_rft.distributed import Ranks
 from bandit_rft.gates import CanaryError, GateError, SpotCheck
+from bandit_rft.hopeless import hopeless_count
 from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
 from bandit_rft.listener import Listener
@@ -127,6 +129,7 @@ class Trainer:
         self.round = 0
         self.position = 0  # in the order of queries
         self.queries = make_queries(config)
+        self.hopeless = make_hopeless(self.task, config)
         self.generated_tokens = 0
         self.seconds = 0.0  # of rounds, evaluation not counted
         self.kl = KLController(config.objective.kl_coef, config.kl.target, config.kl.horizon)
@@ -220,6 +223,8 @@ class Trainer:
         if self.config.rollout.dynamic_sampling:
             dropped = constant_groups(batch.reward.numpy(), batch.query.numpy())
             metrics |= {"rollout/queries": len(batch.query.unique()), "rollout/dropped": len(dropped)}
+        if self.hopeless is not None:
+            metrics["rollout/hopeless"] = hopeless_count(batch, self.policy.stop_tokens)
         if self.config.log_rollouts_steps and number % self.config.log_rollouts_steps == 0:
             self.records.rollouts(batch, texts)
         self._finish_round(clock, metrics)
@@ -400,7 +405,7 @@ class Trainer:
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
-        self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead)
+        self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead, self.hopeless)
         if self.memory is not None:
             self.data.explain_history()
         self.data.explain_budget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bandit_rft.model import Policy
 from bandit_rft.rewards import RewardResult
-from bandit_rft.rollout import RolloutEngine, Sampling
+from bandit_rft.rollout import RolloutEngine, Sampling, Watch
 from bandit_rft.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -50,14 +50,20 @@ class SplitEngine:
         return self.engine.batch_size * self.ranks.world
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """As RolloutEngine.generate."""
         mine = np.array_split(np.arange(len(prompts)), self.ranks.world)[self.ranks.rank]
         part = None
         if len(mine):
             first, end = int(mine[0]), int(mine[-1]) + 1
-            part = self.engine.generate(prompts[first:end], ids[first * n : end * n], seed=seed, sampling=sampling, n=n)
+            if watch is not None:  # it knows the rows of the whole call
+                told, before = watch.told, first * n
+                watch = replace(watch, told=lambda rows, tokens: told([before + row for row in rows], tokens))
+            part = self.engine.generate(
+                prompts[first:end], ids[first * n : end * n], seed=seed, sampling=sampling, n=n, watch=watch
+            )
         return self.ranks.gather_batch(part).with_columns(query=np.arange(len(prompts)).repeat(n))
 
     def push(self, version: int) -> None:

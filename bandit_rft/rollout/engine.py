@@ -8,7 +8,7 @@ What makes it exact: a draw depends on (seed, sequence id, position) and the row
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +54,19 @@ class Sampling:
     def greedy() -> Sampling:
         """Always the most likely token."""
         return Sampling(top_k=1)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Ends completions before their stop token or the length limit.
+
+    Attributes:
+        every: tokens between two looks at a completion.
+        told: of some completions (rows of the call, 0 to B - 1) and the tokens each has so far, which to end.
+    """
+
+    every: int
+    told: Callable[[list[int], list[list[int]]], list[bool]]
 
 
 def sequence_ids(*parts: int | Sequence[int] | np.ndarray | Tensor) -> Tensor:
@@ -112,8 +125,9 @@ class Engine(Protocol):
         """The longest text, prompt and completion, that is decoded; None: any."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each prompt; see RolloutEngine."""
 
     def push(self, version: int) -> RolloutBatch | None:
@@ -181,8 +195,9 @@ class RolloutEngine:
 
     @plain_surroundings()
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each of P prompts, B = P * n in prompt-major order.
 
         A completion is the same whatever else is in the batch, to float rounding of its log-probabilities.
@@ -193,6 +208,7 @@ class RolloutEngine:
             seed: of all streams.
             sampling: how tokens are drawn; plain sampling at temperature 1 by default.
             n: completions a prompt.
+            watch: ends completions early, if any does; the tokens drawn until then are the same.
 
         Returns:
             The rollouts in host memory, with `query` the prompt's position in `prompts`.
@@ -207,11 +223,11 @@ class RolloutEngine:
         parts: list[RolloutBatch] = []
         for rows in self._batches(prompts, n):
             with torch.inference_mode():
-                tables = self._decode(
-                    [prompts[i] for i in sorted({r // n for r in rows})], rows, n, ids, seed, sampling
-                )
+                ended = torch.zeros(len(rows), dtype=torch.int64)
+                of_batch = [prompts[i] for i in sorted({r // n for r in rows})]
+                tables = self._decode(of_batch, rows, n, ids, seed, sampling, watch, ended)
                 # The hand-over to the rewards: the one copy of a batch from the device.
-                on_host = to_host(*tables)
+                on_host = [*to_host(*tables), ended]
             tokens, logprobs, entropy, lengths, truncated = self._collect(*on_host)
             of_rows = [prompts[r // n] for r in rows]
             query, attempt = [r // n for r in rows], [r % n for r in rows]
@@ -267,9 +283,13 @@ class RolloutEngine:
             yield sorted(batch)
 
     def _decode(
-        self, prompts: list[Sequence[int]], rows: list[int], n: int, ids: Tensor, seed: int, sampling: Sampling
-    ) -> Tables:
-        """Tokens, log-probabilities and entropy [B, steps] of `rows`; after a stop token they mean nothing."""
+        self, prompts: list[Sequence[int]], rows: list[int], n: int, ids: Tensor, seed: int, sampling: Sampling,
+        watch: Watch | None, ended: Tensor,
+    ) -> Tables:  # fmt: skip
+        """Tokens, log-probabilities and entropy [B, steps] of `rows`; after a stop token they mean nothing.
+
+        In `ended` [B], on the host, stands after how many tokens `watch` has ended a completion; 0 where it has not.
+        """
         policy, device = self.policy, self.policy.device
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
@@ -278,7 +298,7 @@ class RolloutEngine:
         if n > 1:
             place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
             which = to_device([place_of[r // n] for r in rows], device)
-        if self._static is not None and self._within_static(capacity):
+        if self._static is not None and watch is None and self._within_static(capacity):
             return self._static.decode(
                 prompts, which, row_ids, capacity=capacity, seed=seed, sampling=sampling.__dict__
             )
@@ -310,6 +330,8 @@ class RolloutEngine:
             if step + 1 == self.max_completion_length:
                 break
             alive &= ~self._stop[sample.tokens]
+            if watch is not None and (step + 1) % watch.every == 0:
+                self._look(watch, segments, rows, alive, ended)
             tokens = sample.tokens
             if (step + 1) % self._check_every == 0:
                 remaining = int(alive.sum())
@@ -326,6 +348,17 @@ class RolloutEngine:
             hidden = decoder.step(tokens, place)
             positions, place = positions + 1, place + 1
         return _tables(segments, len(rows))
+
+    def _look(self, watch: Watch, segments: list[_Segment], rows: list[int], alive: Tensor, ended: Tensor) -> None:
+        """Ask which of the completions that go on end here; take these out of `alive`, and note it in `ended`."""
+        going = alive.nonzero().flatten()
+        if not len(going):
+            return
+        tokens, *_ = _tables(segments, len(rows))
+        active = segments[-1].rows[going]
+        end = torch.tensor(watch.told([rows[i] for i in active.tolist()], tokens[active].tolist()), dtype=torch.bool)
+        ended[active.cpu()[end]] = tokens.shape[1]
+        alive[going[end.to(going.device)]] = False
 
     def _within_static(self, capacity: int) -> bool:
         limit = self._static_plan.max_length if self._static_plan is not None else 0
@@ -345,20 +378,24 @@ class RolloutEngine:
             )
 
     def _collect(
-        self, tokens: Tensor, logprobs: Tensor, entropy: Tensor
+        self, tokens: Tensor, logprobs: Tensor, entropy: Tensor, ended: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, list[int], list[bool]]:
-        """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of tables [B, steps] in host memory."""
+        """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of tables [B, steps] in host memory.
+
+        `ended` [B] are the lengths of those that were ended early, 0 of all others.
+        """
         steps = tokens.shape[1]
         stops = self._stop_on_host[tokens]
         # A row may have run on for a few steps after its stop token: what counts ends with the first one.
         lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, steps)
+        lengths = torch.where(ended > 0, ended, lengths)
         inside = torch.arange(steps) < lengths[:, None]
         return (
             tokens[inside],
             logprobs[inside],
             entropy[inside],
             lengths.tolist(),
-            (~(stops & inside).any(1)).tolist(),
+            (~(stops & inside).any(1) & (ended == 0)).tolist(),
         )
 
     @torch.inference_mode()

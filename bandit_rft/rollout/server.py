@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bandit_rft.model import Policy
 from bandit_rft.rollout.client import Answer, GarbledError, RefusedError, Request, RolloutClient, ServerError
-from bandit_rft.rollout.engine import Sampling, sequence_ids
+from bandit_rft.rollout.engine import Sampling, Watch, sequence_ids
 from bandit_rft.rollout.process import ServerProcess
 from bandit_rft.rollout.push import WeightPush
 from bandit_rft.rollout_batch import RolloutBatch
@@ -88,8 +88,9 @@ class ServerEngine:
     # --- drawing ------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each of P prompts, B = P * n in prompt-major order.
 
         Args:
@@ -99,6 +100,7 @@ class ServerEngine:
             sampling: its temperature, or `Sampling.greedy()`; nothing else, since a server's log-probabilities would be
                 those of the tokens that are left.
             n: completions a prompt.
+            watch: must be None: a server draws whole completions.
 
         Returns:
             The rollouts in host memory, with `query` the prompt's position in `prompts`. A server tells no entropy:
@@ -108,6 +110,8 @@ class ServerEngine:
             RolloutError: a server did not answer rightly for too long.
         """
         total, sampling = len(prompts) * n, sampling or Sampling()
+        if watch is not None:
+            raise ValueError("watch must be None: a server draws whole completions")
         if ids.shape != (total,) or ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 [{total}], one a completion; got {ids.dtype} {list(ids.shape)}")
         if empty := [i for i, prompt in enumerate(prompts) if not prompt]:

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[int, str, Values]] = {
          "seq-mean-token-mean", "objective.entropy_coef": 0.01},
     ),
     "ddp, queries by their rewards": (2, "tied", {"distributed.shard": "ddp", "queries.order": "learnable"}),
+    "fsdp, hopeless ones ended": (3, "tied", {"rollout.stop_hopeless": 2, "num_generations": 2, "batch_size": 5}),
     "fsdp, groups": (
         2, "untied",
         {"advantage": "group_mean", "num_generations": 4, "rollout.dynamic_sampling": 2, "rollout.keep": 3,

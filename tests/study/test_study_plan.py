@@ -201,7 +201,7 @@ def test_the_papers_grid() -> None:
     assert len(plan.cells) == 22 * 3 * 2 * 5
 
 
-@pytest.mark.parametrize("name", ["tiny", "neighbours", "choices"])
+@pytest.mark.parametrize("name", ["tiny", "neighbours", "choices", "skipping-tokens"])
 def test_the_studies_in_the_repository_are_sound(name: str) -> None:
     plan = load_plan(STUDIES / f"{name}.yaml")
     for cell in plan.cells:
