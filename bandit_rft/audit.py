@@ -88,6 +88,9 @@ def trained_on(config: Config) -> str:
         parts = [f"{config.rollout.keep} rollouts of each query, those of greatest reward variance"]
     if config.rollout.dynamic_sampling:
         parts.append(f"queries of constant reward replaced, up to {config.rollout.dynamic_sampling} times a round")
+    if config.rollout.stop_hopeless:
+        every = config.rollout.stop_hopeless
+        parts.append(f"a rollout ends once its reward can only be 0, looked at every {every} tokens")
     if config.rollout.mask_truncated:
         parts.append("truncated completions left out")
     if config.replay.capacity:
