@@ -16,11 +16,13 @@ from tiny_models import character_tokenizer, sums, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from bandit_rft.config import Config, ConfigError, build_config
+from bandit_rft.distributed.drawing import SplitEngine
 from bandit_rft.hopeless import Hopeless, hopeless_count
 from bandit_rft.metrics import read_metrics
 from bandit_rft.model import Policy
 from bandit_rft.rewards import RewardError, RewardFunction
 from bandit_rft.rollout import RolloutEngine, Watch, sequence_ids
+from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.trainer import Trainer
 
@@ -66,6 +68,28 @@ def test_an_ended_completion_is_the_beginning_of_the_whole_one(kind: str, every:
         )
         ended += end is not None
     assert hopeless_count(cut, [STOP]) == ended and 6 < ended < 24 and hopeless_count(whole, [STOP]) == 0
+
+
+def test_a_rank_asks_for_the_rows_of_the_whole_call() -> None:
+    policy = Policy(tiny_llama())
+    engine = RolloutEngine(policy, max_completion_length=4)
+    ids = sequence_ids(0, 1, [0, 0, 1, 1, 2, 2], [0, 1] * 3)
+    asked = set[int]()
+
+    class Second:
+        rank, world = 1, 2
+
+        def gather_batch(self, part: RolloutBatch) -> RolloutBatch:
+            return RolloutBatch.cat([part, part, part])  # in place of what other ranks drew
+
+    def told(rows: list[int], tokens: list[list[int]]) -> list[bool]:
+        asked.update(rows)
+        return [row == 5 for row in rows]
+
+    split = SplitEngine(engine, Second())  # type: ignore[arg-type]
+    cut = split.generate(PROMPTS[:3], ids, seed=3, n=2, watch=Watch(1, told))
+    assert asked == {4, 5}  # the third prompt is this rank's
+    assert cut.lengths.tolist()[:2] == [4, 1]
 
 
 # --- what it means for the gradient -----------------------------------------------------------------------------------
