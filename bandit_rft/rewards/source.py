@@ -28,12 +28,12 @@ def source_digest(reward: RewardFunction) -> str | None:
         return None
     try:
         file = _source_file(module)
-        tree = ast.parse(file.read_bytes()) if file else None
-    except (ImportError, OSError, SyntaxError, ValueError):  # the worker that imports it says what is wrong
+        if file is None:
+            return None
+        reached = _reached(ast.parse(file.read_bytes()), {name.partition(".")[0], "PREPARE"})
+        described = "\n".join(map(ast.dump, reached))
+    except Exception:  # no file, no Python, nested too deeply: a digest must not end a run; a worker says what is wrong
         return None
-    if tree is None:
-        return None
-    described = "\n".join(map(ast.dump, _reached(tree, {name.partition(".")[0], "PREPARE"})))
     return f"{sys.version_info.major}.{sys.version_info.minor}:{hashlib.sha256(described.encode()).hexdigest()[:32]}"
 
 

@@ -88,5 +88,6 @@ def test_where_there_is_no_source_there_is_no_digest(tmp_path: Path) -> None:
     for target in ("math:sqrt", "nowhere.at_all:paid", f"{tmp_path / 'gone.py'}:paid", "bandit_rft.tasks.gsm8k:gsm8k"):
         assert source_digest(RewardFunction(target)) is None
     assert source_digest(RewardFunction("a:paid", function=len)) is None
-    (tmp_path / "broken.py").write_text("def paid(:\n")
-    assert source_digest(RewardFunction(f"{tmp_path / 'broken.py'}:paid")) is None
+    for text in ("def paid(:\n", "def paid(completion):\n    return " + "-" * 5000 + "1\n"):
+        (tmp_path / "broken.py").write_text(text)
+        assert source_digest(RewardFunction(f"{tmp_path / 'broken.py'}:paid")) is None
