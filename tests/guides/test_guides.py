@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -45,7 +44,9 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     folder = tmp_path_factory.mktemp("clean")
     yield clean_environment(folder) or own_environment()
-    shutil.rmtree(folder)  # gigabytes
+    # Gigabytes in tens of thousands of files: beside the next tests, which need not wait for a slow disk.
+    command = ["sh", "-c", 'rm -rf "$1" > /dev/null 2>&1 &', "sh", str(folder)]
+    subprocess.run(command, check=True, start_new_session=True)
 
 
 def replay(text: str, checks: list[str], environment: Environment, folder: Path) -> str:
