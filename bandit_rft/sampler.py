@@ -10,10 +10,11 @@ import numpy as np
 from bandit_rft.assemble import logprob_gap_limit
 from bandit_rft.config import Config
 from bandit_rft.data import PromptSet
+from bandit_rft.distributed import Ranks
 from bandit_rft.gates import check_canaries
 from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
-from bandit_rft.rollout import Ahead, Engine, Sampling, ServerEngine, sequence_ids
+from bandit_rft.rollout import Ahead, Engine, Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.update import score_rollouts
 
@@ -25,22 +26,22 @@ class Sampler:
 
     Args:
         engine: draws completions.
-        policy: the trainer's.
+        policy: the trainer's, as it is trained: it scores what a server draws with.
         prompts: those trained on.
         config: of the run.
         ahead: holds the round that is drawn while another is trained on; None: none is.
+        ranks: the processes that train together.
     """
 
     def __init__(
         self, engine: Engine, policy: Policy, prompts: PromptSet, config: Config,
-        ahead: Ahead | None,
+        ahead: Ahead | None, ranks: Ranks,
     ):  # fmt: skip
         self.engine, self.policy, self.prompts, self.config, self.ahead = engine, policy, prompts, config, ahead
+        self.ranks = ranks
         self._canary: Metrics = {}
         r = config.rollout
         self._sampling = Sampling(config.temperature, r.top_k, r.top_p, r.min_p)
-        if isinstance(engine, ServerEngine):
-            engine.canary_prompts = [list(tokens) for tokens in prompts.tokens[: r.canary_prompts]]
 
     def refresh(self, version: int) -> None:
         """Have the engine draw with the policy as it is now; of a server, see that it does.
@@ -56,10 +57,11 @@ class Sampler:
         config = self.config
         score = partial(
             score_rollouts, self.policy, temperature=config.temperature,
-            tokens_per_microbatch=config.tokens_per_microbatch,
+            tokens_per_microbatch=config.tokens_per_microbatch, ranks=self.ranks,
         )  # fmt: skip
+        canaries = self.engine.push(version, self.prompts.tokens[: config.rollout.canary_prompts])
         self._canary = check_canaries(
-            self.engine.push(version), score, logprob_gap_limit(self.policy, config),
+            canaries, score, logprob_gap_limit(self.policy, config),
             correct=config.rollout.on_logprob_gap == "correct", where=f"round {version}",
         )  # fmt: skip
 

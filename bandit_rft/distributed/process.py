@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -12,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bandit_rft.distributed.drawing import FirstScorer, SplitEngine
+from bandit_rft.distributed.drawing import FirstEngine, FirstScorer, SplitEngine
 from bandit_rft.distributed.optimizers import ReplicatedOptimizer, ShardedOptimizer
 from bandit_rft.distributed.ranks import Ranks
 from bandit_rft.distributed.sharded import ShardedPolicy
 from bandit_rft.model import Policy
 from bandit_rft.model.lora import BasePolicy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rollout import RolloutEngine
+from bandit_rft.rollout import RolloutEngine, ServerEngine
 from bandit_rft.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ class ProcessRanks(Ranks):
     Args:
         sharded: True: parameters, gradients and optimizer state are split over the ranks (FSDP2); False: each rank has
             all of them, and gradients are summed once a step (data parallel).
+        timeout: the longest that ranks that are alive wait for each other in one call.
     """
 
-    def __init__(self, *, sharded: bool):
+    def __init__(self, *, sharded: bool, timeout: timedelta):
         self.rank, self.world, self.lockstep = dist.get_rank(), dist.get_world_size(), sharded
+        self._timeout = timeout
         self._policies: list[ShardedPolicy] = []
 
     # --- sums and agreements ------------------------------------------------------------------------------------------
@@ -86,11 +89,12 @@ class ProcessRanks(Ranks):
         dist.all_gather(parts, buffer)
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
-    def bytes_from_first(self, data: bytes | None) -> bytes:
-        """What the first rank gives, on every rank; the others give None."""
-        size = int(self.from_first(len(data or b"")))
-        buffer = torch.empty(size, dtype=torch.uint8) if data is None else _tensor(data)
-        dist.broadcast(buffer, 0)
+    def bytes_from_first(self, data: bytes | None, group: Any = None) -> bytes:
+        """What the first rank gives, on every rank; the others give None. `group`: another one of the same ranks."""
+        size = torch.tensor(len(data or b""))
+        dist.broadcast(size, 0, group)
+        buffer = torch.empty(int(size), dtype=torch.uint8) if data is None else _tensor(data)
+        dist.broadcast(buffer, 0, group)
         return buffer.numpy().tobytes()
 
     def gather_batch(self, batch: RolloutBatch | None) -> RolloutBatch:
@@ -134,8 +138,10 @@ class ProcessRanks(Ranks):
 
     def engine(self, engine: Engine) -> Engine:
         """See Ranks."""
-        assert isinstance(engine, RolloutEngine)  # the one that several ranks have
-        return SplitEngine(engine, self)
+        if isinstance(engine, RolloutEngine):
+            return SplitEngine(engine, self)
+        assert isinstance(engine, ServerEngine)
+        return FirstEngine(engine, self, dist.new_group(backend="gloo", timeout=self._timeout))
 
     def scorer(self, scorer: Scorer) -> Scorer:
         """See Ranks."""

@@ -73,9 +73,9 @@ def test_three_pushes_to_and_fro(process: ServerProcess, tmp_path: Path) -> None
         policy.mask_padding_tokens([0, 1])
         engine = ServerEngine(
             policy, [VllmClient(process.url, 300.0)], FolderPush(policy.save, tmp_path / "weights"),
-            max_completion_length=12, retry_seconds=START_SECONDS, canary_prompts=PROMPTS, temperature=0.7,
+            max_completion_length=12, retry_seconds=START_SECONDS, temperature=0.7,
         )  # fmt: skip
-        canaries = engine.push(number)
+        canaries = engine.push(number, PROMPTS)
         assert canaries is not None and gap(policy, canaries, 0.7) < 1e-3
         ids = sequence_ids(0, list(range(12)))
         batch = engine.generate(PROMPTS, ids, seed=1, sampling=Sampling(temperature=0.7), n=4)
@@ -152,14 +152,14 @@ def test_adapters(tmp_path: Path) -> None:
     process = ServerProcess(command, vllm_environment(True), tmp_path / "server.log")
     engine = ServerEngine(
         policy, [VllmClient(process.url, 300.0)], LoraPush(policy.save, tmp_path / "weights", base),
-        max_completion_length=12, retry_seconds=START_SECONDS, canary_prompts=PROMPTS, process=process,
+        max_completion_length=12, retry_seconds=START_SECONDS, process=process,
     )  # fmt: skip
     try:
         for version in range(3):
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.add_(0.1 * torch.randn(parameter.shape))
-            canaries = engine.push(version)
+            canaries = engine.push(version, PROMPTS)
             assert canaries is not None and gap(policy, canaries, 1.0) < 1e-3
     finally:
         engine.close()
