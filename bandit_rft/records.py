@@ -95,6 +95,8 @@ class Records:
             OSError: the disk is full or read-only; every earlier checkpoint is untouched.
         """
         trainer = self.trainer
+        if trainer.ahead is not None:
+            trainer.ahead.settle()
         trainer.ranks.gather()
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.policy.parameters()):
             raise FloatingPointError(

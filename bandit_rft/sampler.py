@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +12,11 @@ from bandit_rft.assemble import logprob_gap_limit
 from bandit_rft.config import Config
 from bandit_rft.data import PromptSet
 from bandit_rft.distributed import Ranks
+from bandit_rft.distributed.drawing import FirstEngine
 from bandit_rft.gates import check_canaries
 from bandit_rft.metrics import Metrics
 from bandit_rft.model import Policy
-from bandit_rft.rollout import Ahead, Engine, Sampling, sequence_ids
+from bandit_rft.rollout import Ahead, Engine, Sampling, ServerEngine, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.update import score_rollouts
 
@@ -67,18 +69,27 @@ class Sampler:
 
     def draw(self, positions: Sequence[int], number: int) -> RolloutBatch:
         """The rollouts of round `number` of the prompts at some positions; nothing of the trainer is changed."""
-        prompts, n = self.prompts, self.config.num_generations
-        queries = np.array([prompts.indices[i] for i in positions for _ in range(n)])  # one a rollout
-        attempts = np.tile(np.arange(n), len(positions))
-        return self.engine.generate(
-            [prompts.tokens[i] for i in positions], sequence_ids(TRAINING_STREAM, number, queries, attempts),
-            seed=self.config.seed, sampling=self._sampling, n=n,
-        ).with_columns(query=queries, attempt=attempts, round=number)  # fmt: skip
+        asked, columns = self._asked(positions, number)
+        return self.engine.generate(**asked).with_columns(**columns)
 
     def begin(self, positions: Sequence[int], end: int, number: int) -> None:
         """Start to draw round `number` ahead; `end` is the place in the order of queries behind it."""
-        assert self.ahead is not None
-        self.ahead.begin(positions, end, partial(self.draw, positions, number))
+        assert self.ahead is not None and isinstance(self.engine, ServerEngine | FirstEngine)
+        asked, columns = self._asked(positions, number)
+        drawing = self.engine.begin(**asked)
+        self.ahead.begin(positions, end, lambda: drawing().with_columns(**columns))
+
+    def _asked(self, positions: Sequence[int], number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What an engine is asked for, and the columns by which a round knows what it answers."""
+        prompts, n = self.prompts, self.config.num_generations
+        queries = np.array([prompts.indices[i] for i in positions for _ in range(n)])  # one a rollout
+        attempts = np.tile(np.arange(n), len(positions))
+        asked = {
+            "prompts": [prompts.tokens[i] for i in positions],
+            "ids": sequence_ids(TRAINING_STREAM, number, queries, attempts),
+            "seed": self.config.seed, "sampling": self._sampling, "n": n,
+        }  # fmt: skip
+        return asked, {"query": queries, "attempt": attempts, "round": number}
 
     def metrics(self) -> Metrics:
         """Of the latest push, and what servers did since the last call."""

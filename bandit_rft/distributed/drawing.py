@@ -87,12 +87,10 @@ class FirstEngine:
     Args:
         engine: of each rank; the first one's is asked.
         ranks: that get its rollouts.
-        channel: a process group that nothing else goes over: a round that is drawn ahead is waited for in a thread of
-            each rank, while its main thread trains with the others.
     """
 
-    def __init__(self, engine: ServerEngine, ranks: ProcessRanks, channel: Any):
-        self.engine, self.ranks, self._channel = engine, ranks, channel
+    def __init__(self, engine: ServerEngine, ranks: ProcessRanks):
+        self.engine, self.ranks = engine, ranks
         self.version: int | None = None
 
     @property
@@ -109,9 +107,15 @@ class FirstEngine:
         self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
     ) -> RolloutBatch:
         """As ServerEngine.generate."""
-        drawn = self._from_first(lambda: self.engine.generate(prompts, ids, seed=seed, sampling=sampling, n=n))
-        assert drawn is not None
-        return drawn
+        return self._rollouts(lambda: self.engine.generate(prompts, ids, seed=seed, sampling=sampling, n=n))
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
+    ) -> Callable[[], RolloutBatch]:
+        """As ServerEngine.begin; only the first rank has a thread, and all must wait for the rollouts together."""
+        first = self.ranks.first
+        drawing = self.engine.begin(prompts, ids, seed=seed, sampling=sampling, n=n) if first else None
+        return lambda: self._rollouts(drawing)
 
     def push(self, version: int, canary_prompts: Sequence[Sequence[int]] = ()) -> RolloutBatch | None:
         """As ServerEngine.push, of the policy as it is trained now."""
@@ -127,17 +131,23 @@ class FirstEngine:
         """Close the engine."""
         self.engine.close()
 
-    def _from_first(self, ask: Callable[[], RolloutBatch | None]) -> RolloutBatch | None:
-        """What the first rank's servers answer, or the error that there is none, on every rank."""
+    def _rollouts(self, ask: Callable[[], RolloutBatch] | None) -> RolloutBatch:
+        drawn = self._from_first(ask)
+        assert drawn is not None
+        return drawn
+
+    def _from_first(self, ask: Callable[[], RolloutBatch | None] | None) -> RolloutBatch | None:
+        """What the first rank's `ask` returns, or the error that nothing can be had, on every rank."""
         said = None
         if self.ranks.first:
+            assert ask is not None
             try:
                 answer = ask()
                 said = DRAWN + (safetensors.torch.save(answer.columns()) if answer is not None else b"")
             except RolloutError as error:
-                self.ranks.bytes_from_first(FAILED + str(error).encode(), self._channel)
+                self.ranks.bytes_from_first(FAILED + str(error).encode())
                 raise
-        said = self.ranks.bytes_from_first(said, self._channel)
+        said = self.ranks.bytes_from_first(said)
         kind, content = said[:1], said[1:]
         if kind == FAILED:
             raise RolloutError(content.decode())

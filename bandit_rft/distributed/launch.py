@@ -85,7 +85,7 @@ def join_ranks(*, sharded: bool, timeout_s: float, gpu: bool) -> Iterator[Ranks]
             if not given:
                 backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
                 dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)
-            yield ProcessRanks(sharded=sharded, timeout=timeout)
+            yield ProcessRanks(sharded=sharded)
             dist.barrier()  # the first rank may serve the store: nobody leaves while others still need it
     finally:
         log.setLevel(loudness)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -34,12 +33,10 @@ class ProcessRanks(Ranks):
     Args:
         sharded: True: parameters, gradients and optimizer state are split over the ranks (FSDP2); False: each rank has
             all of them, and gradients are summed once a step (data parallel).
-        timeout: the longest that ranks that are alive wait for each other in one call.
     """
 
-    def __init__(self, *, sharded: bool, timeout: timedelta):
+    def __init__(self, *, sharded: bool):
         self.rank, self.world, self.lockstep = dist.get_rank(), dist.get_world_size(), sharded
-        self._timeout = timeout
         self._policies: list[ShardedPolicy] = []
 
     # --- sums and agreements ------------------------------------------------------------------------------------------
@@ -89,12 +86,11 @@ class ProcessRanks(Ranks):
         dist.all_gather(parts, buffer)
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
-    def bytes_from_first(self, data: bytes | None, group: Any = None) -> bytes:
-        """What the first rank gives, on every rank; the others give None. `group`: another one of the same ranks."""
-        size = torch.tensor(len(data or b""))
-        dist.broadcast(size, 0, group)
-        buffer = torch.empty(int(size), dtype=torch.uint8) if data is None else _tensor(data)
-        dist.broadcast(buffer, 0, group)
+    def bytes_from_first(self, data: bytes | None) -> bytes:
+        """What the first rank gives, on every rank; the others give None."""
+        size = int(self.from_first(len(data or b"")))
+        buffer = torch.empty(size, dtype=torch.uint8) if data is None else _tensor(data)
+        dist.broadcast(buffer, 0)
         return buffer.numpy().tobytes()
 
     def gather_batch(self, batch: RolloutBatch | None) -> RolloutBatch:
@@ -141,7 +137,7 @@ class ProcessRanks(Ranks):
         if isinstance(engine, RolloutEngine):
             return SplitEngine(engine, self)
         assert isinstance(engine, ServerEngine)
-        return FirstEngine(engine, self, dist.new_group(backend="gloo", timeout=self._timeout))
+        return FirstEngine(engine, self)
 
     def scorer(self, scorer: Scorer) -> Scorer:
         """See Ranks."""

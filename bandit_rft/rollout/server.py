@@ -18,8 +18,8 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -128,6 +128,21 @@ class ServerEngine:
             [len(answer.tokens) for answer in answers], logprobs, -logprobs, [answer.truncated for answer in answers],
             query=[i // n for i in range(total)], attempt=[i % n for i in range(total)], weight_version=self.version,
         )  # fmt: skip
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
+    ) -> Callable[[], RolloutBatch]:
+        """Start to draw, in a thread. What this returns waits for what `generate` would return or raise."""
+        drawn = Future[RolloutBatch]()
+
+        def work() -> None:
+            try:
+                drawn.set_result(self.generate(prompts, ids, seed=seed, sampling=sampling, n=n))
+            except BaseException as error:
+                drawn.set_exception(error)
+
+        threading.Thread(target=work, name="rollout-ahead", daemon=True).start()
+        return drawn.result
 
     def _request(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Request:
         temperature = 0.0 if sampling.top_k == 1 else sampling.temperature
