@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,17 @@ def test_a_server_killed_in_mid_run_is_brought_back(tmp_path: Path) -> None:
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if str(config.output_dir) in " ".join(p.info["cmdline"] or [])
     ]
+
+
+def test_two_ranks_train_on_its_rollouts(tmp_path: Path) -> None:
+    """torchrun's variables, which the first rank has, would have it wait for a store that is not its own."""
+    values = keys(tmp_path, **{"rollout.server_python": str(PYTHON), "max_rounds": 3, "max_prompt_length": 40})
+    options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bandit_rft"]
+    done = subprocess.run([*command, "train", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = read_metrics(tmp_path / "run")
+    assert len(lines) == 4 and all(line["canary/logprob_gap"] < 1e-3 for line in lines)
 
 
 def test_adapters(tmp_path: Path) -> None:

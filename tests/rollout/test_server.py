@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tiny_models import character_tokenizer, save_tiny_llama, tiny_llama
 from bandit_rft.model import Policy
 from bandit_rft.rollout import RolloutError, Sampling, ServerEngine, sequence_ids
 from bandit_rft.rollout.client import GarbledError, RefusedError, Request, ServerError, VllmClient, read_answer
+from bandit_rft.rollout.process import ServerProcess
 from bandit_rft.rollout.push import MARKER, FolderPush
 from bandit_rft.update import score_rollouts
 
@@ -354,6 +356,22 @@ def test_tokens_that_were_excluded_or_follow_a_stop_are_refused() -> None:
     for request in (REQUEST._replace(excluded=[5]), REQUEST._replace(stop_tokens=[5]), REQUEST._replace(vocabulary=4)):
         with pytest.raises(GarbledError):
             read_answer(ANSWER, request)
+
+
+def test_a_server_of_the_runs_own_is_told_nothing_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch.distributed in it would wait for the store of the run's launcher."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+    for name in ranks:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANKED", "1")
+    command = [sys.executable, "-c", "import os; print(*os.environ, sep=chr(10))"]
+    process = ServerProcess(command, {"VLLM_SERVER_DEV_MODE": "1"}, tmp_path / "server.log")
+    process.start(None)
+    deadline = time.monotonic() + 30
+    while process.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    told = (tmp_path / "server.log").read_text().splitlines()
+    assert {"RANKED", "VLLM_SERVER_DEV_MODE"} <= set(told) and not set(told) & set(ranks)
 
 
 def test_addresses() -> None:
