@@ -51,6 +51,7 @@ lint: .venv/.built
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python tools/lint_imports.py
+	! git grep -nE '^(<<<<<<<|>>>>>>>) '  # what a merge left, in pages that no tool reads
 
 pytest: .venv/.built
 	$(BIN)/python -m pytest

@@ -4,9 +4,9 @@
 
 An independent check: it imports nothing of bandit_rft and was written from docs/study.md. For every configuration,
 final Pass@1 and the area under the curve, train and test, each condition and the mean over conditions: gain, standard
-error, degrees of freedom, 95% interval, p-value, Holm's p-value. Exits with 1 where a number differs by more than 1e-6
-and what rounding to six significant digits, as results.csv has them, can do, is unknown on one side alone, or is not
-there.
+error and degrees of freedom with and without the floor, 95% interval, p-value, Holm's p-value. Exits with 1 where a
+number differs by more than 1e-6 and what rounding to six significant digits, as results.csv has them, can do, is
+unknown on one side alone, or is not there.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("gain", "error", "degrees", "low", "high", "p", "p_holm")
+COLUMNS = ("gain", "error", "degrees", "runs_error", "runs_degrees", "low", "high", "p", "p_holm")
 TOLERANCE, ROUNDING = 1e-6, 5.1e-6
 
 
@@ -97,7 +97,10 @@ def quantile(degrees, level):
 
 
 def estimate(pairs, split, metric, shared):
-    """Gain, error and degrees of the mean over conditions of pairs {condition: [(level cell, baseline cell)]}."""
+    """Gain, and errors and degrees with and without the floor.
+
+    Of the mean over conditions of pairs {condition: [(level cell, baseline cell)]}.
+    """
     weight = 1 / len(pairs)
     groups = defaultdict(list)  # what is averaged question by question: the same questions, or the same luck
     for condition, of_condition in pairs.items():
@@ -148,16 +151,16 @@ def estimate(pairs, split, metric, shared):
                 own += part
                 own_spread += part**2 / (seeds * (questions - 1))
     if fewest < 2:
-        return gain, math.nan, 1.0  # one seed: no interval
+        return gain, [(math.nan, 1.0)] * 2  # one seed: no interval
     of_seeds = [(r.var(ddof=1) / len(r), len(r) - 1) for r in rows_of.values()]
     of_questions = [(c.var(ddof=1) / len(c), len(c) - 1) for c in columns_of.values()]
     a, b, floor = sum(v for v, _ in of_seeds), sum(v for v, _ in of_questions), rest + own
-    variance = max(a, floor) + max(0.0, b - rest)
     spread = sum(v**2 / f for v, f in of_seeds) + sum(v**2 / f for v, f in of_questions) + rest_spread
-    if a < floor:
-        spread += rest_spread + own_spread
-    degrees = max(variance**2 / spread if spread > 0 else 0.0, fewest - 1)
-    return gain, math.sqrt(variance), degrees
+    estimates = []
+    for runs, squares in ((max(a, floor), spread + (rest_spread + own_spread if a < floor else 0)), (a, spread)):
+        variance = runs + max(0.0, b - rest)
+        estimates.append((math.sqrt(variance), max(variance**2 / squares if squares > 0 else 0.0, fewest - 1)))
+    return gain, estimates
 
 
 def holm(values):
@@ -201,12 +204,15 @@ def recompute(folder):
                         pairs = {c: pairs[c] for c in conditions if c in pairs}
                         family[level] = estimate(pairs, split, metric, shared)
                 model, task = scope or ("all", "all")
-                for level, (gain, error, degrees) in family.items():
+                for level, (gain, estimates) in family.items():
+                    (error, degrees), (runs_error, runs_degrees) = estimates
                     row = dict.fromkeys(COLUMNS, math.nan) | {"gain": gain, "error": error, "degrees": degrees}
-                    if error > 0:
-                        half = quantile(degrees, 0.975) * error
+                    row |= {"runs_error": runs_error, "runs_degrees": runs_degrees}
+                    if error > 0:  # of the two estimates, what says less
+                        known = [(e, f) for e, f in estimates if e > 0]
+                        half = max(quantile(f, 0.975) * e for e, f in known)
                         row |= {"low": gain - half, "high": gain + half}
-                        row["p"] = 2 * student(degrees, -abs(gain) / error)
+                        row["p"] = max(2 * student(f, -abs(gain) / e) for e, f in known)
                     elif error == 0 and gain == 0:
                         row["p"] = 1.0
                     found[(*level, metric, split, model, task)] = row

@@ -36,6 +36,7 @@ from bandit_rft.study.spending import ONE_POINT, cost_rows, curve_rows
 from bandit_rft.study.statistics import (
     Array,
     Block,
+    Spread,
     bca,
     contrast,
     equivalence,
@@ -195,7 +196,7 @@ def _rows(
 ) -> list[Row]:
     """What can be said of each (level, metric) alone: blocks [R, S, Q]; level and base [R, S] of each condition."""
     found = contrast(blocks)
-    error = found.error
+    spread = found.spread
     own = split in SPLITS and blocks[0].values.shape[-1] > 1
     low, high = bca(blocks) if own else np.full((2, len(names)), np.nan)
     means, base_means = (np.mean([runs.mean(-1) for runs in side], axis=0) for side in (level, base))
@@ -211,8 +212,9 @@ def _rows(
             "factor": factor, "level": name, "metric": metric, "split": split,
             "questions": question_count(blocks), "pairs": sum(block.values[0].size for block in blocks),
             "value": means[i], "baseline": base_means[i], "gain": found.gain[i], "low": math.nan, "high": math.nan,
-            "p": math.nan, "p_holm": math.nan, "family": 0, "p_equivalent": math.nan, "error": error[i],
-            "degrees": found.degrees[i], "bca_low": low[i], "bca_high": high[i], "iqm": iqm[i],
+            "p": math.nan, "p_holm": math.nan, "family": 0, "p_equivalent": math.nan,
+            **{name: values[i] for name, values in spread._asdict().items()},
+            "bca_low": low[i], "bca_high": high[i], "iqm": iqm[i],
             "probability_of_improvement": improvement[i], "minimum_detectable": math.nan,
             "seeds_for_one_point": math.nan, "variance_seeds": found.seeds[i],
             "variance_questions": found.questions[i], "variance_residual": found.residual[i],
@@ -262,18 +264,20 @@ def _finish(study: Study, rows: list[Row]) -> None:
     A family is what a reader looks through at once: all levels of a metric and split, in all scopes of the same kind.
     Levels that are one and the same cells are one hypothesis, whatever they are called.
     """
-    names = ("error", "degrees", "gain", "variance_seeds", "variance_questions", "variance_residual", "seeds")
+    names = ("gain", "variance_seeds", "variance_questions", "variance_residual", "seeds")
     shared = share_seeds(study)
-    error, degrees, gain, *parts = (np.array([row[name] for row in rows], dtype=float) for name in names)
-    low, high = t_interval(gain, error, degrees)
-    p, smallest = p_value(gain, error, degrees), minimum_detectable(error, degrees)
-    equivalent = equivalence(gain, error, degrees)
+    gain, *parts = (np.array([row[name] for row in rows], dtype=float) for name in names)
+    spread = Spread.of(rows)
+    low, high = t_interval(gain, spread)
+    p, smallest, equivalent = p_value(gain, spread), minimum_detectable(spread), equivalence(gain, spread)
     needed = seeds_needed(parts[0], parts[1], parts[2], parts[3], ONE_POINT)
     families: dict[tuple[Any, ...], dict[tuple[Any, ...], list[int]]] = {}
     for i, row in enumerate(rows):
         row |= {"low": low[i], "high": high[i], "p": p[i], "minimum_detectable": smallest[i]}
         row["p_equivalent"] = equivalent[i]
-        if gain[i] == error[i] == 0 and row["pairs"] and row["seeds"] > 1:  # nothing differed, of finitely many runs
+        if (
+            gain[i] == spread.error[i] == 0 and row["pairs"] and row["seeds"] > 1
+        ):  # nothing differed, of finitely many runs
             runs = row["seeds"] * (1 if shared else row["conditions"])
             bound, chance = nothing_differed(runs, 2.0 if row["split"] == "gap" else 1.0)
             row |= {"low": -bound, "high": bound, "p_equivalent": chance}

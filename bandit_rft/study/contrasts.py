@@ -56,8 +56,8 @@ def _rows(study: Study, key: tuple[str, str], weights: Mapping[Level, float]) ->
                 for c, seeds in used.items()
             }
             found = contrast(blocks_of(parts, split, shared))
-            low, high = t_interval(found.gain, found.error, found.degrees)
-            p, equivalent = (test(found.gain, found.error, found.degrees) for test in (p_value, equivalence))
+            low, high = t_interval(found.gain, found.spread)
+            p, equivalent = p_value(found.gain, found.spread), equivalence(found.gain, found.spread)
             runs = min(map(len, used.values())) * (1 if shared else len(used))
             if runs > 1 and (same := (found.gain == 0) & (found.error == 0)).any():  # of finitely many runs
                 bound, chance = nothing_differed(runs, sum(map(abs, weights.values())) / 2)
@@ -68,7 +68,7 @@ def _rows(study: Study, key: tuple[str, str], weights: Mapping[Level, float]) ->
                     "family": key[0], "name": key[1], "metric": metric, "split": split, "model": model, "task": task,
                     "seeds": min(map(len, used.values())), "conditions": len(used), "gain": float(found.gain[i]),
                     "low": float(low[i]), "high": float(high[i]), "p": float(p[i]), "p_holm": math.nan,
-                    "p_equivalent": float(equivalent[i]), "error": float(found.error[i]),
-                    "degrees": float(found.degrees[i]),
+                    "p_equivalent": float(equivalent[i]),
+                    **{name: float(values[i]) for name, values in found.spread._asdict().items()},
                 })  # fmt: skip
     return rows

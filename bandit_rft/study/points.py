@@ -10,7 +10,7 @@ import numpy as np
 
 from bandit_rft.study.cells import BASELINE, Cell, Study
 from bandit_rft.study.pairing import Condition, Level, Row
-from bandit_rft.study.statistics import CONFIDENCE, Array, contrast, minimum_detectable, t_interval, t_quantile
+from bandit_rft.study.statistics import CONFIDENCE, Array, Spread, contrast, minimum_detectable, t_interval
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Pairs:
         values = [np.mean([[[curve[r] for r in rounds] for curve in pair] for pair in unit], axis=0) for unit in found]
         ours, base = np.stack(values, 1)  # [seeds, rounds] each
         difference = contrast([(1.0, (ours - base).T[..., None])])
-        low, high = t_interval(difference.gain, np.sqrt(difference.variance), difference.degrees)
+        low, high = t_interval(difference.gain, Spread(np.sqrt(difference.variance), difference.degrees))
         start = base.mean(0)
         return Curve(rounds, ours.mean(0), start, start + low, start + high, ours)
 
@@ -92,13 +92,13 @@ def simultaneous(row: Row) -> tuple[float, float]:
     if row["error"] == row["gain"] == 0:  # nothing differed: what the interval says of one, at a level of 0.05 / family
         bound = 1 - (1 - row["high"]) ** (math.log(2 * (1 - _level(row))) / math.log(1 - CONFIDENCE))
         return -bound, bound
-    half = float(t_quantile(row["degrees"], _level(row))) * row["error"]
-    return row["gain"] - half, row["gain"] + half
+    low, high = t_interval(row["gain"], Spread.of([row]), _level(row))
+    return float(low[0]), float(high[0])
 
 
 def detectable(row: Row) -> float:
     """The true gain that is found with 80% power by the corrected test of this row's family (its strictest step)."""
-    return float(minimum_detectable(np.asarray(row["error"]), np.asarray(row["degrees"]), _level(row)))
+    return float(minimum_detectable(Spread.of([row]), _level(row))[0])
 
 
 def _level(row: Row) -> float:

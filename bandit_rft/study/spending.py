@@ -9,7 +9,7 @@ import numpy as np
 
 from bandit_rft.study.cells import BASELINE, SPLITS, Cell, Study
 from bandit_rft.study.pairing import ALL, Cells, Condition, Level, Row, scopes
-from bandit_rft.study.statistics import contrast, t_interval
+from bandit_rft.study.statistics import Spread, contrast, t_interval
 
 ONE_POINT = 0.01
 
@@ -32,7 +32,7 @@ def curve_rows(study: Study, index: Mapping[Level, Cells]) -> list[Row]:
                 for round_ in sorted(set.intersection(*(set(curve) for part in curves for curve in part))):
                     by_seed = np.mean([[curve[round_] for curve in part] for part in curves], axis=0)  # [S]
                     found = contrast([(1.0, by_seed[:, None])])
-                    low, high = t_interval(found.gain, np.sqrt(found.variance), found.degrees)
+                    low, high = t_interval(found.gain, Spread(np.sqrt(found.variance), found.degrees))
                     rows.append({
                         "factor": level[0], "level": level[1], "model": model, "task": task, "split": split,
                         "round": round_, "seeds": len(seeds), "conditions": len(conditions),

@@ -12,7 +12,7 @@ computed together.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -49,6 +49,32 @@ class Part(NamedTuple):
     degrees: float
 
 
+class Spread(NamedTuple):
+    """A gain's standard error and degrees of freedom, estimated twice [...]; what says less counts.
+
+    `error` has the floor under the seeds' part (Contrast.variance), and with it the residual's many degrees of freedom
+    just where the seeds' part came out small by accident, which is where few seeds give their smallest p-values.
+    `runs_error` has no floor, and the degrees of freedom of the seeds. None: there is only the first.
+    """
+
+    error: Array
+    degrees: Array
+    runs_error: Array | None = None
+    runs_degrees: Array | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Spread:
+        """As the rows of results.csv have it, [R]."""
+        return cls(*(np.array([row[name] for row in rows], dtype=np.float64) for name in cls._fields))
+
+    def least(self, says: Callable[[Array, Array], Array]) -> Array:
+        """The larger of a function of error and degrees, of both estimates."""
+        first = says(self.error, self.degrees)
+        if self.runs_error is None or self.runs_degrees is None:
+            return first
+        return np.asarray(np.fmax(first, says(self.runs_error, self.runs_degrees)))
+
+
 @dataclass(frozen=True)
 class Contrast:
     """A weighted sum of block means and the three parts of its variance; every field has the leading dimensions.
@@ -62,6 +88,7 @@ class Contrast:
     questions: Array
     residual: Array
     degrees: Array  # of freedom of the variance
+    runs_degrees: Array  # and of that without its floor
     seed_count: int  # of the group of blocks with the fewest
 
     @property
@@ -79,6 +106,12 @@ class Contrast:
         error = np.sqrt(self.variance)
         unknown = (error == 0) & (self.gain != 0)
         return np.where(unknown | (self.seed_count < 2), np.nan, error)
+
+    @property
+    def spread(self) -> Spread:
+        """What intervals and p-values are made of."""
+        alone = np.sqrt(self.seeds + np.maximum(self.questions - self.residual, 0))
+        return Spread(self.error, self.degrees, np.where(np.isnan(self.error), np.nan, alone), self.runs_degrees)
 
 
 def contrast(blocks: Sequence[Block | tuple[float, Array]]) -> Contrast:
@@ -171,17 +204,22 @@ def combine(
     of_seeds, of_questions, rest, own = (
         np.sum([zero, *(part.value for part in parts)], axis=0) for parts in (seeds, questions, crossed, within)
     )
-    found = Contrast(gain, of_seeds, of_questions + own, rest + own, zero, seed_count)
     of_seeds_spread, of_questions_spread, rest_spread, own_spread = (
         np.sum([zero, *(part.value**2 / part.degrees for part in parts)], axis=0)
         for parts in (seeds, questions, crossed, within)
     )
+    found = Contrast(gain, of_seeds, of_questions + own, rest + own, zero, zero, seed_count)
     spread = of_seeds_spread + of_questions_spread + rest_spread
-    spread = spread + np.where(of_seeds < rest + own, rest_spread + own_spread, 0)
+    floored = spread + np.where(of_seeds < rest + own, rest_spread + own_spread, 0)
     least = max(seed_count - 1, 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        degrees = np.where(spread > 0, found.variance**2 / spread, least)
-    return replace(found, degrees=np.maximum(degrees, least))
+
+    def freedom(error: Array, spread: Array) -> Array:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.maximum(np.where(spread > 0, error**4 / spread, least), least)
+
+    runs_error = found.spread.runs_error
+    assert runs_error is not None
+    return replace(found, degrees=freedom(np.sqrt(found.variance), floored), runs_degrees=freedom(runs_error, spread))
 
 
 def t_quantile(degrees: Any, level: float) -> Array:
@@ -191,28 +229,28 @@ def t_quantile(degrees: Any, level: float) -> Array:
     return np.asarray(stdtrit(degrees, level), dtype=np.float64)
 
 
-def t_interval(gain: Array, error: Array, degrees: Array) -> tuple[Array, Array]:
-    """Two-sided 95% interval gain -+ t * error."""
-    half = t_quantile(degrees, (1 + CONFIDENCE) / 2) * error
+def t_interval(gain: Array, spread: Spread, level: float = (1 + CONFIDENCE) / 2) -> tuple[Array, Array]:
+    """Two-sided interval gain -+ t_level * error; 95% unless `level` says otherwise."""
+    half = spread.least(lambda error, degrees: t_quantile(degrees, level) * error)
     return gain - half, gain + half
 
 
-def p_value(gain: Array, error: Array, degrees: Array) -> Array:
+def p_value(gain: Array, spread: Spread) -> Array:
     """Two-sided p-value of "the gain is 0"; 1 where there is no difference at all, NaN where the error is unknown."""
     from scipy.special import stdtr
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = 2 * stdtr(degrees, -np.abs(gain) / error)
-    return np.where((gain == 0) & (error == 0), 1.0, p)
+        p = spread.least(lambda error, degrees: 2 * stdtr(degrees, -np.abs(gain) / error))
+    return np.where((gain == 0) & (spread.error == 0), 1.0, p)
 
 
-def equivalence(gain: Array, error: Array, degrees: Array, margin: float = MARGIN) -> Array:
+def equivalence(gain: Array, spread: Spread, margin: float = MARGIN) -> Array:
     """p-value of two one-sided tests (Schuirmann 1987): small where the gain is shown to lie within -+ margin."""
     from scipy.special import stdtr
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = stdtr(degrees, (np.abs(gain) - margin) / error)
-    return np.where(np.isnan(error), np.nan, p)
+        p = spread.least(lambda error, degrees: stdtr(degrees, (np.abs(gain) - margin) / error))
+    return np.where(np.isnan(spread.error), np.nan, p)
 
 
 def nothing_differed(runs: int, span: float = 1.0) -> tuple[float, float]:
@@ -239,20 +277,22 @@ def holm(p: Array) -> Array:
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
-def minimum_detectable(error: Array, degrees: Array, level: float = (1 + CONFIDENCE) / 2) -> Array:
+def minimum_detectable(spread: Spread, level: float = (1 + CONFIDENCE) / 2) -> Array:
     """The true gain that a study like this one finds significant with probability 80%.
 
     The test rejects beyond t_level, and its statistic is noncentral t: the next study estimates its error anew. With
     few degrees of freedom that takes more than the (t_level + t_0.8) * error of an error that is known.
 
     Args:
-        error: true standard error of the gain.
-        degrees: of freedom of its estimate.
+        spread: true standard error of the gain, and the degrees of freedom of its estimate.
         level: 1 - half of the two-sided level of the test.
     """
     from scipy.special import nctdtrinc
 
-    return np.asarray(nctdtrinc(degrees, 1 - POWER, t_quantile(degrees, level)) * error, dtype=np.float64)
+    return np.asarray(
+        spread.least(lambda error, degrees: nctdtrinc(degrees, 1 - POWER, t_quantile(degrees, level)) * error),
+        dtype=np.float64,
+    )
 
 
 def seeds_needed(seeds: Array, questions: Array, residual: Array, count: Array, gain: float = 0.01) -> Array:
@@ -269,7 +309,7 @@ def seeds_needed(seeds: Array, questions: Array, residual: Array, count: Array, 
         with np.errstate(invalid="ignore", divide="ignore"):
             share = np.where(variance > 0, of_seeds / tried / variance, 1.0)
             degrees = (tried - 1) / np.maximum(share, 1e-3) ** 2
-        return np.asarray(minimum_detectable(np.sqrt(variance), degrees) <= gain)
+        return np.asarray(minimum_detectable(Spread(np.sqrt(variance), degrees)) <= gain)
 
     low, high = np.full(len(seeds), 1.0), np.full(len(seeds), float(MAX_SEEDS))  # low is too few, high may do
     reachable = enough(high)

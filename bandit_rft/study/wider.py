@@ -9,7 +9,7 @@ import numpy as np
 
 from bandit_rft.study.cells import BASELINE, SPLITS, Study
 from bandit_rft.study.pairing import ALL, Condition, Level, Row
-from bandit_rft.study.statistics import Array, holm, t_interval
+from bandit_rft.study.statistics import Array, Spread, holm, t_interval
 
 #: Metrics whose values lie between 0 and 1, so that a failed run's could have been anything between them.
 BOUNDED = ("final", "best", "auc")
@@ -69,7 +69,7 @@ def _over_models(own: Mapping[Condition, Row]) -> Row:
 
 def _t_over(values: Array) -> tuple[float, float]:
     error = values.std(ddof=1) / math.sqrt(len(values))
-    low, high = t_interval(values.mean(), error, np.asarray(float(len(values) - 1)))
+    low, high = t_interval(values.mean(), Spread(error, np.asarray(float(len(values) - 1))))
     return float(low), float(high)
 
 
@@ -107,7 +107,7 @@ def competence(own: Mapping[Condition, Row], start: Mapping[Condition, float]) -
         return dict.fromkeys(names, math.nan)
     slope = float((x * y).sum() / spread)
     error = math.sqrt(float(((y - slope * x) ** 2).sum()) / degrees / spread)
-    low, high = t_interval(np.asarray(slope), np.asarray(error), np.asarray(float(degrees)))
+    low, high = t_interval(np.asarray(slope), Spread(np.asarray(error), np.asarray(float(degrees))))
     return dict(zip(names, (slope, float(low), float(high)), strict=True))
 
 

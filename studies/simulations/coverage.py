@@ -103,9 +103,9 @@ def rates(truth: Truth, layout: str, levels: int, seeds: int, studies: int) -> t
     covered, found = [], []
     for _ in range(max(1, studies // AT_ONCE)):
         drawn = simulate(rng, truth, layout, levels, seeds)
-        low, high = t_interval(drawn.gain, drawn.error, drawn.degrees)
+        low, high = t_interval(drawn.gain, drawn.spread)
         covered.append(((low <= 0) & (high >= 0)).mean())
-        p = p_value(drawn.gain, drawn.error, drawn.degrees)
+        p = p_value(drawn.gain, drawn.spread)
         found.append(np.mean([(holm(row) <= 0.05).any() for row in p]))
     return float(np.mean(covered)), float(np.mean(found))
 

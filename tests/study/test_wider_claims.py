@@ -19,7 +19,7 @@ from bandit_rft.study.analyse import analyse_study, compare_levels
 from bandit_rft.study.pairing import share_seeds
 from bandit_rft.study.plan import StudyError, read_contrasts
 from bandit_rft.study.points import simultaneous
-from bandit_rft.study.statistics import Block, contrast, equivalence, nothing_differed
+from bandit_rft.study.statistics import Block, Spread, contrast, equivalence, nothing_differed
 from bandit_rft.study.wider import competence, welch
 
 N8, BIG = ("rollouts", "n=8"), ("batch", "B=64")
@@ -112,8 +112,8 @@ def test_the_floor_under_the_seeds_part() -> None:
 def test_equivalence_and_the_bound_of_no_difference() -> None:
     gain, error, degrees = np.array([0.005]), np.array([0.006]), np.array([20.0])
     low, high = 0.005 + np.array([-1, 1]) * stats.t.ppf(0.95, 20) * 0.006
-    assert low > -0.02 and high < 0.02 and equivalence(gain, error, degrees)[0] < 0.05
-    assert equivalence(gain, 2 * error, degrees)[0] > 0.05
+    assert low > -0.02 and high < 0.02 and equivalence(gain, Spread(error, degrees))[0] < 0.05
+    assert equivalence(gain, Spread(2 * error, degrees))[0] > 0.05
     assert nothing_differed(360) == pytest.approx((0.0083, 0.98**360), abs=1e-4)
     assert nothing_differed(5, span=2.0) == pytest.approx((2 * nothing_differed(5)[0], 0.99**5))
 
