@@ -106,6 +106,7 @@ class Records:
         clock = Stopwatch()
         with clock.phase("checkpoint"):
             self._write_checkpoint(trainer.optimizer.state_tensors())
+            trainer.ranks.from_first(trainer.round)  # no rank goes on, or ends with an error, before it is written
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self.saved_round = trainer.round
 
