@@ -21,7 +21,7 @@ def launched_rank() -> tuple[int, int]:
 def not_launched(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for a program that is no rank of the run, though a rank starts it.
 
-    torch.distributed in it would take the rank's place, and wait for a store that the launcher serves to others
+    init_process_group in it could take the rank's place, and fails where it expects the launcher to serve its store
     (TORCHELASTIC_USE_AGENT_STORE).
     """
     return {k: v for k, v in environment.items() if k not in PLACE and not k.startswith("TORCHELASTIC_")}

@@ -144,7 +144,7 @@ def test_a_server_killed_in_mid_run_is_brought_back(tmp_path: Path) -> None:
 
 
 def test_two_ranks_train_on_its_rollouts(tmp_path: Path) -> None:
-    """torchrun's variables, which the first rank has, would have it wait for a store that is not its own."""
+    """The first starts it, pushes and asks; torchrun's variables say nothing to it."""
     values = keys(tmp_path, **{"rollout.server_python": str(PYTHON), "max_rounds": 3, "max_prompt_length": 40})
     options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bandit_rft"]

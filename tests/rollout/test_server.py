@@ -359,7 +359,7 @@ def test_tokens_that_were_excluded_or_follow_a_stop_are_refused() -> None:
 
 
 def test_a_server_of_the_runs_own_is_told_nothing_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """torch.distributed in it would wait for the store of the run's launcher."""
+    """init_process_group in it would expect the run's launcher to serve its store."""
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
     for name in ranks:
         monkeypatch.setenv(name, "1")
