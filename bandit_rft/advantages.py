@@ -54,6 +54,7 @@ class Advantage:
     name: str
     function: AdvantageFunction
     needs_groups: bool = False  # compares the rollouts of one query: at least two of them
+    needs_batch: bool = False  # compares the rollouts of a round: at least two of them
     trains_on_first: bool = False  # the other rollouts of a query are drawn for their rewards alone
     memory: Callable[..., Memory] | None = None  # its keyword arguments are options as well
     unit_interval: bool = False  # takes rewards in [0, 1] alone
@@ -82,6 +83,7 @@ def register(
     name: str,
     *,
     needs_groups: bool = False,
+    needs_batch: bool = False,
     trains_on_first: bool = False,
     memory: Callable[..., Memory] | None = None,
     unit_interval: bool = False,
@@ -93,6 +95,7 @@ def register(
     Args:
         name: its name, as the key `advantage` has it.
         needs_groups: it compares the rollouts of one query, so that there must be at least two.
+        needs_batch: it compares the rollouts of a round, so that there must be at least two.
         trains_on_first: the first rollout of each query is trained on, the others are drawn for their rewards alone.
         memory: makes what it remembers across rounds, handed to it as third argument and saved in checkpoints.
         unit_interval: rewards outside [0, 1] are refused.
@@ -104,7 +107,7 @@ def register(
     def add(function: AdvantageFunction) -> AdvantageFunction:
         if name in ADVANTAGES:
             raise ValueError(f"an advantage named {name!r} is registered already")
-        ADVANTAGES[name] = Advantage(name, function, needs_groups, trains_on_first, memory, unit_interval)
+        ADVANTAGES[name] = Advantage(name, function, needs_groups, needs_batch, trains_on_first, memory, unit_interval)
         return _on_tensors(ADVANTAGES[name])
 
     return add
@@ -259,13 +262,13 @@ def weighted(rewards: Floats, groups: Queries, *, positive_weight: Annotated[flo
 # --- the batch --------------------------------------------------------------------------------------------------------
 
 
-@register("batch_mean")
+@register("batch_mean", needs_batch=True)
 def batch_mean(rewards: Floats, groups: Queries) -> Floats:
     """A = r - mean over the batch."""
     return _centered(rewards)
 
 
-@register("batch_norm")
+@register("batch_norm", needs_batch=True)
 def batch_norm(rewards: Floats, groups: Queries) -> Floats:
     """A = (r - mean) / (std + 1e-6) over the batch, std unbiased (REINFORCE++, arXiv 2501.03262)."""
     return _standardized(rewards)
@@ -328,7 +331,7 @@ def history_norm(rewards: Floats, groups: Queries, memory: RewardHistory) -> Flo
     return _by_history(rewards, groups, memory, standardize=True)
 
 
-@register("spo", memory=ValueTracker, unit_interval=True)
+@register("spo", needs_batch=True, memory=ValueTracker, unit_interval=True)
 def spo(rewards: Floats, groups: Queries, memory: ValueTracker) -> Floats:
     """A = r - (the query's value before this round), then standardized over the batch (SPO, arXiv 2509.13232).
 

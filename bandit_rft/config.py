@@ -229,6 +229,11 @@ def _check_advantage(config: Config) -> None:
             f"advantage={name} compares the rollouts of one query: num_generations must be >= 2, got {n} "
             "(advantage=reward, batch_mean or history_norm work with one)"
         )
+    if advantage.needs_batch and config.batch_size * n < 2:
+        raise ValueError(
+            f"advantage={name} compares the rollouts of a round, and is 0 for one alone: batch_size * num_generations "
+            "must be >= 2 (advantage=reward or history_mean work with one)"
+        )
     hints = {"window": "; the window is replay.window"}
     check_options("advantage_options", f"advantage={name}", advantage.option_model, config.advantage_options, hints)
     try:

@@ -57,11 +57,14 @@ class PolicyOptimizer:
             master.grad = torch.zeros_like(master)
         # A lower-precision gradient goes into the float32 buffer as soon as autograd has it: summed over micro-batches
         # in its own precision, it would depend on how they were cut. A parameter belongs to its latest optimizer.
+        self._hooks: Any = WeakTensorKeyDictionary()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
                 if earlier := _HOOKS.get(parameter):
                     earlier.remove()
-                _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
+                self._hooks[parameter] = _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(
+                    partial(_move_gradient, master)
+                )
         self.max_grad_norm = max_grad_norm
         #: Whether a step is refused on the device, and the host hears of it from `refused`; elsewhere `step` raises.
         self.asynchronous = self.masters[0].device.type != "cpu"
@@ -69,6 +72,13 @@ class PolicyOptimizer:
         self._adamw = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
+
+    def close(self) -> None:
+        """Take no gradient any more: from here on autograd leaves it in the parameter, for whoever trains it next."""
+        for parameter, hook in self._hooks.items():
+            hook.remove()
+            if _HOOKS.get(parameter) is hook:
+                del _HOOKS[parameter]
 
     @property
     def learning_rate(self) -> float:

@@ -150,6 +150,8 @@ class RolloutBatch:
                     f"{name}_ids and {name}_mask must be [B, length] with B = {len(prompt_ids)}; got "
                     f"{list(ids.shape)} and {list(mask.shape)}"
                 )
+            if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+                raise ValueError(f"{name}_mask must be bool, or 0 and 1; got other numbers")
         inside = completion_mask.bool()
         tokens = completion_ids[inside]
         absent = torch.full(tokens.shape, torch.nan, device=tokens.device)
@@ -343,7 +345,11 @@ def _whole(values: Tensor) -> bool:
 
 def _column(name: str, value: Any, size: int, device: torch.device) -> Tensor:
     """A value for each of `size` rollouts, in the column's dtype."""
-    column = torch.as_tensor(value, dtype=_PER_ROLLOUT[name], device=device)
+    dtype = _PER_ROLLOUT[name]
+    column = torch.as_tensor(value, dtype=None if dtype == torch.int64 else dtype, device=device)
+    if column.numel() and dtype == torch.int64 and (column.is_floating_point() or column.is_complex()):
+        raise ValueError(f"{name} must be whole numbers; got {str(column.dtype).removeprefix('torch.')}")
+    column = column.to(dtype)
     if column.ndim == 0:
         column = column.repeat(size)
     if column.shape != (size,):
@@ -353,9 +359,11 @@ def _column(name: str, value: Any, size: int, device: torch.device) -> Tensor:
 
 def _offsets(lengths: Tensor, device: torch.device) -> Tensor:
     """Where packed sequences of these lengths begin, and their total: int32 [B + 1]."""
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=device)
     offsets[1:] = lengths.cumsum(0)
-    return offsets
+    if offsets.device.type == "cpu" and int(offsets[-1]) >= 2**31:
+        raise ValueError(f"a batch holds fewer than 2^31 tokens; got {int(offsets[-1]):,}")
+    return offsets.int()
 
 
 def _spans(offsets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -387,6 +387,7 @@ class Trainer:
         self.policy = load_policy(str(found[0]), config) if found else new_policy(config, self._given)
         self.trained = ranks.shard(self.policy)  # with several ranks, this one's share
         self.optimizer = make_optimizer(self.trained, config, ranks)
+        stack.callback(self.optimizer.close)
         if found is not None:
             load_optimizer(found[0], self.optimizer)
             restore(self, *found)

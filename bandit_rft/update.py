@@ -106,7 +106,7 @@ class PolicyUpdater:
         ranks.check_same("rollouts of a round", (column.numpy().tobytes() for column in batch.columns().values()))
         # In the only step of a round the sampler is this policy: the ratio is 1 by definition, not by rounding.
         off_policy = off_policy or self.epochs * self.minibatches > 1 or self.objective.weighs_sampler
-        for rows in self._minibatches(len(batch), round_index):
+        for rows in self._minibatches(batch, round_index):
             self._step(batch, rows, sums, round_index, off_policy)
         zero = sums.losses[0].new_zeros(())
         totals = ranks.sum(torch.stack([sums.statistics.get(name, zero) for name in STATISTICS]))
@@ -136,21 +136,24 @@ class PolicyUpdater:
             ratio_by_length=_by_length(ratios.tolist()),
         )
 
-    def _minibatches(self, size: int, round_index: int) -> Iterator[NDArray[np.int64]]:
-        """The rollouts of each step: all of them, or the parts of a shuffle that depends on seed and round alone."""
+    def _minibatches(self, batch: RolloutBatch, round_index: int) -> Iterator[NDArray[np.int64]]:
+        """The rollouts of each step: all that are trained on, or parts of a shuffle that follows seed and round alone.
+
+        With fewer rollouts than parts there are fewer steps: one without a rollout would be a step on momentum.
+        """
         rng = np.random.Generator(np.random.PCG64([self.seed, round_index, 0x0DD5]))
+        trained = np.flatnonzero(batch.trained.numpy())
         for _ in range(self.epochs):
-            order = np.arange(size) if self.minibatches == 1 else rng.permutation(size)
-            yield from np.array_split(order, self.minibatches)
+            order = trained if self.minibatches == 1 else rng.permutation(trained)
+            yield from np.array_split(order, min(self.minibatches, max(len(trained), 1)))
 
     def _step(
         self, batch: RolloutBatch, rows: NDArray[np.int64], sums: _Sums, round_index: int, off_policy: bool
     ) -> None:
         objective, lengths = self.objective, batch.lengths.numpy()
-        trained = rows[batch.trained.numpy()[rows]]
-        normalizer = lengths[trained].sum() if objective.aggregation == "token-mean" else len(trained)
+        normalizer = lengths[rows].sum() if objective.aggregation == "token-mean" else len(rows)
         advantages = batch.advantage.numpy()
-        computed = trained if objective.every_token_counts else trained[advantages[trained] != 0]
+        computed = rows if objective.every_token_counts else rows[advantages[rows] != 0]
         shares = shares_of(batch, computed, self.ranks)
         micros, most = shared_micro_batches(batch, shares, self.tokens_per_microbatch, self.ranks.rank)
         with self.ranks.working(self.policy, self.reference):
@@ -311,14 +314,21 @@ class TrainingInputs(NamedTuple):
 
 
 def training_inputs(batch: RolloutBatch, device: torch.device) -> TrainingInputs:
-    """Lay out prompts and completions (in host memory) one after another for a forward pass on a device."""
+    """Lay out prompts and completions (in host memory) one after another for a forward pass on a device.
+
+    Raises:
+        ValueError: for an empty prompt or completion: the state before its first token would be another rollout's.
+    """
+    for name, lengths in (("prompt", batch.prompt_lengths), ("completion", batch.lengths)):
+        if bool((lengths < 1).any()):
+            raise ValueError(f"a rollout has an empty {name}: each needs a token or more")
     prompts = batch.prompt_tokens.split(batch.prompt_lengths.tolist())
     pairs = zip(prompts, batch.split(batch.tokens), strict=True)
     input_ids = torch.cat([part for prompt, completion in pairs for part in (prompt, completion[:-1])])
-    lengths = batch.prompt_lengths + batch.lengths - 1
-    first = lengths.cumsum(0) - lengths + batch.prompt_lengths - 1  # the row that predicts a completion's first token
+    sizes = batch.prompt_lengths + batch.lengths - 1
+    first = sizes.cumsum(0) - sizes + batch.prompt_lengths - 1  # the row that predicts a completion's first token
     predicting = torch.arange(len(batch.tokens)) + batch.per_token(first - batch.cu_seqlens[:-1])
-    return TrainingInputs(to_device(input_ids, device), lengths.tolist(), to_device(predicting, device))
+    return TrainingInputs(to_device(input_ids, device), sizes.tolist(), to_device(predicting, device))
 
 
 def longest_first(batch: RolloutBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ import torch
 
 from bandit_rft import advantages
 from bandit_rft.advantages import ADVANTAGES, compute_advantages, register
+from bandit_rft.config import build_config
 from bandit_rft.history import RewardHistory, ValueTracker
 from bandit_rft.selection import most_varied
 
@@ -127,6 +128,13 @@ def test_memory_survives_a_checkpoint(name: str) -> None:
 
 
 def test_registry_options_and_errors() -> None:
+    assert {name for name, advantage in ADVANTAGES.items() if advantage.needs_batch} == {
+        "batch_mean",
+        "batch_norm",
+        "spo",
+    }
+    with pytest.raises(ValueError, match=r"advantage=spo compares the rollouts of a round, and is 0 for one alone"):
+        build_config({"preset": "minimal", "advantage": "spo", "batch_size": 1})
     assert {name for name, advantage in ADVANTAGES.items() if advantage.needs_groups} == {
         "group_mean", "group_norm", "group_mean_batch_std", "rloo", "extra_rollouts",
     }  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandit_rft.rollout_batch import RolloutBatch
+from bandit_rft.rollout import sequence_ids
+from bandit_rft.rollout_batch import RolloutBatch, _offsets
 
 
 def make(sizes: list[tuple[int, int]], seed: int = 0) -> RolloutBatch:
@@ -111,6 +112,20 @@ def test_bad_columns_are_named() -> None:
         RolloutBatch.of([[1], [2]], tokens, [1, 2], zero, zero, [False, False], rewards=[1, 2])
     with pytest.raises(ValueError, match="completion_ids and completion_mask must be"):
         RolloutBatch.from_padded(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4))
+
+
+def test_numbers_that_would_be_cut_off_are_refused() -> None:
+    batch = RolloutBatch.of([[1], [2]], torch.arange(2), [1, 1], torch.zeros(2), torch.zeros(2), [False] * 2)
+    with pytest.raises(ValueError, match="query must be whole numbers; got float32"):
+        batch.with_columns(query=[0.7, 1.9])
+    assert batch.with_columns(reward=[0.1, 0.2]).reward.tolist() == [0.1, 0.2]
+    additive = torch.tensor([[0.0, 0.0, -torch.inf]])
+    with pytest.raises(ValueError, match="prompt_mask must be bool, or 0 and 1; got other numbers"):
+        RolloutBatch.from_padded(torch.ones(1, 3).long(), additive, torch.ones(1, 3).long(), torch.ones(1, 3).bool())
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens; got 3,221,225,472"):
+        _offsets(torch.tensor([2**30] * 3), torch.device("cpu"))
+    with pytest.raises(TypeError, match="whole numbers; got float64"):
+        sequence_ids(0, [0.2, 0.9])
 
 
 def test_per_token_repeats_each_rollouts_value() -> None:

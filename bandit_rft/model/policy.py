@@ -239,18 +239,39 @@ class Policy:
             )
         self._checkpointed = layers
 
+    def refuse_dropout(self) -> None:
+        """Raise where dropout would act: a model that somebody put back into train mode, and that has any.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.model.training and any(_drops_out(module) for module in self.model.modules() if module.training):
+            raise ValueError(
+                f"the policy's {type(self.causal_lm).__name__} is in train mode and has dropout: what is drawn from "
+                "and what is trained would be two policies. Call model.eval(); gradients flow all the same"
+            )
+
     def hidden_states(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of packed token ids [T] made of sequences of the given lengths (host integers).
 
         Sequences do not see each other. Differentiable; call under torch.no_grad() for scoring.
 
         Raises:
-            ValueError: for lengths that do not add up to T, or a sequence longer than the model is served for.
+            ValueError: for lengths that do not add up to T, a sequence longer than the model is served for, or dropout.
         """
+        self.refuse_dropout()
         if input_ids.ndim != 1 or input_ids.shape[0] != sum(lengths):
             raise ValueError(f"input_ids must be [{sum(lengths)}] to match lengths; got {list(input_ids.shape)}")
         with _checkpointing(self._checkpointed if torch.is_grad_enabled() else []):
             return self.plan.hidden_states(self.base, input_ids, lengths)
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Whether a module has a dropout that is not 0, as a module or as a number that its forward pass reads."""
+    own = {name: value for name, value in vars(module).items() if "dropout" in name}
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        own["p"] = module.p
+    return any(isinstance(value, float) and value > 0 for value in own.values())
 
 
 def _count(number: int) -> str:

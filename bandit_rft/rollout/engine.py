@@ -60,12 +60,17 @@ def sequence_ids(*parts: int | Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """A 64-bit id for each combination of the parts (stream, round, query, rollout), int64 [B]; parts broadcast.
 
     splitmix64 (Steele, Lea, Flood 2014) applied part by part: equal parts give equal ids, whatever else is drawn.
+
+    Raises:
+        TypeError: for parts that are no whole numbers: cut off to such, they would share their streams.
     """
     mixed = np.zeros(1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
-            part = part.cpu() if isinstance(part, Tensor) else part
-            mixed = mixed + np.asarray(part, dtype=np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            whole = np.asarray(part.cpu() if isinstance(part, Tensor) else part)
+            if whole.dtype.kind not in "iu" and whole.size:
+                raise TypeError(f"the parts of a sequence's id must be whole numbers; got {whole.dtype}")
+            mixed = mixed + whole.astype(np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             mixed = mixed ^ (mixed >> np.uint64(31))
@@ -205,6 +210,7 @@ class RolloutEngine:
             raise ValueError(f"ids must be int64 [{total}], one a completion; got {ids.dtype} {list(ids.shape)}")
         if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
             raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one")
+        self.policy.refuse_dropout()
         ids, sampling = ids.cpu(), sampling or Sampling()
         order: list[int] = []
         parts: list[RolloutBatch] = []

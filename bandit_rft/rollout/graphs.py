@@ -214,7 +214,7 @@ class CapturedDecoder:
     def _step(self, size: int, sampling: dict[str, Any]) -> None:
         """One step of the first `size` rows: replayed, or run and, the second time it is met, captured."""
         self.decoder.advance()
-        key = (size, self.decoder.span, *sorted(sampling.items()))
+        key = (size, self.decoder.span, self.decoder.in_window, *sorted(sampling.items()))
         if self.capture and not backends.is_checked():  # checks read values
             if key not in self._graphs and key in self._seen:
                 self._capture(key, lambda: self._run(size, sampling))

@@ -165,7 +165,7 @@ class StaticDecoder(ModelDecoder):
         self._shared.column.fill_(width - 1)
         self._first.zero_()  # rows without a sequence see something, too: nothing is not a number
         self._first[: len(lengths)].copy_(width - lengths)
-        self._in_window = self.window is None or capacity <= self.window
+        self.in_window = self.window is None or capacity <= self.window
 
     def _seen(self, rows: int) -> Tensor | dict[str, Tensor]:
         """The mask of a step: ready ones by the kind of layer where a window hides something, else one for all."""
@@ -173,7 +173,7 @@ class StaticDecoder(ModelDecoder):
         seen = (columns >= self._first[:rows, None]) & (columns <= column)
         if self._padding == "plain":
             return seen.long()
-        if self._in_window:
+        if self.in_window:
             return self._ready(seen)
         sliding = [window for window in self._windows if window is not None]
         if len(sliding) != 1:

@@ -169,6 +169,16 @@ def test_what_cannot_be_captured_is_said_once_and_runs_uncaptured(caplog: pytest
     ]
 
 
+def test_a_step_captured_within_the_window_is_not_replayed_beyond_it() -> None:
+    """Both see the same view of the cache, by other masks."""
+    policy = made("mistral")  # a window of 6
+    usual, static = engines(policy, 3, span=64, recorded=True)
+    for prompt in ([1, 5, 6], [1, *range(3, 20)], [1, 5, 6]):
+        for _ in range(2):
+            ids = sequence_ids(0, 1, list(range(4)), 0)
+            assert_same_draws(*(e.generate([prompt] * 4, ids, seed=1) for e in (static, usual)))
+
+
 def test_only_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bandit_rft.rollout.graphs.GRAPHS", 2)
     usual, static = engines(Policy(tiny_llama()), 30, recorded=True)

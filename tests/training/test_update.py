@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import CONFIGS
 from some_rollouts import some_rollouts
 from tiny_models import character_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM
 
 from bandit_rft import PolicyObjective
 from bandit_rft.gates import GateError
 from bandit_rft.model import Policy
 from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.rollout import RolloutEngine, sequence_ids
+from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.update import PolicyUpdater, _score, _Sums, score_rollouts, training_inputs
 
 
@@ -130,6 +134,61 @@ def test_the_check_can_fail() -> None:
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu()):
         with pytest.raises((RuntimeError, NotImplementedError)):
             wait()
+
+
+def test_a_closed_optimizer_leaves_its_parameters_as_it_found_them() -> None:
+    """Whoever trains the policy next, with another optimizer, gets gradients."""
+    policy = Policy(tiny_llama().bfloat16())
+    optimizer = PolicyOptimizer(policy.named_parameters(), learning_rate=1e-3)
+    policy.weight.sum().backward()
+    assert policy.weight.grad is None and bool((optimizer.grad_buffer(policy.weight) == 1).all())
+    later = PolicyOptimizer(policy.named_parameters(), learning_rate=1e-3)
+    optimizer.close()  # its hooks are the later one's by now
+    policy.weight.sum().backward()
+    assert policy.weight.grad is None and bool((later.grad_buffer(policy.weight) == 1).all())
+    later.close()
+    policy.weight.sum().backward()
+    assert policy.weight.grad is not None
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 4, 32])
+def test_minibatches_are_cut_from_what_is_trained_on(minibatches: int) -> None:
+    """A rollout that is not trained on is as if never drawn: it takes no place, and no step is empty."""
+    batch = some_rollouts(count=24).with_columns(advantage=1.0, trained=torch.arange(24) % 3 == 0)
+    left = list[torch.Tensor]()
+    for rollouts in (batch, batch.select(batch.trained)):
+        updater = updater_of(False)
+        updater.minibatches = minibatches
+        assert updater(rollouts, 1).steps == min(minibatches, 8)
+        left.append(state_of(updater.policy, updater.optimizer))
+    assert torch.equal(*left)
+
+
+def test_an_empty_prompt_or_completion_is_refused() -> None:
+    """The state before its first token would be its neighbour's."""
+    policy = Policy(tiny_llama())
+    for prompts, lengths, name in ([[5, 6], []], [2, 2], "prompt"), ([[5, 6], [7]], [4, 0], "completion"):
+        batch = RolloutBatch.of(prompts, torch.arange(4, 8), lengths, torch.zeros(4), torch.zeros(4), [False] * 2)
+        with pytest.raises(ValueError, match=f"a rollout has an empty {name}"):
+            score_rollouts(policy, batch, temperature=1.0, tokens_per_microbatch=10**6)
+
+
+def test_dropout_is_refused_where_it_would_act() -> None:
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(CONFIGS["gpt2"]))
+    engine = RolloutEngine(policy, max_completion_length=2)
+    policy.model.train()
+    with pytest.raises(ValueError, match=r"is in train mode and has dropout.*Call model.eval\(\)"):
+        policy.hidden_states(torch.arange(1, 5), [4])
+    with pytest.raises(ValueError, match="is in train mode and has dropout"):
+        engine.generate([[1, 2]], sequence_ids(0), seed=0)
+    policy.model.eval()
+    kept = policy.hidden_states(torch.arange(1, 5), [4])
+    for module in policy.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    policy.model.train()  # a habit, and without dropout no harm
+    assert torch.equal(policy.hidden_states(torch.arange(1, 5), [4]), kept)
 
 
 def test_ratios_are_logged_before_any_clip_by_the_rollouts_length() -> None:
