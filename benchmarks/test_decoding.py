@@ -51,7 +51,7 @@ def test_decoding(size: str, tmp_path: Path, benchmark: Any, keep: Callable[...,
                     seconds[side].append(decoder.seconds(count))
             sides = {
                 side: {
-                    "role": "ours" if side == OURS else "peer", "seconds": found,
+                    "role": "ours" if side == OURS else "peer", "seconds": found, "version": decoders[side].version,
                     "figures": {
                         "tokens a second": count * NEW / statistics.median(found),
                         "same greedy tokens": tokens[side] == tokens[OURS],

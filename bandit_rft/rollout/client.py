@@ -26,6 +26,10 @@ class ServerError(RuntimeError):
     """A call that failed in a way that may pass: no connection, no answer in time, out of memory, restarted."""
 
 
+class FailedError(ServerError):
+    """The server answered that it failed (5xx), or to come again later."""
+
+
 class GarbledError(ServerError):
     """An answer that is none: not JSON, of wrong types, tokens that do not exist, numbers that are not finite."""
 
@@ -227,7 +231,7 @@ class VllmClient:
             connection.close()
         if response.status >= 400:
             # 408, 425, 429: later, perhaps. 404: a route or an adapter that is not there.
-            kind = ServerError if response.status >= 500 or response.status in (408, 425, 429) else RefusedError
+            kind = FailedError if response.status >= 500 or response.status in (408, 425, 429) else RefusedError
             raise kind(f"{self.url}{route} answered {response.status} {response.reason}: {_short(text)}")
         if response.status >= 300:
             raise RefusedError(f"{self.url}{route} answered {response.status} {response.reason}: not followed")
@@ -327,7 +331,11 @@ def read_answer(answer: Any, request: Request) -> Answer:
     early = [i for i, t in enumerate(tokens[:-1]) if t in stops]
     need(not early, "tokens go on behind a stop token")
     stopped = tokens[-1] in stops
-    need(stopped or n == request.max_tokens, f"it ended after {n} tokens, neither by a stop token nor by the limit")
+    need(
+        stopped or n == request.max_tokens,
+        f"it ended after {n} tokens, neither by a stop token nor by the limit: {len(request.prompt)} of the prompt and "
+        f"{request.max_tokens} of a completion must fit into the server's --max-model-len",
+    )
     return Answer(tokens, values, not stopped, versions)
 
 

@@ -30,6 +30,9 @@ from bandit_rft.transfer import to_device, to_host
 
 logger = logging.getLogger(__name__)
 
+#: Tokens of a completion where nobody says how many: the configuration's own default.
+COMPLETION_LENGTH = 1024
+
 #: tokens int64, log-probabilities and entropy float32, each [sequences, steps].
 Tables = tuple[Tensor, Tensor, Tensor]
 
@@ -139,7 +142,8 @@ class RolloutEngine:
 
     Args:
         policy: a Policy, or a Hugging Face causal LM, which is wrapped; its current weights are used at every call.
-        max_completion_length: tokens after which a completion is cut off.
+        max_completion_length: tokens after which a completion is cut off; by default 1024, as in `bandit-rft train`, or
+            half of the model's positions, where that is less.
         batch_size: sequences decoded together (the KV cache holds this many).
         static_cache: whether decoding goes over a KV cache of fixed size in steps that a GPU replays (graphs.py), where
             a probe agrees; by default on a GPU. Draws are the same.
@@ -150,16 +154,16 @@ class RolloutEngine:
         self,
         policy: Policy | PreTrainedModel,
         *,
-        max_completion_length: int,
+        max_completion_length: int | None = None,
         batch_size: int = 256,
         static_cache: bool | None = None,
     ):
-        if max_completion_length < 1 or batch_size < 1:
+        if (max_completion_length is not None and max_completion_length < 1) or batch_size < 1:
             raise ValueError(
                 f"max_completion_length and batch_size must be >= 1; got {max_completion_length} and {batch_size}"
             )
         policy = Policy.of(policy)
-        self.policy, self.max_completion_length, self.batch_size = policy, max_completion_length, batch_size
+        self.policy, self.batch_size = policy, batch_size
         self.version: int | None = None
         self._stop_on_host = torch.zeros(policy.vocab_size, dtype=torch.bool)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]
@@ -170,6 +174,11 @@ class RolloutEngine:
         # Waiting for the device costs more than a wasted step on a GPU, and nothing on a CPU.
         self._check_every = 1 if policy.device.type == "cpu" else CHECK_EVERY
         self._plan = probe_decoding(policy, policy.model.config)
+        if max_completion_length is None:
+            positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+            served = [n for n in (positions, self._plan.max_length, policy.plan.max_length) if n]
+            max_completion_length = min([COMPLETION_LENGTH, *(max(1, n // 2) for n in served)])
+        self.max_completion_length = max_completion_length
         self._native = self._probe_native()
         config, padding = policy.model.config, self._plan.padding
         if static_cache is None:

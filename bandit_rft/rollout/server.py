@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from bandit_rft.model import Policy
-from bandit_rft.rollout.client import Answer, GarbledError, RefusedError, Request, RolloutClient, ServerError
+from bandit_rft.rollout.client import (
+    Answer,
+    FailedError,
+    GarbledError,
+    RefusedError,
+    Request,
+    RolloutClient,
+    ServerError,
+)
 from bandit_rft.rollout.engine import Sampling, sequence_ids
 from bandit_rft.rollout.process import ServerProcess
 from bandit_rft.rollout.push import WeightPush
@@ -228,6 +236,8 @@ class ServerEngine:
                     except GarbledError as error:
                         failures.garbled(error)
                     except ServerError as error:
+                        if isinstance(error, FailedError) and failures.said is None:
+                            logger.warning("the weights of round %s were not taken, now again: %s", version, error)
                         self._revive(server)
                         failures.again(error)
                     except RefusedError as error:
@@ -326,13 +336,19 @@ class _Failures:
         self._url, self._seconds, self._stopping = url, seconds, stopping
         self._first: float | None = None
         self._delay, self._garbled, self._stale = 0.1, 0, 0
+        self.said: str | None = None  # by the server itself, of its latest failure
 
     def again(self, error: Exception) -> None:
         """Wait, longer each time; RolloutError when it has taken too long."""
         now = time.monotonic()
         self._first = now if self._first is None else self._first
+        if isinstance(error, FailedError | GarbledError):
+            self.said = str(error)
         if now - self._first + self._delay > self._seconds:
-            raise RolloutError(f"gave up after {now - self._first:.0f} s (rollout.retry_s={self._seconds:g}): {error}")
+            # A server that said what was wrong and then died is not only one that does not answer.
+            before = f"; before that: {self.said}" if self.said not in (None, str(error)) else ""
+            waited = f"gave up after {now - self._first:.0f} s (rollout.retry_s={self._seconds:g})"
+            raise RolloutError(f"{waited}: {error}{before}")
         # Threads that failed together should not come back together.
         if self._stopping.wait(self._delay * random.uniform(0.5, 1.0)):
             raise RolloutError(f"{self._url}: another request failed")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,10 +178,12 @@ def vllm_cpu(task: Task) -> Run:
 
 
 SIDES: dict[str, Callable[[Task], Run]] = {OURS: ours, GENERATE: generate, LLAMA: llama_cpp, VLLM: vllm_cpu}
+#: The package that draws, whose version is recorded.
+PACKAGES = {OURS: "bandit_rft", GENERATE: "transformers", LLAMA: "llama-cpp-python", VLLM: "vllm-cpu"}
 
 
 class Decoder:
-    """A side's process, from the parent.
+    """A side's process, from the parent; `version` is that of its package.
 
     Raises:
         RuntimeError: it did not start; the text is why.
@@ -197,7 +200,7 @@ class Decoder:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # who waits for a turn must not spin
         )  # fmt: skip
-        self._answer()
+        self.version: str = self._answer()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None and self.process.stderr is not None
@@ -234,7 +237,7 @@ def serve(side: str, task: Task) -> None:
     def answer(value: Any) -> None:
         print("ANSWER" + json.dumps(value), flush=True)
 
-    answer("ready")
+    answer(metadata.version(PACKAGES[side]))
     for line in sys.stdin:
         what, *count = line.split()
         if what == "greedy":

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-#: name -> configuration. The first is that of the rounds; the others decode, with heads of a size that vLLM serves.
+#: name -> configuration. The first is that of the rounds; the others decode, with heads of a size that vLLM serves and
+#: weights so large that a greedy token depends on the order of those before it: with 0.02, transformers' own, most
+#: sequences repeat one token for ever, and llama.cpp agreed even where the heads of its GGUF were left as they are.
 SIZES: dict[str, dict[str, Any]] = {
     "1.1M": {
         "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
@@ -13,11 +15,11 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "1.3M": {
         "vocab_size": 1536, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "initializer_range": 0.1,
     },
     "160M": {
         "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False, "initializer_range": 0.04,
     },
 }  # fmt: skip
 

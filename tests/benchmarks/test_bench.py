@@ -202,3 +202,24 @@ def test_the_compiler_of_a_library(tmp_path: Path) -> None:
     assert machine.compiler_of(library) == "GCC: (Debian 12.2.0-14) 12.2.0"
     library.write_bytes(b"\x7fELF")
     assert machine.compiler_of(library) is None
+
+
+def test_the_page_says_what_decoders_were_and_whether_they_drew_the_same(tmp_path: Path) -> None:
+    def of(same: bool) -> dict[str, Any]:
+        figures = {"tokens a second": 9.0, "same greedy tokens": True}
+        sides = {
+            OURS: {"role": "ours", "seconds": [1.0], "version": "0.1.0", "figures": figures},
+            "llama.cpp": {
+                "role": "peer", "seconds": [1.0], "version": "0.3.9", "figures": {**figures, "same greedy tokens": same}
+            },
+        }  # fmt: skip
+        return {"group": "decoding", "sides": sides, "missing": {}, "bars": [], "model": "1.3M", "shape": [1, 16, 64]}
+
+    def told(same: bool) -> list[str]:
+        path = run(tmp_path / f"{same}.json", decoding=of(same))
+        return performance.Page(record.load(path), None).decoders()
+
+    assert told(True) == [
+        "All sides draw the same greedy tokens, so it is the same model that they run.", "Measured: llama.cpp 0.3.9.",
+    ]  # fmt: skip
+    assert told(False)[1].startswith("Other greedy tokens than ours: llama.cpp.")

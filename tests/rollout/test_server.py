@@ -248,6 +248,27 @@ def test_a_push_that_is_not_taken_stops(make: Any, server: FakeVllm) -> None:
     assert server.paused, "nothing is drawn with weights that nobody knows"
 
 
+def test_a_server_that_does_not_see_the_folder_is_said_to_have_said_so(
+    make: Any, server: FakeVllm, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM answers 500 and dies of it, so what comes last is only that nobody answers."""
+    server.blind = True
+    with pytest.raises(RolloutError, match=r"refused; before that: .*/collective_rpc answered 500 .*weights/step-1"):
+        make(server, retry_seconds=1.5).push(1)
+    (warned,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "the weights of round 1 were not taken" in warned and "weights/step-1" in warned
+    server.start()
+
+
+def test_completions_that_the_server_has_no_room_for(make: Any, server: FakeVllm) -> None:
+    """vLLM ends a completion at --max-model-len, and calls that the limit that was asked for."""
+    engine = make(server)
+    engine.push(1)
+    server.room = 6
+    with pytest.raises(RolloutError, match=r"4 of the prompt and 6 of a completion must fit into .*--max-model-len"):
+        engine.generate([PROMPTS[2]], IDS[:4], seed=1, n=4)
+
+
 @pytest.mark.parametrize("fault", ["stale", "wrong"])
 def test_canaries_see_what_versions_do_not(make: Any, server: FakeVllm, policy: Policy, fault: str) -> None:
     engine = make(server)

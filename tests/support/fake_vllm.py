@@ -1,8 +1,8 @@
 """A server with the routes of vLLM that a trainer uses, over a real model; it can go wrong in the ways that servers do.
 
 Its log-probabilities are the model's own, token by token. `faults` are names of what happens to the next requests for
-completions, one each (see `Handler.generate`); `stale`, `wrong` and `deaf` last. As a program it stands for the command
-that starts a server: `python fake_vllm.py --model FOLDER --port PORT`.
+completions, one each (see `Handler.generate`); `stale`, `wrong`, `deaf`, `blind` and `room` last.
+As a program it stands for the command that starts a server: `python fake_vllm.py --model FOLDER --port PORT`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class FakeVllm:
     def __init__(self, folder: Path, port: int = 0, host: str = "127.0.0.1"):
         self.folder, self.port, self.host = Path(folder), port, host
         self.stale = self.wrong = self.deaf = False  # keeps its weights; spoils one tensor; keeps its version's name
+        self.blind = False  # does not see the folder of the weights: as vLLM, it says so and is gone
+        self.room = 10**6  # tokens of a prompt and its completion, where vLLM ends a completion
         self.faults, self.calls, self.lock = deque[str](), Counter[str](), threading.RLock()
         self.delay = 0.0  # seconds that every completion takes
         self.seeds = list[int]()
@@ -74,7 +76,7 @@ class FakeVllm:
         generator = torch.Generator().manual_seed(sampling["seed"])
         self.seeds.append(sampling["seed"])
         tokens, logprobs, ids = list[int](), list[float](), list(body["token_ids"])
-        while len(tokens) < sampling["max_tokens"]:
+        while len(tokens) < sampling["max_tokens"] and len(ids) < self.room:
             z = model(input_ids=torch.tensor([ids])).logits[0, -1].float() / (sampling["temperature"] or 1.0)
             for token, bias in sampling.get("logit_bias", {}).items():
                 z[int(token)] += bias
@@ -115,6 +117,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         with server.lock:
             answer: Any = {}
+            if path == "/collective_rpc" and server.blind:
+                self.answer(500, {"error": {"message": f"Repo id must use ...: '{body['kwargs']['weights_path']}'"}})
+                threading.Thread(target=server.stop).start()
+                return
             if path == "/collective_rpc":
                 server.reload(Path(body["kwargs"]["weights_path"]))
             elif path == "/update_weight_version" and not server.deaf:
