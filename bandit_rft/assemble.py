@@ -142,16 +142,22 @@ def configured_ranks(config: Config) -> AbstractContextManager[Ranks]:
     Raises:
         ConfigError: for what several processes cannot do.
     """
-    _, world = launched_rank()
-    if world > 1 and config.rollout.engine != "embedded":
+    (_, world), r, patience = launched_rank(), config.rollout, config.distributed.timeout_s
+    if world > 1 and r.push == "nccl":
         raise ConfigError(
-            f"rollout.engine={config.rollout.engine} is for one process; there are {world}. The embedded engine draws "
-            "with all of them"
+            f"rollout.push=nccl is for one process; there are {world}. A folder (or lora) is pushed with any number"
+        )
+    longest = r.retry_s + 2 * r.request_timeout_s  # the first try ends late, and so may the last
+    if world > 1 and r.engine == "vllm" and patience <= longest:
+        raise ConfigError(
+            f"distributed.timeout_s={patience:g} must be more than rollout.retry_s + 2 * rollout.request_timeout_s = "
+            f"{longest:g}: so long may the first rank wait for a server before it gives up, and the others for the "
+            "first rank"
         )
     if world > 1 and config.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device={config.device} is one of them; with {world} processes each takes its own: leave it")
     return join_ranks(
-        sharded=config.distributed.shard == "fsdp", timeout_s=config.distributed.timeout_s,
+        sharded=config.distributed.shard == "fsdp", timeout_s=patience,
         gpu=torch.cuda.is_available() and config.device != "cpu",
     )  # fmt: skip
 

@@ -95,6 +95,8 @@ class Records:
             OSError: the disk is full or read-only; every earlier checkpoint is untouched.
         """
         trainer = self.trainer
+        if trainer.ahead is not None:
+            trainer.ahead.settle()
         trainer.ranks.gather()
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.policy.parameters()):
             raise FloatingPointError(
@@ -104,6 +106,7 @@ class Records:
         clock = Stopwatch()
         with clock.phase("checkpoint"):
             self._write_checkpoint(trainer.optimizer.state_tensors())
+            trainer.ranks.from_first(trainer.round)  # no rank goes on, or ends with an error, before it is written
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self.saved_round = trainer.round
 

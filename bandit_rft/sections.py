@@ -388,7 +388,9 @@ class DistributedConfig(Section):
         may_change=True, design=False,
     )  # fmt: skip
     timeout_s: float = Key(
-        3600.0, "seconds that processes wait for each other in one call: more than rewards or a checkpoint take",
+        3600.0,
+        "seconds that processes wait for each other in one call: more than rewards, a checkpoint or a round's rollouts "
+        "from servers take",
         may_change=True, design=False, gt=0,
     )  # fmt: skip
 

@@ -406,7 +406,7 @@ class Trainer:
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
-        self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead, self.hopeless)
+        self.sampler = Sampler(self.engine, self.trained, self.data.train, config, self.ahead, ranks, self.hopeless)
         if self.memory is not None:
             self.data.explain_history()
         self.data.explain_budget()

@@ -138,8 +138,11 @@ class Engine(Protocol):
     ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each prompt; see RolloutEngine."""
 
-    def push(self, version: int) -> RolloutBatch | None:
-        """Draw with the policy as it is now, as this version; completions to compare with it, where there is doubt."""
+    def push(self, version: int, canary_prompts: Sequence[Sequence[int]] = ()) -> RolloutBatch | None:
+        """Draw with the policy as it is now, as this version.
+
+        Completions of these prompts, to compare with what the trainer says of them; None where there is no doubt.
+        """
 
     def metrics(self) -> Mapping[str, float | int | None]:
         """Of the latest push, and what went wrong since the last call."""
@@ -257,7 +260,7 @@ class RolloutEngine:
         # back in the order they were asked for
         return batch if order == list(range(total)) else batch.select(np.argsort(order))
 
-    def push(self, version: int) -> None:
+    def push(self, version: int, canary_prompts: Sequence[Sequence[int]] = ()) -> None:
         """Draw with the policy as it is now, as this version. Here it is the same memory; a server has to be told."""
         self.version = version
 
