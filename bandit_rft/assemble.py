@@ -20,12 +20,14 @@ from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import padding_token_ids
 from bandit_rft.distributed import Ranks, join_ranks
 from bandit_rft.gates import LOGPROB_GAP
+from bandit_rft.hopeless import Hopeless
 from bandit_rft.hub import asking, check_place
 from bandit_rft.launched import launched_rank
 from bandit_rft.lr_schedule import LearningRate
 from bandit_rft.model import Policy
 from bandit_rft.model.policy import align
 from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.queries import Epochs, Learnable
 from bandit_rft.rewards import RewardFunction, RewardRunner
 from bandit_rft.rollout import RolloutEngine, ServerEngine
 from bandit_rft.rollout.client import VllmClient
@@ -138,16 +140,22 @@ def configured_ranks(config: Config) -> AbstractContextManager[Ranks]:
     Raises:
         ConfigError: for what several processes cannot do.
     """
-    _, world = launched_rank()
-    if world > 1 and config.rollout.engine != "embedded":
+    (_, world), r, patience = launched_rank(), config.rollout, config.distributed.timeout_s
+    if world > 1 and r.push == "nccl":
         raise ConfigError(
-            f"rollout.engine={config.rollout.engine} is for one process; there are {world}. The embedded engine draws "
-            "with all of them"
+            f"rollout.push=nccl is for one process; there are {world}. A folder (or lora) is pushed with any number"
+        )
+    longest = r.retry_s + 2 * r.request_timeout_s  # the first try ends late, and so may the last
+    if world > 1 and r.engine == "vllm" and patience <= longest:
+        raise ConfigError(
+            f"distributed.timeout_s={patience:g} must be more than rollout.retry_s + 2 * rollout.request_timeout_s = "
+            f"{longest:g}: so long may the first rank wait for a server before it gives up, and the others for the "
+            "first rank"
         )
     if world > 1 and config.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device={config.device} is one of them; with {world} processes each takes its own: leave it")
     return join_ranks(
-        sharded=config.distributed.shard == "fsdp", timeout_s=config.distributed.timeout_s,
+        sharded=config.distributed.shard == "fsdp", timeout_s=patience,
         gpu=torch.cuda.is_available() and config.device != "cpu",
     )  # fmt: skip
 
@@ -221,6 +229,28 @@ def logprob_gap_limit(policy: Policy, config: Config) -> float:
 def takes_ratios(config: Config) -> bool:
     """Whether a round's rollouts may be another policy's, so that every update takes ratios to their sampler."""
     return bool(config.rollout.ahead) or config.rollout.on_logprob_gap == "correct"
+
+
+def make_queries(config: Config) -> Epochs:
+    """What chooses the queries of each round."""
+    q = config.queries
+    if q.order == "learnable":
+        return Learnable(config.batch_size, config.seed, floor=q.floor, half_life=q.half_life)
+    return Epochs(config.batch_size, config.seed)
+
+
+def make_hopeless(task: Task, config: Config) -> Hopeless | None:
+    """What ends rollouts that will earn nothing; None where nothing does.
+
+    Raises:
+        ConfigError: the task's reward does not tell.
+    """
+    if not config.rollout.stop_hopeless:
+        return None
+    try:
+        return Hopeless(task, config.rollout.stop_hopeless)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def configured_task(config: Config) -> Task:

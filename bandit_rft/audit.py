@@ -88,6 +88,9 @@ def trained_on(config: Config) -> str:
         parts = [f"{config.rollout.keep} rollouts of each query, those of greatest reward variance"]
     if config.rollout.dynamic_sampling:
         parts.append(f"queries of constant reward replaced, up to {config.rollout.dynamic_sampling} times a round")
+    if config.rollout.stop_hopeless:
+        every = config.rollout.stop_hopeless
+        parts.append(f"a rollout ends once its reward can only be 0, looked at every {every} tokens")
     if config.rollout.mask_truncated:
         parts.append("truncated completions left out")
     if config.replay.capacity:
@@ -126,6 +129,14 @@ def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
         yield "note", "rollout.ahead with reinforce: rollouts of the policy one round older are trained on uncorrected"
     if o.kind == "reinforce" and uncorrected:
         yield "note", "replay.correction=none with reinforce: old rollouts are trained on as if drawn today; biased"
+    if config.queries.order == "learnable":
+        yield (
+            "note",
+            (
+                "queries.order=learnable: the reward of a round is that of the queries it chose, not of the training "
+                "set; it takes rewards in [0, 1]; any other stops the run"
+            ),
+        )
     if ADVANTAGES[config.advantage].unit_interval:
         yield "note", f"advantage={config.advantage} takes rewards in [0, 1]; any other stops the run"
     if ADVANTAGES[config.advantage].memory is not None:

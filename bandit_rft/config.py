@@ -41,6 +41,7 @@ from bandit_rft.sections import (
     KLConfig,
     LoraConfig,
     ObjectiveConfig,
+    QueriesConfig,
     ReplayConfig,
     RewardConfig,
     RolloutConfig,
@@ -128,6 +129,7 @@ class Config(Section):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     kl: KLConfig = Field(default_factory=KLConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
+    queries: QueriesConfig = Field(default_factory=QueriesConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -156,9 +158,8 @@ class Config(Section):
         None, "cpu, cuda, cuda:1, ...; null: cuda where there is one", may_change=True, design=False
     )
     thread_wait: Literal["bounded", "active", "passive"] = Key(
-        "bounded",
-        "how idle CPU threads wait: bounded (spin briefly, then sleep) | active (spin: for a machine of one's own) | "
-        "passive (sleep). OMP_WAIT_POLICY and GOMP_SPINCOUNT of the environment go first",
+        "bounded", "how idle CPU threads wait: bounded (spin briefly, then sleep) | active (spin: for a machine of "
+        "one's own) | passive (sleep). OMP_WAIT_POLICY and GOMP_SPINCOUNT of the environment go first",
         may_change=True, design=False,
     )  # fmt: skip
     save_steps: int = Key(100, "rounds between checkpoints; 0: only at the end", may_change=True, design=False, ge=0)

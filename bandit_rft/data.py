@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 from jinja2 import TemplateError
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.rewards import RewardResult
@@ -189,35 +187,6 @@ def score(runner: Scorer, examples: Sequence[Example], texts: Sequence[str]) -> 
         for example, text in zip(examples, texts, strict=True)
     ]
     return runner.score([example.prompt for example in examples], completions, collate(examples))
-
-
-def query_order(size: int, batch_size: int, seed: int, first: int, count: int) -> list[int]:
-    """Which queries are trained on: shuffled epochs, the last partial batch of each dropped.
-
-    A pure function: all that has to be remembered is `first`.
-
-    Args:
-        size: how many queries there are.
-        batch_size: of a round.
-        seed: of the shuffles.
-        first: how many queries of this order came before.
-        count: how many are asked for.
-
-    Returns:
-        Positions in the set, one for each of first, first + 1, ... first + count - 1.
-
-    Raises:
-        ValueError: a batch is more than there is.
-    """
-    if size < batch_size:
-        raise ValueError(f"batch_size={batch_size} is more than the {size} training prompts")
-    length = size // batch_size * batch_size
-    return [int(_epoch(size, seed, i // length)[i % length]) for i in range(first, first + count)]
-
-
-@lru_cache(maxsize=2)
-def _epoch(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,13 @@ def _keeps_window(config: Config) -> bool:
 
 
 _REPLAYS = "replay.capacity > 0"
+_CHOSEN = "queries.order=learnable"
 _RANKS = "several processes, as torchrun starts them"
 RULES = (
     Rule("objective.kl", lambda c: c.objective.kl_coef > 0, "objective.kl_coef > 0"),
     Rule("kl.horizon", lambda c: c.kl.target is not None, "kl.target"),
+    Rule("queries.floor", lambda c: c.queries.order == "learnable", _CHOSEN),
+    Rule("queries.half_life", lambda c: c.queries.order == "learnable", _CHOSEN),
     Rule("replay.window", _keeps_window, "an advantage that remembers rewards (history_norm, history_mean)"),
     Rule("replay.ratio", lambda c: c.replay.capacity > 0, _REPLAYS),
     Rule("replay.sampling", lambda c: c.replay.capacity > 0, _REPLAYS),

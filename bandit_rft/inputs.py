@@ -11,6 +11,7 @@ from typing import Any
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.rewards import RewardFunction
 from bandit_rft.rewards.session import code_digest
+from bandit_rft.rewards.source import source_digest
 from bandit_rft.rewards.spec import SESSION, given_in_python
 from bandit_rft.tasks import Task, task_option_model
 
@@ -36,15 +37,16 @@ def reward_records(task: Task, config: Config, *, in_python: bool) -> list[dict[
         in_python: whether a program gave the rewards, in place of the task's or the configuration's.
 
     Returns:
-        For each its name, weight and options; "given": "session", a function that no other process can import, with
-        its code's digest, "python", another that a program gave, or "name".
+        For each its name, weight and options; "given": "session", a function that no other process can import,
+        "python", another that a program gave, or "name"; "code": a digest, of a session's function by `code_digest`,
+        of one in a file by `source_digest`, None of what comes with this package.
     """
     weights = config.reward.weights or task.reward_weights
     records = []
     for reward, weight in zip(task.rewards, weights, strict=False):  # a wrong number of weights is refused elsewhere
         assert isinstance(reward, RewardFunction)
-        code = None if reward.function is None else code_digest(reward.function)
-        given = "session" if code is not None else "python" if in_python else "name"
+        code = source_digest(reward) if reward.function is None else code_digest(reward.function)
+        given = "session" if reward.function is not None else "python" if in_python else "name"
         options = json.loads(json.dumps(dict(reward.options), default=repr))
         records.append({"name": reward.name, "weight": weight, "options": options, "given": given, "code": code})
     return records
@@ -56,9 +58,10 @@ def reward_difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping
     if names[0] != names[1]:
         return f"reward.functions: {names[0]} -> {names[1]}"
     for old, new in zip(before, now, strict=True):
-        if new["code"] is not None and old["code"] is None:
+        moved = [reward["given"] == "session" for reward in (old, new)]
+        if moved == [False, True]:
             return f"reward.functions: {new['name']} was named and is now a function given in Python"
-        if _other_code(old["code"], new["code"]):
+        if moved[0] == moved[1] and _other_code(old["code"], new["code"]):
             return f"reward.functions: the code of {new['name']} is another"
         if old["options"] != new["options"]:
             return f"reward.functions: the options of {new['name']}: {old['options']} -> {new['options']}"

@@ -212,7 +212,10 @@ def evaluation_line(split: EvaluatedSplit) -> dict[str, Any]:
 
 
 def show_evaluations(title: str, splits: Sequence[EvaluatedSplit], console: Console) -> None:
-    """Print what was measured, a column a split, with 95% intervals over questions where they can be given."""
+    """Print what was measured, a column a split, with 95% intervals over questions where they can be given.
+
+    The mean of rewards that are 0 or 1 is a Pass@1, that of others a mean reward: where splits differ, two rows.
+    """
     console.print(Text(printable(title, one_line=True)), soft_wrap=True)
     table = Table("", box=None, pad_edge=False)
     for split in splits:
@@ -221,18 +224,22 @@ def show_evaluations(title: str, splits: Sequence[EvaluatedSplit], console: Cons
     table.add_row("questions", *(f"{split.questions:,}" for split in splits))
     if any(split.filtered for split in splits):
         table.add_row("too long", *(f"{split.filtered:,}" for split in splits))
-    binary = all(split.evaluation.binary for split in splits)
     for name in dict.fromkeys(name for _, values in of_split for name in values):
         if name == "unscored" and not any(values.get(name) for _, values in of_split):
             continue
-        shown = SHORT.get(name, name.replace("pass@", "Pass@"))
-        if not binary:
-            shown = shown.replace("Pass@1", "mean reward").replace("Pass@", "best of ")
+        called = [_called(name, split.evaluation.binary) for split in splits]
         cells = [_with_interval(values.get(name), split.evaluation.intervals.get(name)) for split, values in of_split]
-        table.add_row(shown, *cells)
+        for row in dict.fromkeys(of for of, (_, values) in zip(called, of_split, strict=True) if name in values):
+            table.add_row(row, *(cell if of == row else "-" for cell, of in zip(cells, called, strict=True)))
     table.add_row("seconds", *(f"{split.seconds:.1f}" for split in splits))
     console.print(table)
     console.print(Text("[ ]: 95% interval over questions, one draw of the samples"))
+
+
+def _called(name: str, binary: bool) -> str:
+    """A metric of a split in words; `binary` as in Evaluation."""
+    shown = SHORT.get(name, name.replace("pass@", "Pass@"))
+    return shown if binary else shown.replace("Pass@1", "mean reward").replace("Pass@", "best of ")
 
 
 def _with_interval(value: float | None, interval: tuple[float, float] | None) -> Text:

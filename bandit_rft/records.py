@@ -95,6 +95,8 @@ class Records:
             OSError: the disk is full or read-only; every earlier checkpoint is untouched.
         """
         trainer = self.trainer
+        if trainer.ahead is not None:
+            trainer.ahead.settle()
         trainer.ranks.gather()
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.policy.parameters()):
             raise FloatingPointError(
@@ -104,6 +106,7 @@ class Records:
         clock = Stopwatch()
         with clock.phase("checkpoint"):
             self._write_checkpoint(trainer.optimizer.state_tensors())
+            trainer.ranks.from_first(trainer.round)  # no rank goes on, or ends with an error, before it is written
         self._saving = {"seconds/checkpoint": clock.metrics()["seconds/checkpoint"]}
         self.saved_round = trainer.round
 
@@ -163,5 +166,5 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
 
 def _remembering(trainer: Trainer) -> dict[str, Any]:
     """What is remembered across rounds besides weights and optimizer, by its name in replay.safetensors."""
-    parts = {"history": trainer.memory, "replay": trainer.replay, "ahead": trainer.ahead}
+    parts = {"history": trainer.memory, "replay": trainer.replay, "ahead": trainer.ahead, "queries": trainer.queries}
     return {name: part for name, part in parts.items() if part is not None}

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.budget import last_position, planned_rounds
 from bandit_rft.config import Config, ConfigError
-from bandit_rft.data import Fingerprint, PromptSet, data_difference, fingerprint, prompt_text, query_order
+from bandit_rft.data import Fingerprint, PromptSet, data_difference, fingerprint, prompt_text
 from bandit_rft.inputs import check_use, reward_difference, reward_records
 from bandit_rft.metrics import Metrics
+from bandit_rft.queries import query_order
 from bandit_rft.rewards.spec import SESSION, given_in_python
 from bandit_rft.tasks import Task
 from bandit_rft.tasks.files import named_files
@@ -103,6 +104,25 @@ class RunData:
                 self.config.max_rounds, self.config.num_train_epochs, -(-self.last_position // self.config.batch_size),
             )  # fmt: skip
 
+    def explain_queries(self) -> None:
+        """Say what a pass is where queries are chosen, and where there is nothing to choose among or by."""
+        config, size = self.config, len(self.train)
+        if config.queries.order == "epochs":
+            return
+        if size == config.batch_size:
+            logger.warning("queries.order=learnable: every round asks all %d prompts, so that none is chosen", size)
+        elif self.rounds * config.batch_size <= size:
+            logger.warning(
+                "queries.order=learnable chooses by a query's earlier rewards, but %d rounds of %d ask each of %d "
+                "prompts at most once on average: there is little to choose by",
+                self.rounds, config.batch_size, size,
+            )  # fmt: skip
+        if config.num_train_epochs is not None:
+            logger.warning(
+                "queries.order=learnable: num_train_epochs=%g counts %d queries as a pass, whichever they are",
+                config.num_train_epochs, size // config.batch_size * config.batch_size,
+            )  # fmt: skip
+
     def explain_history(self) -> None:
         """Say so, before anything runs, when a query's past can never be compared with."""
         prompts = [prompt_text(example.prompt) for example in self.train.examples]
@@ -111,7 +131,7 @@ class RunData:
                 "advantage=%s: %d training prompts are repeated; each repetition keeps a past of its own",
                 self.config.advantage, repeated,
             )  # fmt: skip
-        if self.rounds * self.config.batch_size <= len(prompts):
+        if self.rounds * self.config.batch_size <= len(prompts) and self.config.queries.order == "epochs":
             logger.warning(
                 "advantage=%s compares with earlier rewards of a query, but none of %d comes twice in %d rounds of %d",
                 self.config.advantage, len(prompts), self.rounds, self.config.batch_size,

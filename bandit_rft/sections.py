@@ -176,19 +176,18 @@ class RolloutConfig(Section):
         "replace queries whose rollouts all earned the same by new ones, at most so many times a round (DAPO); 0: off",
         ge=0,
     )
-    mask_truncated: bool = Key(
-        False,
-        "completions cut off by the length limit are left out of the loss and normalizer",
-        also=("mask_truncated_completions",),
+    stop_hopeless: int = Key(
+        0, "tokens between two looks at a rollout, which ends once its reward can only be 0 (countdown); 0: none", ge=0
     )
+    mask_truncated: bool = Key(
+        False, "completions cut off by the length limit are left out of the loss and normalizer",
+        also=("mask_truncated_completions",),
+    )  # fmt: skip
     max_logprob_gap: float | None = Key(
         None,
         "stop when a rollout's log-probabilities at sampling and in the update differ by more (nats a token, mean over "
-        "the rollout); null: 0.01 in float32, 0.25 in bfloat16; 0: never",
-        may_change=True,
-        design=False,
-        ge=0,
-    )
+        "the rollout); null: 0.01 in float32, 0.25 in bfloat16; 0: never", may_change=True, design=False, ge=0,
+    )  # fmt: skip
     on_logprob_gap: Literal["stop", "correct"] = Key(
         "stop", "past max_logprob_gap: end the run, or weigh rollouts by their ratios to the sampler (vllm)",
         may_change=True,
@@ -224,6 +223,14 @@ class RolloutConfig(Section):
                 f"advantage={config.advantage} learns from a group of equal rewards through the query's past; "
                 "rollout.dynamic_sampling would drop it"
             )
+        counted = {
+            "reward.length_penalty": config.reward.length_penalty, "objective.kl_coef": config.objective.kl_coef,
+            "objective.entropy_coef": config.objective.entropy_coef,
+        }  # fmt: skip
+        if self.stop_hopeless and (others := [name for name, value in counted.items() if value]):
+            raise ValueError(
+                f"rollout.stop_hopeless does not go with {others[0]}, which counts the tokens that would have followed"
+            )
 
     def _fits_engine(self, config: Config) -> None:
         """What only a server, or only the embedded engine, can do."""
@@ -239,12 +246,12 @@ class RolloutConfig(Section):
                     f"rollout.{foreign[0]} belongs to rollout.engine=vllm; the embedded engine has no server"
                 )
             return
-        if foreign := sorted(changed & {"batch_size", "top_k", "top_p", "min_p"}):
-            why = (
-                "a server makes its own batches (rollout.max_requests)" if foreign[0] == "batch_size"
-                else "a server's log-probabilities would be those of the tokens that are left"
-            )  # fmt: skip
-            raise ValueError(f"rollout.{foreign[0]} does not go with rollout.engine=vllm: {why}")
+        why = {
+            "batch_size": "makes its own batches (rollout.max_requests)", "stop_hopeless": "draws whole completions",
+            **dict.fromkeys(("top_k", "top_p", "min_p"), "has the log-probabilities of the tokens that are left"),
+        }  # fmt: skip
+        if foreign := sorted(changed & why.keys()):
+            raise ValueError(f"rollout.{foreign[0]} does not go with rollout.engine=vllm: a server {why[foreign[0]]}")
         if [bool(self.urls), bool(self.server_python), bool(self.server_command)].count(True) != 1:
             raise ValueError(
                 "rollout.engine=vllm needs one of rollout.urls (servers that run), rollout.server_python and "
@@ -267,6 +274,18 @@ class RolloutConfig(Section):
                 "rollout.on_logprob_gap=correct needs an objective with a ratio to the sampler (importance, "
                 "importance_mask, ppo, cispo, gspo); objective.kind=reinforce has none"
             )
+
+
+@dataclass(config=STRICT)
+class QueriesConfig(Section):
+    """Which queries a round asks (bandit_rft.queries)."""
+
+    order: Literal["epochs", "learnable"] = Key(
+        "epochs",
+        "shuffled passes, or drawn by past rewards, more often where the next one is less certain (curriculum)",
+    )
+    floor: float = Key(0.02, "added to every query's p (1 - p), p its chance of a reward (learnable)", gt=0)
+    half_life: float = Key(5.0, "passes after which a reward counts half in p (learnable)", gt=0)
 
 
 @dataclass(config=STRICT)
@@ -369,7 +388,9 @@ class DistributedConfig(Section):
         may_change=True, design=False,
     )  # fmt: skip
     timeout_s: float = Key(
-        3600.0, "seconds that processes wait for each other in one call: more than rewards or a checkpoint take",
+        3600.0,
+        "seconds that processes wait for each other in one call: more than rewards, a checkpoint or a round's rollouts "
+        "from servers take",
         may_change=True, design=False, gt=0,
     )  # fmt: skip
 

@@ -45,6 +45,22 @@ def most_varied(rewards: Floats, groups: Queries, keep: int) -> NDArray[np.bool_
     return kept
 
 
+def weighted_order(weights: Floats, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Places of positive weight, one drawn after another: with chances in proportion to the weights that are left.
+
+    Sorting by log(u) / w, u uniform, gives just that order (Efraimidis and Spirakis 2006).
+
+    Args:
+        weights: [K], at least 0; a weight of 0 is never drawn.
+        rng: gives the K uniform numbers.
+    """
+    with np.errstate(divide="ignore"):
+        keys = np.log(rng.random(len(weights))) / weights
+    keys[weights == 0] = -np.inf
+    order: NDArray[np.int64] = np.argsort(-keys, kind="stable")[: int((weights > 0).sum())]
+    return order
+
+
 # --- replay: which of the rollouts kept, oldest first, given their advantages [K] ------------------------------------
 
 
@@ -61,13 +77,7 @@ def _positive(advantages: Floats, count: int, rng: np.random.Generator) -> list[
 
 
 def _prioritized(advantages: Floats, count: int, rng: np.random.Generator) -> list[int]:
-    # The `count` largest of log(u) / w are a draw without replacement with chances proportional to w (Efraimidis and
-    # Spirakis 2006); advantage 0 is never drawn.
-    weights = np.abs(advantages)
-    with np.errstate(divide="ignore"):
-        keys = np.log(rng.random(len(weights))) / weights
-    keys[weights == 0] = -np.inf
-    return [int(i) for i in np.argsort(-keys, kind="stable")[: min(count, int((weights > 0).sum()))]]
+    return [int(i) for i in weighted_order(np.abs(advantages), rng)[:count]]
 
 
 #: How replayed rollouts are chosen: (advantages of those kept, count, generator) -> positions, without repeats.

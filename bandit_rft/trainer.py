@@ -24,8 +24,10 @@ from bandit_rft.assemble import (
     configured_ranks,
     load_policy,
     make_engine,
+    make_hopeless,
     make_learning_rate,
     make_optimizer,
+    make_queries,
     make_scorer,
     make_updater,
     resolve_dtype,
@@ -33,9 +35,10 @@ from bandit_rft.assemble import (
 )
 from bandit_rft.checkpoint import CheckpointError, load_optimizer
 from bandit_rft.config import Config, advantage_options
-from bandit_rft.data import completion_texts, query_order, score
+from bandit_rft.data import completion_texts, score
 from bandit_rft.distributed import Ranks
 from bandit_rft.gates import CanaryError, GateError, SpotCheck
+from bandit_rft.hopeless import hopeless_count
 from bandit_rft.initial import InitialModel
 from bandit_rft.keywords import Model, Reward, Rows, make_run
 from bandit_rft.kl_controller import KLController
@@ -127,6 +130,8 @@ class Trainer:
         config = self.config
         self.round = 0
         self.position = 0  # in the order of queries
+        self.queries = make_queries(config)
+        self.hopeless = make_hopeless(self.task, config)
         self.generated_tokens = 0
         self.seconds = 0.0  # of rounds, evaluation not counted
         self.kl = KLController(config.objective.kl_coef, config.kl.target, config.kl.horizon)
@@ -189,6 +194,8 @@ class Trainer:
         clock, number = Stopwatch(), self.round + 1
         self._tokens_scored = 0
         batch, texts, rewards = self.draw(number, clock)
+        prompts = self.data.train.indices
+        asked = self.queries.record(prompts, batch.query.numpy(), batch.reward.numpy(), number)
         self.draw_ahead(number + 1)
         with clock.phase("update"):
             self.listener.phase("update")
@@ -208,7 +215,7 @@ class Trainer:
         self.generated_tokens += len(batch.tokens)
         metrics = {
             "round": number, **reward_metrics(batch, rewards), **rollout_metrics(batch), **update_metrics(update),
-            **shaping, **replayed, **checked, "learning_rate": self.optimizer.learning_rate,
+            **asked, **shaping, **replayed, **checked, "learning_rate": self.optimizer.learning_rate,
             "tokens/scored": update.tokens_scored + self._tokens_scored,
         }  # fmt: skip
         if self.ahead is not None:
@@ -216,6 +223,8 @@ class Trainer:
         if self.config.rollout.dynamic_sampling:
             dropped = constant_groups(batch.reward.numpy(), batch.query.numpy())
             metrics |= {"rollout/queries": len(batch.query.unique()), "rollout/dropped": len(dropped)}
+        if self.hopeless is not None:
+            metrics["rollout/hopeless"] = hopeless_count(batch, self.policy.stop_tokens)
         if self.config.log_rollouts_steps and number % self.config.log_rollouts_steps == 0:
             self.records.rollouts(batch, texts)
         self._finish_round(clock, metrics)
@@ -258,10 +267,7 @@ class Trainer:
         """Begin to draw the next round, where that is chosen, with the policy as it is before this one's update."""
         if self.ahead is None or number > self.config.max_rounds:
             return
-        start = self.position
-        positions = self._next_queries(self.config.batch_size, set())
-        end, self.position = self.position, start  # they count as taken when they are
-        self.sampler.begin(positions, end, number)
+        self.sampler.begin(*self._next_queries(self.config.batch_size, set(), number), number)
 
     def shape_rewards(self, batch: RolloutBatch) -> tuple[NDArray[np.float64], Metrics]:
         """Rewards [B], less the length penalty and the KL to the initial model where chosen; what these came to."""
@@ -336,23 +342,16 @@ class Trainer:
 
     # --- parts of a round ---------------------------------------------------------------------------------------------
 
-    def _next_queries(self, count: int, taken: set[int]) -> list[int]:
-        """The next positions in the training prompts that this round has not taken yet; fewer when none is left."""
-        size, config, queries = len(self.data.train), self.config, list[int]()
-        while len(queries) < count and len(taken) < size // config.batch_size * config.batch_size:
-            (position,) = query_order(size, config.batch_size, config.seed, self.position, 1)
-            self.position += 1
-            if position not in taken:
-                taken.add(position)
-                queries.append(position)
-        return queries
+    def _next_queries(self, count: int, taken: set[int], number: int) -> tuple[list[int], int]:
+        """The next places in the training prompts that this round has not taken yet; the position behind them."""
+        return self.queries.next(self.data.train.indices, self.position, count, taken, number)
 
     def _draw_queries(self, count: int, taken: set[int], number: int) -> tuple[list[int], RolloutBatch] | None:
         """The next queries and their rollouts, or the round that was drawn ahead; None when no query is left."""
         if self.ahead is not None and (drawn := self.ahead.take()) is not None:
             queries, self.position, batch = drawn
             return queries, batch
-        queries = self._next_queries(count, taken)
+        queries, self.position = self._next_queries(count, taken, number)
         return (queries, self.sampler.draw(queries, number)) if queries else None
 
     def _score_rewards(
@@ -406,10 +405,11 @@ class Trainer:
         if self.policy.tokenizer is None:
             raise ValueError("policy.tokenizer is None: training needs one to turn prompts into tokens")
         self.data = RunData(self.task, self.policy.tokenizer, config)
-        self.sampler = Sampler(self.engine, self.policy, self.data.train, config, self.ahead)
+        self.sampler = Sampler(self.engine, self.trained, self.data.train, config, self.ahead, ranks, self.hopeless)
         if self.memory is not None:
             self.data.explain_history()
         self.data.explain_budget()
+        self.data.explain_queries()
         self.data.explain_overlap()
         self.learning_rate = make_learning_rate(config, self.data.rounds)
         if found is not None:

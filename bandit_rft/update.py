@@ -154,7 +154,8 @@ class PolicyUpdater:
         normalizer = lengths[rows].sum() if objective.aggregation == "token-mean" else len(rows)
         advantages = batch.advantage.numpy()
         computed = rows if objective.every_token_counts else rows[advantages[rows] != 0]
-        micros, most = shared_micro_batches(batch, computed, self.tokens_per_microbatch, self.ranks)
+        shares = shares_of(batch, computed, self.ranks)
+        micros, most = shared_micro_batches(batch, shares, self.tokens_per_microbatch, self.ranks.rank)
         with self.ranks.working(self.policy, self.reference):
             losses = [
                 self._forward_backward(micro, sums, round_index, float(max(normalizer, 1)), off_policy)
@@ -287,7 +288,8 @@ def score_rollouts(
     ranks = ranks or Ranks()
     if not len(batch):
         return torch.zeros(0)
-    micros, most = shared_micro_batches(batch, np.arange(len(batch)), tokens_per_microbatch, ranks)
+    shares = shares_of(batch, np.arange(len(batch)), ranks)
+    micros, most = shared_micro_batches(batch, shares, tokens_per_microbatch, ranks.rank)
     with ranks.working(policy):
         scored = [
             _score(policy, micro.to(policy.device), training_inputs(micro, policy.device), temperature)
@@ -295,7 +297,6 @@ def score_rollouts(
         ]
         for _ in range(most - len(micros) if ranks.lockstep else 0):
             ranks.take_part(policy, backward=False)
-    shares = [longest_first(batch, rows) for rows in ranks.shares(_sizes(batch))]
     order = np.concatenate(shares)  # as the ranks give them, one behind the other
     logprobs = ranks.join(torch.cat(scored).float().cpu() if scored else torch.zeros(0))
     return replace(batch.select(order), logprobs=logprobs).select(np.argsort(order)).logprobs
@@ -341,13 +342,17 @@ def micro_batches(batch: RolloutBatch, token_limit: int) -> list[RolloutBatch]:
     return [batch.select(rows) for rows in runs] if len(runs) > 1 else [batch] * len(runs)
 
 
+def shares_of(batch: RolloutBatch, rows: NDArray[np.int64], ranks: Ranks) -> list[NDArray[np.int64]]:
+    """Which of some rows of a batch each rank computes, longest first."""
+    return [longest_first(batch, rows[share]) for share in ranks.shares(_sizes(batch)[rows])]
+
+
 def shared_micro_batches(
-    batch: RolloutBatch, rows: NDArray[np.int64], token_limit: int, ranks: Ranks
+    batch: RolloutBatch, shares: list[NDArray[np.int64]], token_limit: int, rank: int
 ) -> tuple[list[RolloutBatch], int]:
-    """This rank's micro-batches of some rollouts, longest first, and the most that any rank has of them."""
-    shares = [longest_first(batch, rows[share]) for share in ranks.shares(_sizes(batch)[rows])]
+    """A rank's micro-batches, of what `shares_of` gave, and the most that any rank has of them."""
     most = max(len(_runs(_sizes(batch)[share], token_limit)) for share in shares)
-    return micro_batches(batch.select(shares[ranks.rank]), token_limit), most
+    return micro_batches(batch.select(shares[rank]), token_limit), most
 
 
 def _sizes(batch: RolloutBatch) -> NDArray[np.int64]:

@@ -22,6 +22,8 @@ SERVER = {"rollout.engine": "vllm", "rollout.urls": ["http://host:8000"]}
 CASES: dict[str, tuple[Any, dict[str, Any] | None, dict[str, Any]]] = {
     "objective.kl": ("k3", {"objective.kl_coef": 0.1}, {}),
     "kl.horizon": (500, {"kl.target": 0.1}, {"objective.kl": "k1", "objective.kl_coef": 0.1}),
+    "queries.floor": (0.1, {"queries.order": "learnable"}, {}),
+    "queries.half_life": (2.0, {"queries.order": "learnable"}, {}),
     "replay.window": (4, {"advantage": "history_norm"}, {}),
     "replay.ratio": (0.5, REPLAYS, {}),
     "replay.sampling": ("recent", REPLAYS, {}),

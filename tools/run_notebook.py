@@ -13,12 +13,12 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
 
 
-def executed(path: Path, folder: str) -> Any:
-    """The notebook with new outputs, run in a folder; an error of a cell is raised."""
+def executed(path: Path, folder: str, kernel: str = "python3") -> Any:
+    """The notebook with new outputs, run in a folder by a kernel of that name; an error of a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
     # Nothing is needed from the hub; bars, and the wish for a better one, are no outputs worth keeping.
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONWARNINGS="ignore:IProgress")
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}})
+    client = NotebookClient(notebook, timeout=240, kernel_name=kernel, resources={"metadata": {"path": folder}})
     return client.execute()
 
 

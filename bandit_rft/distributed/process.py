@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bandit_rft.distributed.drawing import FirstScorer, SplitEngine
+from bandit_rft.distributed.drawing import FirstEngine, FirstScorer, SplitEngine
 from bandit_rft.distributed.optimizers import ReplicatedOptimizer, ShardedOptimizer
 from bandit_rft.distributed.ranks import Ranks
 from bandit_rft.distributed.sharded import ShardedPolicy
 from bandit_rft.model import Policy
 from bandit_rft.model.lora import BasePolicy
 from bandit_rft.optimizer import PolicyOptimizer
-from bandit_rft.rollout import RolloutEngine
+from bandit_rft.rollout import RolloutEngine, ServerEngine
 from bandit_rft.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -134,8 +134,10 @@ class ProcessRanks(Ranks):
 
     def engine(self, engine: Engine) -> Engine:
         """See Ranks."""
-        assert isinstance(engine, RolloutEngine)  # the one that several ranks have
-        return SplitEngine(engine, self)
+        if isinstance(engine, RolloutEngine):
+            return SplitEngine(engine, self)
+        assert isinstance(engine, ServerEngine)
+        return FirstEngine(engine, self)
 
     def scorer(self, scorer: Scorer) -> Scorer:
         """See Ranks."""

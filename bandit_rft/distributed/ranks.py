@@ -81,7 +81,7 @@ class Ranks:
         return PolicyOptimizer(policy.named_parameters(), **options)
 
     def engine(self, engine: Engine) -> Engine:
-        """An engine that draws with all ranks."""
+        """An engine whose rollouts all ranks get: drawn by each in part, or by servers that the first one asks."""
         return engine
 
     def scorer(self, scorer: Scorer) -> Scorer:

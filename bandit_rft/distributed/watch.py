@@ -87,6 +87,11 @@ class Watch:
         try:
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                 self._await_verdict(error)  # a broken connection: whose end is it?
+                if self._verdict is None and "timed out" in str(error).lower():  # as gloo says it
+                    self._tell(
+                        f"{self._me} waited for longer than distributed.timeout_s for another rank, which is alive"
+                    )
+                    self._heard.wait(3 * BEAT_S)
                 if self._verdict is not None:
                     raise RankError(f"{self._verdict}. The run can be continued from its last checkpoint") from error
             if error is not None:

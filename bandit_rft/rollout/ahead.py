@@ -1,11 +1,10 @@
-"""The next round's rollouts, drawn in a thread while this round is trained on: one round ahead, never more.
+"""The next round's rollouts, drawn while this round is trained on: one round ahead, never more.
 
 A checkpoint waits for them and keeps them, so a continued run trains on the same ones.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,35 +18,29 @@ class Ahead:
     """One round's rollouts under way, or drawn and waiting."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._drawing: Callable[[], RolloutBatch] | None = None
         self._failed: Exception | None = None
         self._batch: RolloutBatch | None = None
         self._positions, self._end = list[int](), 0
 
-    def begin(self, positions: Sequence[int], end: int, draw: Callable[[], RolloutBatch]) -> None:
-        """Start drawing.
+    def begin(self, positions: Sequence[int], end: int, drawing: Callable[[], RolloutBatch]) -> None:
+        """Keep what has begun to be drawn.
 
         Args:
             positions: of the queries, in the training prompts.
             end: the position in the order of queries behind them.
-            draw: draws them; called once, in a thread.
+            drawing: waits for the rollouts, and is called once; with several ranks, by all of them.
         """
-        self._positions, self._end = list(positions), end
-
-        def work() -> None:
-            try:
-                self._batch = draw()
-            except Exception as error:  # told where the rollouts are wanted
-                self._failed = error
-
-        self._thread = threading.Thread(target=work, name="rollout-ahead", daemon=True)
-        self._thread.start()
+        self._positions, self._end, self._drawing = list(positions), end, drawing
 
     def settle(self) -> None:
         """Wait until nothing is being drawn."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            try:
+                self._batch = drawing()
+            except Exception as error:  # told where the rollouts are wanted
+                self._failed = error
 
     def take(self) -> tuple[list[int], int, RolloutBatch] | None:
         """(positions, end, rollouts) of what was begun, once; None where nothing was. Raises what drawing raised."""
@@ -59,8 +52,11 @@ class Ahead:
         return None if batch is None else (self._positions, self._end, batch)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What was drawn and not trained on yet, for a checkpoint; {} where nothing was, or where drawing failed."""
-        self.settle()
+        """What was drawn and not trained on yet, for a checkpoint; {} where nothing was, or where drawing failed.
+
+        `settle` comes first, on every rank: this one may be the only one to ask.
+        """
+        assert self._drawing is None
         if self._batch is None:
             return {}
         place = np.array([*self._positions, self._end], dtype=np.int64)

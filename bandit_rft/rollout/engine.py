@@ -8,7 +8,7 @@ What makes it exact: a draw depends on (seed, sequence id, position) and the row
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +29,9 @@ from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.transfer import to_device, to_host
 
 logger = logging.getLogger(__name__)
+
+#: Tokens of a completion where nobody says how many: the configuration's own default.
+COMPLETION_LENGTH = 1024
 
 #: tokens int64, log-probabilities and entropy float32, each [sequences, steps].
 Tables = tuple[Tensor, Tensor, Tensor]
@@ -54,6 +57,19 @@ class Sampling:
     def greedy() -> Sampling:
         """Always the most likely token."""
         return Sampling(top_k=1)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Ends completions before their stop token or the length limit.
+
+    Attributes:
+        every: tokens between two looks at a completion.
+        told: of some completions (rows of the call, 0 to B - 1) and the tokens each has so far, which to end.
+    """
+
+    every: int
+    told: Callable[[list[int], list[list[int]]], list[bool]]
 
 
 def sequence_ids(*parts: int | Sequence[int] | np.ndarray | Tensor) -> Tensor:
@@ -117,12 +133,16 @@ class Engine(Protocol):
         """The longest text, prompt and completion, that is decoded; None: any."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each prompt; see RolloutEngine."""
 
-    def push(self, version: int) -> RolloutBatch | None:
-        """Draw with the policy as it is now, as this version; completions to compare with it, where there is doubt."""
+    def push(self, version: int, canary_prompts: Sequence[Sequence[int]] = ()) -> RolloutBatch | None:
+        """Draw with the policy as it is now, as this version.
+
+        Completions of these prompts, to compare with what the trainer says of them; None where there is no doubt.
+        """
 
     def metrics(self) -> Mapping[str, float | int | None]:
         """Of the latest push, and what went wrong since the last call."""
@@ -136,7 +156,8 @@ class RolloutEngine:
 
     Args:
         policy: a Policy, or a Hugging Face causal LM, which is wrapped; its current weights are used at every call.
-        max_completion_length: tokens after which a completion is cut off.
+        max_completion_length: tokens after which a completion is cut off; by default 1024, as in `bandit-rft train`, or
+            half of the model's positions, where that is less.
         batch_size: sequences decoded together (the KV cache holds this many).
         static_cache: whether decoding goes over a KV cache of fixed size in steps that a GPU replays (graphs.py), where
             a probe agrees; by default on a GPU. Draws are the same.
@@ -147,16 +168,16 @@ class RolloutEngine:
         self,
         policy: Policy | PreTrainedModel,
         *,
-        max_completion_length: int,
+        max_completion_length: int | None = None,
         batch_size: int = 256,
         static_cache: bool | None = None,
     ):
-        if max_completion_length < 1 or batch_size < 1:
+        if (max_completion_length is not None and max_completion_length < 1) or batch_size < 1:
             raise ValueError(
                 f"max_completion_length and batch_size must be >= 1; got {max_completion_length} and {batch_size}"
             )
         policy = Policy.of(policy)
-        self.policy, self.max_completion_length, self.batch_size = policy, max_completion_length, batch_size
+        self.policy, self.batch_size = policy, batch_size
         self.version: int | None = None
         self._stop_on_host = torch.zeros(policy.vocab_size, dtype=torch.bool)
         stops = [token for token in policy.stop_tokens if token < policy.vocab_size]
@@ -167,6 +188,11 @@ class RolloutEngine:
         # Waiting for the device costs more than a wasted step on a GPU, and nothing on a CPU.
         self._check_every = 1 if policy.device.type == "cpu" else CHECK_EVERY
         self._plan = probe_decoding(policy, policy.model.config)
+        if max_completion_length is None:
+            positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+            served = [n for n in (positions, self._plan.max_length, policy.plan.max_length) if n]
+            max_completion_length = min([COMPLETION_LENGTH, *(max(1, n // 2) for n in served)])
+        self.max_completion_length = max_completion_length
         self._native = self._probe_native()
         config, padding = policy.model.config, self._plan.padding
         if static_cache is None:
@@ -186,8 +212,9 @@ class RolloutEngine:
 
     @plain_surroundings()
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each of P prompts, B = P * n in prompt-major order.
 
         A completion is the same whatever else is in the batch, to float rounding of its log-probabilities.
@@ -198,6 +225,7 @@ class RolloutEngine:
             seed: of all streams.
             sampling: how tokens are drawn; plain sampling at temperature 1 by default.
             n: completions a prompt.
+            watch: ends completions early, if any does; the tokens drawn until then are the same.
 
         Returns:
             The rollouts in host memory, with `query` the prompt's position in `prompts`.
@@ -213,11 +241,11 @@ class RolloutEngine:
         parts: list[RolloutBatch] = []
         for rows in self._batches(prompts, n):
             with torch.inference_mode():
-                tables = self._decode(
-                    [prompts[i] for i in sorted({r // n for r in rows})], rows, n, ids, seed, sampling
-                )
+                ended = torch.zeros(len(rows), dtype=torch.int64)
+                of_batch = [prompts[i] for i in sorted({r // n for r in rows})]
+                tables = self._decode(of_batch, rows, n, ids, seed, sampling, watch, ended)
                 # The hand-over to the rewards: the one copy of a batch from the device.
-                on_host = to_host(*tables)
+                on_host = [*to_host(*tables), ended]
             tokens, logprobs, entropy, lengths, truncated = self._collect(*on_host)
             of_rows = [prompts[r // n] for r in rows]
             query, attempt = [r // n for r in rows], [r % n for r in rows]
@@ -232,7 +260,7 @@ class RolloutEngine:
         # back in the order they were asked for
         return batch if order == list(range(total)) else batch.select(np.argsort(order))
 
-    def push(self, version: int) -> None:
+    def push(self, version: int, canary_prompts: Sequence[Sequence[int]] = ()) -> None:
         """Draw with the policy as it is now, as this version. Here it is the same memory; a server has to be told."""
         self.version = version
 
@@ -273,9 +301,13 @@ class RolloutEngine:
             yield sorted(batch)
 
     def _decode(
-        self, prompts: list[Sequence[int]], rows: list[int], n: int, ids: Tensor, seed: int, sampling: Sampling
-    ) -> Tables:
-        """Tokens, log-probabilities and entropy [B, steps] of `rows`; after a stop token they mean nothing."""
+        self, prompts: list[Sequence[int]], rows: list[int], n: int, ids: Tensor, seed: int, sampling: Sampling,
+        watch: Watch | None, ended: Tensor,
+    ) -> Tables:  # fmt: skip
+        """Tokens, log-probabilities and entropy [B, steps] of `rows`; after a stop token they mean nothing.
+
+        In `ended` [B], on the host, stands after how many tokens `watch` has ended a completion; 0 where it has not.
+        """
         policy, device = self.policy, self.policy.device
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
@@ -284,7 +316,7 @@ class RolloutEngine:
         if n > 1:
             place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
             which = to_device([place_of[r // n] for r in rows], device)
-        if self._static is not None and self._within_static(capacity):
+        if self._static is not None and watch is None and self._within_static(capacity):
             return self._static.decode(
                 prompts, which, row_ids, capacity=capacity, seed=seed, sampling=sampling.__dict__
             )
@@ -316,6 +348,8 @@ class RolloutEngine:
             if step + 1 == self.max_completion_length:
                 break
             alive &= ~self._stop[sample.tokens]
+            if watch is not None and (step + 1) % watch.every == 0:
+                self._look(watch, segments, rows, alive, ended)
             tokens = sample.tokens
             if (step + 1) % self._check_every == 0:
                 remaining = int(alive.sum())
@@ -332,6 +366,17 @@ class RolloutEngine:
             hidden = decoder.step(tokens, place)
             positions, place = positions + 1, place + 1
         return _tables(segments, len(rows))
+
+    def _look(self, watch: Watch, segments: list[_Segment], rows: list[int], alive: Tensor, ended: Tensor) -> None:
+        """Ask which of the completions that go on end here; take these out of `alive`, and note it in `ended`."""
+        going = alive.nonzero().flatten()
+        if not len(going):
+            return
+        tokens, *_ = _tables(segments, len(rows))
+        active = segments[-1].rows[going]
+        end = torch.tensor(watch.told([rows[i] for i in active.tolist()], tokens[active].tolist()), dtype=torch.bool)
+        ended[active.cpu()[end]] = tokens.shape[1]
+        alive[going[end.to(going.device)]] = False
 
     def _within_static(self, capacity: int) -> bool:
         limit = self._static_plan.max_length if self._static_plan is not None else 0
@@ -351,20 +396,24 @@ class RolloutEngine:
             )
 
     def _collect(
-        self, tokens: Tensor, logprobs: Tensor, entropy: Tensor
+        self, tokens: Tensor, logprobs: Tensor, entropy: Tensor, ended: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, list[int], list[bool]]:
-        """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of tables [B, steps] in host memory."""
+        """Packed (tokens, logprobs, entropy) [N] and (lengths, truncated) of tables [B, steps] in host memory.
+
+        `ended` [B] are the lengths of those that were ended early, 0 of all others.
+        """
         steps = tokens.shape[1]
         stops = self._stop_on_host[tokens]
         # A row may have run on for a few steps after its stop token: what counts ends with the first one.
         lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, steps)
+        lengths = torch.where(ended > 0, ended, lengths)
         inside = torch.arange(steps) < lengths[:, None]
         return (
             tokens[inside],
             logprobs[inside],
             entropy[inside],
             lengths.tolist(),
-            (~(stops & inside).any(1)).tolist(),
+            (~(stops & inside).any(1) & (ended == 0)).tolist(),
         )
 
     @torch.inference_mode()

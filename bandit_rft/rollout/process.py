@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bandit_rft.launched import not_launched
 from bandit_rft.rollout import keeper
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class ServerProcess:
 
     Args:
         command: what starts it, with {model} for the folder of the weights and {port}.
-        environment: what it gets besides this process's variables.
+        environment: what it gets besides this process's variables; of those, none that say which rank it is.
         log: where its output goes.
     """
 
@@ -76,7 +77,7 @@ class ServerProcess:
             # The keeper ends the server, and what it started, as soon as this process is gone.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", keeper.__file__, *command], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                env={**os.environ, **self._environment}, start_new_session=True,
+                env={**not_launched(os.environ), **self._environment}, start_new_session=True,
             )  # fmt: skip
         logger.info("the rollout server starts on %s; its output is in %s", self.url, self._log)
 

@@ -18,8 +18,8 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from bandit_rft.rollout.client import (
     RolloutClient,
     ServerError,
 )
-from bandit_rft.rollout.engine import Sampling, sequence_ids
+from bandit_rft.rollout.engine import Sampling, Watch, sequence_ids
 from bandit_rft.rollout.process import ServerProcess
 from bandit_rft.rollout.push import WeightPush
 from bandit_rft.rollout_batch import RolloutBatch
@@ -63,8 +63,7 @@ class ServerEngine:
         max_completion_length: tokens after which a completion is cut off.
         concurrency: requests under way at a time.
         retry_seconds: how long a server may fail before the run stops.
-        canary_prompts: whose completions are compared with the trainer after every push; token ids each.
-        temperature: at which they are drawn.
+        temperature: at which the canaries are drawn.
         process: the server that belongs to this run, started again when it dies; None: they are somebody else's.
     """
 
@@ -73,11 +72,10 @@ class ServerEngine:
 
     def __init__(
         self, policy: Policy, clients: Sequence[RolloutClient], push: WeightPush, *, max_completion_length: int,
-        concurrency: int = 64, retry_seconds: float = 600.0, canary_prompts: Sequence[Sequence[int]] = (),
-        temperature: float = 1.0, process: ServerProcess | None = None,
+        concurrency: int = 64, retry_seconds: float = 600.0, temperature: float = 1.0,
+        process: ServerProcess | None = None,
     ):  # fmt: skip
-        self.policy, self.max_completion_length = policy, max_completion_length
-        self.canary_prompts, self.temperature = [list(prompt) for prompt in canary_prompts], temperature
+        self.policy, self.max_completion_length, self.temperature = policy, max_completion_length, temperature
         self.version: int | None = None
         self._clients, self._push, self._process = list(clients), push, process
         self._concurrency, self._retry_seconds = concurrency, retry_seconds
@@ -96,8 +94,9 @@ class ServerEngine:
     # --- drawing ------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
-    ) -> RolloutBatch:
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1,
+        watch: Watch | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each of P prompts, B = P * n in prompt-major order.
 
         Args:
@@ -107,6 +106,7 @@ class ServerEngine:
             sampling: its temperature, or `Sampling.greedy()`; nothing else, since a server's log-probabilities would be
                 those of the tokens that are left.
             n: completions a prompt.
+            watch: must be None: a server draws whole completions.
 
         Returns:
             The rollouts in host memory, with `query` the prompt's position in `prompts`. A server tells no entropy:
@@ -116,6 +116,8 @@ class ServerEngine:
             RolloutError: a server did not answer rightly for too long.
         """
         total, sampling = len(prompts) * n, sampling or Sampling()
+        if watch is not None:
+            raise ValueError("watch must be None: a server draws whole completions")
         if ids.shape != (total,) or ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 [{total}], one a completion; got {ids.dtype} {list(ids.shape)}")
         if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
@@ -138,6 +140,21 @@ class ServerEngine:
             [len(answer.tokens) for answer in answers], logprobs, -logprobs, [answer.truncated for answer in answers],
             query=[i // n for i in range(total)], attempt=[i % n for i in range(total)], weight_version=self.version,
         )  # fmt: skip
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], ids: Tensor, *, seed: int, sampling: Sampling | None = None, n: int = 1
+    ) -> Callable[[], RolloutBatch]:
+        """Start to draw, in a thread. What this returns waits for what `generate` would return or raise."""
+        drawn = Future[RolloutBatch]()
+
+        def work() -> None:
+            try:
+                drawn.set_result(self.generate(prompts, ids, seed=seed, sampling=sampling, n=n))
+            except BaseException as error:
+                drawn.set_exception(error)
+
+        threading.Thread(target=work, name="rollout-ahead", daemon=True).start()
+        return drawn.result
 
     def _request(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Request:
         temperature = 0.0 if sampling.top_k == 1 else sampling.temperature
@@ -193,11 +210,16 @@ class ServerEngine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    def push(self, version: int) -> RolloutBatch | None:
+    def push(self, version: int, canary_prompts: Sequence[Sequence[int]] = ()) -> RolloutBatch | None:
         """Bring the policy's weights as they are now to every server, as this version.
 
+        Args:
+            version: of the weights, in rounds.
+            canary_prompts: token ids each.
+
         Returns:
-            Completions of the canary prompts from every server, to be compared with what the trainer says of them.
+            A completion of every canary prompt from every server, to be compared with what the trainer says of it; its
+            attempt is the server's number. None without such prompts.
 
         Raises:
             RolloutError: a server did not take them.
@@ -224,24 +246,21 @@ class ServerEngine:
                         failures.again(error)
                     except RefusedError as error:
                         raise RolloutError(f"the weights of round {version} were refused: {error} {HINT}") from error
-            canaries = self._canaries()
+            canaries = self._canaries(canary_prompts) if canary_prompts else None
             if self._process is not None:
                 self._process.proved()
         self._push_seconds += time.monotonic() - start
         return canaries
 
-    def _canaries(self) -> RolloutBatch | None:
-        """A completion of every canary prompt from every server; its attempt is the server's number."""
-        if not self.canary_prompts:
-            return None
+    def _canaries(self, prompts: Sequence[Sequence[int]]) -> RolloutBatch:
         assert self.version is not None
         servers = range(len(self._clients))
-        streams = (sequence_ids(CANARY_STREAM, list(range(len(self.canary_prompts)))) & (2**63 - 1)).tolist()
+        streams = (sequence_ids(CANARY_STREAM, list(range(len(prompts)))) & (2**63 - 1)).tolist()
         sampling = Sampling(temperature=self.temperature)
         requests = [
             (server, self._request(prompt, stream, sampling)._replace(
                 max_tokens=min(CANARY_TOKENS, self.max_completion_length)))
-            for server in servers for prompt, stream in zip(self.canary_prompts, streams, strict=True)
+            for server in servers for prompt, stream in zip(prompts, streams, strict=True)
         ]  # fmt: skip
         answers = self._draw_all(requests)
         logprobs = torch.tensor([x for answer in answers for x in answer.logprobs], dtype=torch.float32)
@@ -249,7 +268,7 @@ class ServerEngine:
             [request.prompt for _, request in requests],
             torch.tensor([t for answer in answers for t in answer.tokens], dtype=torch.int64),
             [len(answer.tokens) for answer in answers], logprobs, -logprobs, [a.truncated for a in answers],
-            query=[i % len(self.canary_prompts) for i in range(len(requests))],
+            query=[i % len(prompts) for i in range(len(requests))],
             attempt=[server for server, _ in requests], weight_version=self.version,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ A completion is one expression or several steps, each of which may use the given
 A question mostly has several answers, so the reward checks a completion instead of comparing it.
 """
 
+import itertools
 import random
 import re
 import zlib
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -26,6 +28,7 @@ from bandit_rft.tasks.base import Example, Task, read_options
 OPERATORS = "+-*/"
 ALPHABET = "0123456789+-*/=(),?:"  # every character a question or an answer can hold
 TOKEN = re.compile(r"[0-9]{1,9}|[-+*/()]")
+SEARCHED = 3  # numbers left over from which the target is searched for; more would take long
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
@@ -126,6 +129,40 @@ def is_solution(completion: str, numbers: Sequence[int], target: int) -> bool:
     return left == Counter([target])
 
 
+def cannot_reach(completion: str, numbers: Sequence[int], target: int) -> bool:
+    """Tell that no completion which begins like this is a solution; where that is not seen, False.
+
+    Seen are: a finished step that `is_solution` refuses, or whose result has no way to the target with the numbers that
+    are left (at most SEARCHED); and in an unfinished one a character, an order of them or a number that cannot be.
+
+    >>> cannot_reach("3+5=8,", [3, 5, 4], 17), cannot_reach("3*4=12,", [3, 5, 4], 17), cannot_reach("6", [3, 5, 4], 17)
+    (True, False, True)
+    """
+    left = Counter(numbers)
+    steps = "".join(completion.split()).split(",")
+    for i, step in enumerate(steps):
+        expression, equals, claimed = step.partition("=")
+        last = i == len(steps) - 1
+        if last and not equals:
+            return _cannot_go_on(expression, left)
+        tokens = _tokens(expression)
+        used = Counter(int(token) for token in tokens if token.isdigit())
+        value = _value(tokens) if tokens and equals and not used - left else None
+        if value is None or value < 0 or value.denominator != 1:
+            return True
+        if claimed != str(value) and not (last and str(value).startswith(claimed)):
+            return True
+        left = left - used + Counter([int(value)])
+        numbers_left = tuple(sorted(map(Fraction, left.elements())))
+        if len(numbers_left) <= SEARCHED and not _leads_to(numbers_left, target):
+            return True
+    return False
+
+
+#: By the reward's name, what tells of the beginning of a completion that the whole will earn nothing (hopeless.py).
+HOPELESS = {"reaches_target": cannot_reach}
+
+
 def make_question(rng: random.Random, dial: Options, count: int) -> tuple[list[int], Way]:
     """Draw `count` numbers and one way to combine them to a target within the dial's limits."""
     while True:
@@ -221,6 +258,44 @@ def _value(tokens: list[str]) -> Fraction | None:
         if pending[-1] == "(" or not reduce():
             return None
     return values[0] if after_value else None
+
+
+def _cannot_go_on(expression: str, left: Counter[int]) -> bool:
+    """Tell that an expression which begins like this is malformed, or takes a number that is not left."""
+    tokens = _tokens(expression)
+    if not tokens:
+        return bool(expression)
+    after_value, open_brackets = False, 0
+    for token in tokens:
+        if (token.isdigit() or token == "(") == after_value:
+            return True
+        open_brackets += (token == "(") - (token == ")")
+        if open_brackets < 0:
+            return True
+        after_value = token.isdigit() or token == ")"
+    growing = tokens.pop() if tokens[-1].isdigit() else None  # more digits may follow, after zeros too
+    rest = left.copy()
+    rest.subtract(int(token) for token in tokens if token.isdigit())
+    if min(rest.values()) < 0:
+        return True
+    begins = (growing or "").lstrip("0")
+    return (not after_value and not +rest) or (
+        growing is not None and not any(str(number).startswith(begins) for number in (+rest).elements())
+    )
+
+
+@lru_cache(maxsize=100_000)
+def _leads_to(numbers: tuple[Fraction, ...], target: int) -> bool:
+    """Tell whether all of the numbers, in ascending order, can be combined to the target."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        others = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        for operator in OPERATORS:
+            result = _apply(operator, numbers[i], numbers[j])
+            if result is not None and _leads_to(tuple(sorted([*others, result])), target):
+                return True
+    return False
 
 
 def _apply(operator: str, a: Fraction, b: Fraction) -> Fraction | None:

@@ -1,14 +1,12 @@
-"""The guides from TRL and from verl: their code runs, and their tables are what the tools make."""
+"""The guides from TRL and from verl: their tables are what the tools make. tests/guides runs their code."""
 
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from paths import ROOT
@@ -26,40 +24,12 @@ def needs(peer: str) -> None:
         pytest.skip(f"needs {peer}")
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def test_a_grpo_trainer_with_our_head(capsys: pytest.CaptureFixture[str]) -> None:
-    needs("trl")
-    (code,) = blocks("from-trl.md", "python")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert "2 times the gradients were ready" in capsys.readouterr().out
-    assert names["trainer"].state.global_step == 2
-
-
-def test_verls_functions_on_tensors(tmp_path: Path) -> None:
-    on_tensors, installs = blocks("from-verl.md", "python")
-    names: dict[str, Any] = {}
-    exec(on_tensors, names)
-    assert names["hidden"].grad.abs().max() > 0 and names["loss"].isfinite()
-    assert "install()  # needs verl" in installs
-    needs("verl")  # in a process of its own: it changes verl
-    done = subprocess.run([sys.executable, "-c", installs], capture_output=True, text=True, timeout=240)
+def test_verls_functions_are_installed(tmp_path: Path) -> None:
+    needs("verl")
+    (code,) = [text for text in blocks("from-verl.md", "python") if "install()  # needs verl" in text]
+    # In a process of its own: it changes verl.
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("name", ["from-trl.md", "from-verl.md"])
-def test_runs_said_in_our_keys(name: str, tmp_path: Path) -> None:
-    commands = [text.replace("\\\n", " ") for text in blocks(name, "sh") if text.startswith("bandit-rft")]
-    assert len(commands) == 1
-    for command in commands:
-        words = [sys.executable, "-m", "bandit_rft", *shlex.split(command)[1:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "group_norm" in done.stdout
 
 
 def table(name: str) -> list[list[str]]:

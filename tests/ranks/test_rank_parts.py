@@ -20,6 +20,7 @@ from bandit_rft.launched import launched_rank
 from bandit_rft.model import Policy, UnsupportedModelError
 
 DEMO = ["--preset", "demo", "--device", "cpu", "--max_rounds", "1"]
+SERVER = ["--rollout.engine", "vllm", "--rollout.urls", "http://a:1"]
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -54,9 +55,10 @@ def test_a_process_that_is_alone_has_no_process_group(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("command", "said"),
     [
+        (["train", *DEMO, *SERVER, "--rollout.push", "nccl"], "rollout.push=nccl is for one process; there are 2"),
         (
-            ["train", *DEMO, "--rollout.engine", "vllm", "--rollout.urls", "http://a:1"],
-            "rollout.engine=vllm is for one",
+            ["train", *DEMO, *SERVER, "--distributed.timeout_s", "1800"],
+            "distributed.timeout_s=1800 must be more than rollout.retry_s + 2 * rollout.request_timeout_s = 1800",
         ),
         (["train", *DEMO, "--device", "cuda:0"], "device=cuda:0"),
         (["train", *DEMO, "--dry_run"], "--dry_run is for one process"),

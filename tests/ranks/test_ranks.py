@@ -42,6 +42,8 @@ CASES: dict[str, tuple[int, str, Values]] = {
         {"objective.kind": "ppo", "update.epochs": 2, "update.minibatches": 2, "objective.aggregation":
          "seq-mean-token-mean", "objective.entropy_coef": 0.01},
     ),
+    "ddp, queries by their rewards": (2, "tied", {"distributed.shard": "ddp", "queries.order": "learnable"}),
+    "fsdp, hopeless ones ended": (3, "tied", {"rollout.stop_hopeless": 2, "num_generations": 2, "batch_size": 5}),
     "fsdp, groups": (
         2, "untied",
         {"advantage": "group_mean", "num_generations": 4, "rollout.dynamic_sampling": 2, "rollout.keep": 3,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def gap(policy: Policy, batch: Any, temperature: float) -> float:
 def engine_of(policy: Policy, client: VllmClient, folder: Path) -> ServerEngine:
     return ServerEngine(
         policy, [client], FolderPush(policy.save, folder / "weights"), max_completion_length=12,
-        retry_seconds=START_SECONDS, canary_prompts=PROMPTS, temperature=0.7,
+        retry_seconds=START_SECONDS, temperature=0.7,
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def test_three_pushes_to_and_fro(process: ServerProcess, tmp_path: Path) -> None
         policy = policies[which]
         policy.mask_padding_tokens([0, 1])
         engine = engine_of(policy, VllmClient(process.url, 300.0), tmp_path)
-        canaries = engine.push(number)
+        canaries = engine.push(number, PROMPTS)
         assert canaries is not None and gap(policy, canaries, 0.7) < 1e-3
         ids = sequence_ids(0, list(range(12)))
         batch = engine.generate(PROMPTS, ids, seed=1, sampling=Sampling(temperature=0.7), n=4)
@@ -112,10 +114,10 @@ class Forgetful(VllmClient):
 def test_canaries_see_what_was_left_out(process: ServerProcess, tmp_path: Path, left_out: list[str]) -> None:
     """Weights that were not loaded, and prefixes of the old ones (which /pause forgets as well)."""
     old, new = (Policy(tiny_llama(seed=seed, **MODEL), character_tokenizer()) for seed in (0, 1))
-    engine_of(old, VllmClient(process.url, 300.0), tmp_path).push(0)
-    canaries = engine_of(new, Forgetful(process.url, *left_out), tmp_path).push(1)
+    engine_of(old, VllmClient(process.url, 300.0), tmp_path).push(0, PROMPTS)
+    canaries = engine_of(new, Forgetful(process.url, *left_out), tmp_path).push(1, PROMPTS)
     assert canaries is not None and gap(new, canaries, 0.7) > 0.05
-    canaries = engine_of(new, VllmClient(process.url, 300.0), tmp_path).push(2)
+    canaries = engine_of(new, VllmClient(process.url, 300.0), tmp_path).push(2, PROMPTS)
     assert canaries is not None and gap(new, canaries, 0.7) < 1e-3
 
 
@@ -184,6 +186,17 @@ def test_a_server_killed_in_mid_run_is_brought_back(tmp_path: Path, victim: str)
     assert listener.killed and trainer.round == 4 and all(line["canary/logprob_gap"] < 1e-3 for line in lines)
     assert lines[3]["rollout/retries"] > 0 and lines[3]["rollout/redrawn_stale"] > 0
     assert len(listener.seen) >= 6 and not listener.left()
+
+
+def test_two_ranks_train_on_its_rollouts(tmp_path: Path) -> None:
+    """The first starts it, pushes and asks; torchrun's variables say nothing to it."""
+    values = keys(tmp_path, **{"rollout.server_python": str(PYTHON), "max_rounds": 3, "max_prompt_length": 40})
+    options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bandit_rft"]
+    done = subprocess.run([*command, "train", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = read_metrics(tmp_path / "run")
+    assert len(lines) == 4 and all(line["canary/logprob_gap"] < 1e-3 for line in lines)
 
 
 def test_adapters(tmp_path: Path) -> None:

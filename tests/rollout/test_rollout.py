@@ -10,11 +10,13 @@ import transformers
 from architectures import CONFIGS
 from packaging.version import Version
 from tiny_models import tiny_llama
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from bandit_rft import _C, ops
+from bandit_rft.config import Config
 from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout.engine import COMPLETION_LENGTH
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.update import training_inputs
@@ -51,6 +53,20 @@ def test_first_rollout_is_the_same_whether_one_or_eight_are_drawn(policy: Policy
 def test_an_engine_says_what_it_is(policy: Policy) -> None:
     said = repr(RolloutEngine(policy, max_completion_length=20))
     assert said == f"RolloutEngine({policy!r}, max_completion_length=20, batch_size=256)" and len(said) < 200
+
+
+@pytest.mark.parametrize(("positions", "tokens"), [(64, 32), (4096, COMPLETION_LENGTH)])
+def test_a_length_need_not_be_given(positions: int, tokens: int) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=positions,
+    )  # fmt: skip
+    engine = RolloutEngine(LlamaForCausalLM(config))
+    assert engine.max_completion_length == tokens <= COMPLETION_LENGTH == Config().max_completion_length
+    if positions == 64:
+        assert max(engine.generate(PROMPTS, sequence_ids(range(len(PROMPTS))), seed=0).lengths) == tokens
+    with pytest.raises(ValueError, match="max_completion_length and batch_size must be >= 1; got 0"):
+        RolloutEngine(LlamaForCausalLM(config), max_completion_length=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 256])

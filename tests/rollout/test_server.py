@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tiny_models import character_tokenizer, save_tiny_llama, tiny_llama
 from bandit_rft.model import Policy
 from bandit_rft.rollout import RolloutError, Sampling, ServerEngine, sequence_ids
 from bandit_rft.rollout.client import GarbledError, RefusedError, Request, ServerError, VllmClient, read_answer
+from bandit_rft.rollout.process import ServerProcess
 from bandit_rft.rollout.push import MARKER, FolderPush
 from bandit_rft.update import score_rollouts
 
@@ -63,8 +65,8 @@ def gap(policy: Policy, batch: Any, temperature: float = 1.0) -> float:
 
 
 def test_draws_are_those_of_the_pushed_policy(make: Any, server: FakeVllm, policy: Policy) -> None:
-    engine = make(server, canary_prompts=PROMPTS[:2], temperature=0.7)
-    canaries = engine.push(4)
+    engine = make(server, temperature=0.7)
+    canaries = engine.push(4, PROMPTS[:2])
     assert canaries is not None and len(canaries) == 2 and gap(policy, canaries, 0.7) < 1e-5
     batch = engine.generate(PROMPTS, IDS, seed=1, sampling=Sampling(temperature=0.7), n=2)
     assert gap(policy, batch, 0.7) < 1e-5 and gap(policy, batch) > 1e-2
@@ -102,8 +104,8 @@ def test_tokens_that_must_not_be_drawn_are_not(make: Any, server: FakeVllm, poli
 
 def test_prompts_are_spread_over_the_servers_and_keep_theirs(make: Any, folder: Path) -> None:
     servers = [FakeVllm(folder) for _ in range(3)]
-    engine = make(*servers, canary_prompts=PROMPTS[:1])
-    canaries = engine.push(1)
+    engine = make(*servers)
+    canaries = engine.push(1, PROMPTS[:1])
     assert canaries.attempt.tolist() == [0, 1, 2], "every server is looked at"
     prompts = [[3 + i, 4] for i in range(30)]
     ids = sequence_ids(0, 1, list(range(30)))
@@ -269,9 +271,9 @@ def test_completions_that_the_server_has_no_room_for(make: Any, server: FakeVllm
 
 @pytest.mark.parametrize("fault", ["stale", "wrong"])
 def test_canaries_see_what_versions_do_not(make: Any, server: FakeVllm, policy: Policy, fault: str) -> None:
-    engine = make(server, canary_prompts=PROMPTS)
+    engine = make(server)
     setattr(server, fault, True)
-    canaries = engine.push(1)
+    canaries = engine.push(1, PROMPTS)
     assert server.version.endswith("-1") and gap(policy, canaries) > 0.05
 
 
@@ -335,14 +337,13 @@ def test_adapters_get_a_new_name_each_version(tmp_path: Path, caplog: pytest.Log
         [VllmClient(server.url, 20.0)],
         push,
         max_completion_length=6,
-        canary_prompts=PROMPTS,
         retry_seconds=20.0,
     )
     for version in (0, 1, 2):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
-        assert gap(policy, engine.push(version)) < 1e-4
+        assert gap(policy, engine.push(version, PROMPTS)) < 1e-4
     assert len(server.adapters) == 2 and {name[-2:] for name in server.adapters} == {"-1", "-2"}
     server.stop()
     server.start()  # it knows no adapter any more
@@ -376,6 +377,22 @@ def test_tokens_that_were_excluded_or_follow_a_stop_are_refused() -> None:
     for request in (REQUEST._replace(excluded=[5]), REQUEST._replace(stop_tokens=[5]), REQUEST._replace(vocabulary=4)):
         with pytest.raises(GarbledError):
             read_answer(ANSWER, request)
+
+
+def test_a_server_of_the_runs_own_is_told_nothing_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """init_process_group in it would expect the run's launcher to serve its store."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+    for name in ranks:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANKED", "1")
+    command = [sys.executable, "-c", "import os; print(*os.environ, sep=chr(10))"]
+    process = ServerProcess(command, {"VLLM_SERVER_DEV_MODE": "1"}, tmp_path / "server.log")
+    process.start(None)
+    deadline = time.monotonic() + 30
+    while process.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    told = (tmp_path / "server.log").read_text().splitlines()
+    assert {"RANKED", "VLLM_SERVER_DEV_MODE"} <= set(told) and not set(told) & set(ranks)
 
 
 def test_addresses() -> None:

@@ -201,11 +201,11 @@ def test_the_papers_grid() -> None:
     assert len(plan.cells) == 22 * 3 * 2 * 5
 
 
-@pytest.mark.parametrize("name", ["tiny", "neighbours", "choices"])
+@pytest.mark.parametrize("name", ["tiny", "neighbours", "choices", "skipping-tokens"])
 def test_the_studies_in_the_repository_are_sound(name: str) -> None:
     plan = load_plan(STUDIES / f"{name}.yaml")
     for cell in plan.cells:
-        assert plan.config(cell, STUDIES / "out").seed == cell.seed
+        assert plan.config(cell, STUDIES / "out").seed % 10**6 == cell.seed  # a condition's own, or as listed
     models = [STUDIES / of["model_name_or_path"] for of in plan.settings["models"].values()]
     assert all((model / "model.safetensors").is_file() or model.name == "arithmetic-base" for model in models)
 

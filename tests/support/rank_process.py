@@ -3,9 +3,10 @@
 stdin: one JSON object a line, {"world": K, "config": {...}} and, for faults, {"patch": {name in watch.py: value},
 "reward": name in tiny_rewards.py, "stop": [rank, round in which it is asked to stop], "save": rounds after which to
 save, whatever save_steps says, "halt": [rank, "before" or "after" its first sign of life, where SIGSTOP halts it],
-"late": rank that joins two seconds after the others, "fault": rank that raises in the first round}; stdout: the process
-ids of the ranks, then, when all have ended, their exit statuses. What still runs after LIMIT_S is killed, so that the
-next line is read whatever became of this one.
+"late": rank that joins two seconds after the others, "fault": rank that raises in the first round, "fault_in": the
+method of its trainer that does, else "draw", "saving": seconds that a checkpoint takes longer to write}; stdout: the
+process ids of the ranks, then, when all have ended, their exit statuses. What still runs after LIMIT_S is killed, so
+that the next line is read whatever became of this one.
 Rank r writes to the file errors-r in the folder of the first argument.
 """
 
@@ -25,7 +26,7 @@ import tiny_rewards
 import torch
 from tiny_models import sums
 
-from bandit_rft import checkpoint, evaluate, model, rollout, trainer  # noqa: F401  (loaded before the fork)
+from bandit_rft import checkpoint, evaluate, model, records, rollout, trainer  # noqa: F401  (loaded before the fork)
 from bandit_rft.config import build_config
 from bandit_rft.distributed import process, watch  # noqa: F401
 from bandit_rft.tasks import Task
@@ -55,10 +56,18 @@ def train(order: dict[str, Any], rank: int) -> None:
     run._finish_round = finish_and_save  # type: ignore[method-assign]
     if order.get("fault") == rank:
 
-        def fail(*of: Any) -> None:
+        def fail(*of: Any, **options: Any) -> None:
             raise RuntimeError(f"of rank {rank}'s own")
 
-        run.draw = fail  # type: ignore[method-assign]
+        setattr(run, order.get("fault_in", "draw"), fail)
+    if "saving" in order:
+        save = records.save_checkpoint
+
+        def save_slowly(*of: Any) -> None:
+            time.sleep(order["saving"])
+            save(*of)
+
+        records.save_checkpoint = save_slowly
     at = order.get("stop")
     if at is not None and at[0] == rank:
         number, draw = at[1], run.draw

@@ -9,6 +9,13 @@ def starts_with_vowel(prompts: list[str], completions: list[str], **columns: Any
     return [float(text[:1] in "aeiou" and text != "") for text in completions]
 
 
+def begins_without_vowel(completion: str) -> bool:
+    return completion != "" and completion[0] not in "aeiou"
+
+
+HOPELESS = {"starts_with_vowel": begins_without_vowel}
+
+
 def everything(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [1.0] * len(completions)
 

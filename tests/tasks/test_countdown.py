@@ -1,5 +1,6 @@
 """The countdown task: its questions, and the reward, which must neither be fooled nor evaluate anything as code."""
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from bandit_rft.rewards.spec import RewardFunction
 from bandit_rft.tasks import countdown, load_task
-from bandit_rft.tasks.countdown import combine, is_solution
+from bandit_rft.tasks.countdown import cannot_reach, combine, is_solution
 
 SMALL = {"train_size": 60, "test_size": 30, "harder_size": 20}
 
@@ -111,6 +112,71 @@ def test_a_way_reaches_its_value_both_as_expression_and_in_steps(operators: str)
         assert eval(way.expression.replace("/", "//")) == way.value
         assert way.steps.count(",") == len(numbers) - 2 and set(way.expression) <= set(countdown.ALPHABET)
     assert made > 100
+
+
+# --- beginnings that lead nowhere -------------------------------------------------------------------------------------
+
+HOPELESS = [
+    "x", "=", ",", ")", "+", "3(", "3*4)", "3**", "6", "33", "3*3", "3*4+5*", "3*4+5+", "3+5=8,", "3+5=8", "3*4=13",
+    "3-4=", "5/3=", "3*4,", "3*4=12,3", "3*4=12,12+5=17,5", "3*4=12,12+5=18", "3*4=12,12*", "4*5=20,3*", "3*5=1,", "0",
+    "9" * 10, "4/(3-3)=", "3*4=2", "3*4+5 ok",
+]  # fmt: skip
+GOING = [
+    "", " ", "3", "3*", "3*4", "(", "((3)", "3*4=", "3*4=1", "3*4=12", "3*4=12,", "3*4=12,1", "3*4=12,12", "5*4-3=17",
+    "05", "3+", "3+5", "5/3", "3-4", "3*4=12,12+5=17", "3*4=12,12+5=17,", "0004+",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("begins", HOPELESS)
+def test_beginnings_that_lead_nowhere_are_told(begins: str) -> None:
+    unseen = {"3*4=12,12*", "0", "4*5=20,3*"}  # an unfinished expression is not searched; 0 may become 03
+    assert cannot_reach(begins, [3, 5, 4], 17) != (begins in unseen)
+    assert not is_solution(begins, [3, 5, 4], 17)
+
+
+@pytest.mark.parametrize("begins", GOING)
+def test_beginnings_that_may_become_solutions_are_let_go_on(begins: str) -> None:
+    assert not cannot_reach(begins, [3, 5, 4], 17)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10**9), st.integers(2, 5), st.sampled_from(["+-*/", "+-*", "-/"]))
+def test_no_beginning_of_a_solution_is_told_to_lead_nowhere(seed: int, count: int, operators: str) -> None:
+    """Solutions as expression and as steps, with spaces and brackets that change nothing."""
+    rng = random.Random(seed)
+    while (way := combine(rng, numbers := [rng.randint(1, 20) for _ in range(count)], operators)) is None:
+        pass
+    steps = way.steps.rpartition("=")[0] if rng.random() < 0.5 else way.steps
+    for solution in (way.expression, f"{way.expression}={way.value}", f"(({way.expression}))", steps):
+        spaced = "".join(rng.choice(["", "", " "]) + character for character in solution)
+        assert is_solution(spaced, numbers, way.value)
+        for end in range(len(spaced) + 1):
+            assert not cannot_reach(spaced[:end], numbers, way.value), spaced[:end]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("0123458+-*/=(),. ", max_size=12), st.text("0123458+-*/=(),", max_size=8),
+    st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 40),
+)  # fmt: skip
+def test_what_leads_nowhere_never_becomes_a_solution(
+    begins: str, goes_on: str, numbers: list[int], target: int
+) -> None:
+    if is_solution(begins + goes_on, numbers, target):
+        assert not cannot_reach(begins, numbers, target)
+
+
+def test_all_that_follows_what_leads_nowhere_is_wrong() -> None:
+    """Every text of up to six characters over a small alphabet, for 2, 1 and 3: exhaustive."""
+    alphabet, numbers, target = "123+=,", [1, 2], 3
+    solutions = {
+        "".join(text)
+        for length in range(1, 7)
+        for text in itertools.product(alphabet, repeat=length)
+        if is_solution("".join(text), numbers, target)
+    }
+    assert {"1+2", "2+1", "1+2=3", "2+1=3"} <= solutions
+    assert not any(cannot_reach(text[:end], numbers, target) for text in solutions for end in range(len(text) + 1))
 
 
 def test_splits_are_sized_disjoint_and_solvable() -> None:

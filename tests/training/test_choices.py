@@ -69,11 +69,16 @@ CHOICES: dict[str, dict[str, Any]] = {
     "several updates": {"update.epochs": 2, "update.minibatches": 3},
     "PODS": {"advantage": "group_norm", "num_generations": 5, "rollout.keep": 2},
     "dynamic sampling": {"advantage": "group_norm", "num_generations": 2, "rollout.dynamic_sampling": 2},
+    "queries by their rewards": {"queries.order": "learnable", "queries.floor": 0.01, "queries.half_life": 2},
+    "queries by their rewards, dynamic sampling": {
+        "queries.order": "learnable", "advantage": "group_norm", "num_generations": 2, "rollout.dynamic_sampling": 2,
+    },
     "KL in the loss, adaptive": {"objective.kl": "k3", "objective.kl_coef": 0.1, "kl.target": 0.01, "kl.horizon": 50},
     "KL in the reward": {"objective.kl": "k1", "objective.kl_coef": 0.1, "kl.where": "reward"},
     "entropy bonus": {"objective.entropy_coef": 0.01},
     "length penalty": {"reward.length_penalty": 0.5, "reward.length_penalty_from": 4},
     "truncated ones left out": {"rollout.mask_truncated": True},
+    "hopeless ones ended": {"rollout.stop_hopeless": 2, "advantage": "batch_norm"},
     **{
         f"replay {sampling} {correction}": {
             "replay.capacity": 12, "replay.sampling": sampling, "replay.correction": correction,
@@ -359,6 +364,17 @@ def test_budgets_end_a_run_after_the_round_that_uses_them_up(configure: Callable
         ({"replay.capacity": 9, "rollout.top_p": 0.9}, "needs the log-probabilities of the distribution"),
         ({"replay.capacity": 9, "objective.kind": "gspo"}, "gspo has one ratio a sequence"),
         ({"replay.capacity": 9, "replay.ratio": 0}, "replay.ratio must be > 0"),
+        ({"queries.order": "learnable", "queries.floor": 0}, "queries.floor must be > 0"),
+        (
+            {"rollout.stop_hopeless": 1, "reward.length_penalty": 0.5},
+            "rollout.stop_hopeless does not go with reward.length_penalty, which counts the tokens",
+        ),
+        ({"rollout.stop_hopeless": 1, "objective.kl": "k3", "objective.kl_coef": 0.1}, "go with objective.kl_coef"),
+        ({"rollout.stop_hopeless": 1, "objective.entropy_coef": 0.1}, "does not go with objective.entropy_coef"),
+        (
+            {"rollout.stop_hopeless": 1, "rollout.engine": "vllm", "rollout.urls": ["http://a:1"]},
+            "rollout.stop_hopeless does not go with rollout.engine=vllm: a server draws whole completions",
+        ),
         ({"update.minibatches": 7}, "more than the 6 rollouts"),
         ({"kl.where": "reward"}, "needs objective.kl_coef > 0"),
         ({"kl.target": 0.1}, "start it above 0"),

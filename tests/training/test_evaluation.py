@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from tiny_rewards import starts_with_vowel
 from bandit_rft.assemble import load_policy, make_engine, make_scorer
 from bandit_rft.config import Config, ConfigError, build_config
 from bandit_rft.data import PromptSet
-from bandit_rft.evaluate import Evaluation, evaluate
+from bandit_rft.evaluate import EvaluatedSplit, Evaluation, evaluate
 from bandit_rft.intervals import reward_interval, wilson
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import read_metrics
-from bandit_rft.progress import EvaluationProgress
+from bandit_rft.progress import EvaluationProgress, show_evaluations
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.trainer import Trainer
 
@@ -160,6 +161,27 @@ def test_the_trainer_tells_how_far_an_evaluation_is(configure: Callable[..., Con
 
     Trainer(configure(max_rounds=0, **{"rollout.batch_size": 4}), Told()).run()
     assert told == ["evaluate", *[(4, 10)] * 2, (2, 10)]
+
+
+def test_each_split_is_called_what_it_is() -> None:
+    """A split of rewards other than 0 and 1 does not take the name Pass@1 from the others."""
+
+    def split(name: str, binary: bool, **values: float) -> EvaluatedSplit:
+        metrics = {f"eval/{name}/{key.replace('_at_', '@')}": value for key, value in values.items()}
+        return EvaluatedSplit(name, 4, 0, 1.0, Evaluation(metrics, {"pass@1": (0.1, 0.9)}, binary, {}))
+
+    def rows(*splits: EvaluatedSplit) -> list[list[str]]:
+        console = Console(file=io.StringIO(), width=200)
+        show_evaluations("a model", splits, console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return [re.split(r"\s{2,}", line.strip()) for line in lines[3:-2]]
+
+    passed, earned = split("test", True, pass_at_1=0.5, pass_at_4=0.75), split("hard", False, pass_at_1=0.25)
+    assert rows(passed, passed) == [["Pass@1", *["0.500 [0.100, 0.900]"] * 2], ["Pass@4", "0.750", "0.750"]]
+    assert rows(earned) == [["mean reward", "0.250 [0.100, 0.900]"]]
+    assert rows(passed, earned) == [
+        ["Pass@1", "0.500 [0.100, 0.900]", "-"], ["mean reward", "-", "0.250 [0.100, 0.900]"], ["Pass@4", "0.750", "-"]
+    ]  # fmt: skip
 
 
 def test_the_time_left_goes_by_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

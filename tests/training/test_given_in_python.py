@@ -107,6 +107,32 @@ def test_another_reward_does_not_continue_a_run() -> None:
     assert found(cell(CELL.replace("0.25", "0.5")))  # it does not say which reward it had
 
 
+def test_a_reward_file_that_was_edited_does_not_continue_a_run(capsys: Any) -> None:
+    def found() -> Any:
+        made = trainer(**named, max_rounds=2)
+        return made.run_folder.find_checkpoint("auto", asdict(made.config), made.rewards)
+
+    named = {"task": "arithmetic", "task_options": SIZES, "reward": {"functions": ["sample:rewards.py:paid"]}}
+    trainer(**named).run()
+    Path("rewards.py").write_text("# a remark\n\n" + CELL.replace("answer):", 'answer):\n    "What it pays."'))
+    status, said = command("eval run --evaluation.splits test --allow_code", capsys)
+    assert status == 0 and found(), said
+    for other in (CELL.replace("0.25", "0.5"), CELL.replace(".strip()", ".lower()")):
+        Path("rewards.py").write_text(other)
+        with pytest.raises(ConfigError, match=r"reward\.functions: the code of paid is another.*Choose another"):
+            found()
+        status, said = command("eval run --allow_code", capsys)
+        assert status == 2 and "the code of paid is another" in said and "--reward.functions" in said
+        status, said = command("train --config run/config.yaml --max_rounds 2", capsys)
+        assert status == 2 and "the code of paid is another" in said
+    state_file = Path("run/checkpoints/checkpoint-1/state.json")  # as an earlier version has written it
+    state = json.loads(state_file.read_text())
+    state["rewards"][0]["code"] = None
+    state["state_sha256"] = state_checksum(state)
+    state_file.write_text(json.dumps(state))
+    assert found()
+
+
 def test_a_function_that_moved_to_a_file_continues_the_run(capsys: Any, caplog: pytest.LogCaptureFixture) -> None:
     trainer(task="arithmetic", task_options=SIZES, reward_funcs=cell()).run()
     line = "train --config run/config.yaml --max_rounds 2 --reward.functions sample:rewards.py"

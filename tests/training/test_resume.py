@@ -187,6 +187,7 @@ def test_killed_and_continued_from_any_checkpoint(
             "replay.sampling": "prioritized",
         },
         {"advantage": "reward", "replay.capacity": 0, "lora.rank": 4},
+        {"advantage": "batch_mean", "queries.order": "learnable"},
     ],
     ids=lambda choices: choices["advantage"],
 )

@@ -215,11 +215,13 @@ def test_the_next_round_is_drawn_while_this_one_trains(configure: Callable[..., 
     assert trainer.position == 4 * 8
 
 
-@pytest.mark.parametrize("save_steps", [0, 1])
-def test_ahead_continues_with_the_same_bits(configure: Callable[..., Config], save_steps: int) -> None:
+@pytest.mark.parametrize(("save_steps", "keys"), [(0, AHEAD), (1, AHEAD), (0, {**AHEAD, "queries.order": "learnable"})])
+def test_ahead_continues_with_the_same_bits(
+    configure: Callable[..., Config], save_steps: int, keys: dict[str, Any]
+) -> None:
     """What was drawn ahead is in the checkpoint."""
-    whole = run(configure("whole", **AHEAD, save_steps=save_steps))
-    config = configure(**AHEAD, save_steps=save_steps)
+    whole = run(configure("whole", **keys, save_steps=save_steps))
+    config = configure(**keys, save_steps=save_steps)
     listener = At(3, lambda: None)
     listener.do = lambda: setattr(listener.trainer, "stop_requested", True)
     assert run(config, listener).round == 3

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM
 from bandit_rft.advantages import ADVANTAGES, register
 from bandit_rft.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, read_state
 from bandit_rft.config import Config, ConfigError, build_config
-from bandit_rft.data import PromptSet, completion_texts, prompt_tokens, query_order
+from bandit_rft.data import PromptSet, completion_texts, prompt_tokens
 from bandit_rft.evaluate import best_of_k
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import MetricsLog, read_metrics
 from bandit_rft.model import Policy
 from bandit_rft.ops import PolicyObjective
 from bandit_rft.optimizer import PolicyOptimizer
+from bandit_rft.queries import query_order
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.tasks import Example, Task
 from bandit_rft.trainer import Trainer
