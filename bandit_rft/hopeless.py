@@ -8,8 +8,6 @@ only where no completion that begins so earns anything, the beginning itself inc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -17,9 +15,6 @@ from bandit_rft.rewards import RewardError, RewardFunction
 from bandit_rft.rollout import Watch
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.tasks import Example, Task, collate
-
-if TYPE_CHECKING:
-    pass
 
 
 class Hopeless:
