@@ -8,6 +8,7 @@ only where no completion that begins so earns anything, the beginning itself inc
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
