@@ -1,6 +1,6 @@
 """Draw a study's pooled gains, test and train, from its results.csv: the picture in the README.
 
-python studies/forest.py studies/results/tiny docs/images/tiny-gains.svg
+python studies/forest.py studies/results/paper-rounds docs/images/paper-rounds-gains.svg
 """
 
 import csv

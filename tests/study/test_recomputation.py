@@ -92,7 +92,7 @@ def test_committed_results(folder: Path, recompute: dict[str, Any], tmp_path: Pa
 
 def test_the_picture_in_the_readme_is_what_the_table_gives() -> None:
     draw = runpy.run_path(str(ROOT / "studies" / "forest.py"))
-    drawn = draw["svg"](draw["rows"](ROOT / "studies" / "results" / "tiny"))
-    picture = ROOT / "docs" / "images" / "tiny-gains.svg"
+    drawn = draw["svg"](draw["rows"](ROOT / "studies" / "results" / "paper-rounds"))
+    picture = ROOT / "docs" / "images" / "paper-rounds-gains.svg"
     assert picture.read_text(encoding="utf-8") == drawn
-    assert "docs/images/tiny-gains.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "docs/images/paper-rounds-gains.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
