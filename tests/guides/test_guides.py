@@ -112,6 +112,22 @@ def test_the_notebook_runs_as_it_stands(
     assert (tmp_path / "empty" / "runs" / "quickstart" / "report.html").is_file()
 
 
+def test_a_study_of_ones_own(environment: Environment, tmp_path: Path) -> None:
+    """Its file, cut to six runs of a round, and its four commands."""
+    text = (ROOT / "docs" / "your-own-study.md").read_text(encoding="utf-8")
+    assert re.findall(r"^bandit-rft study (\w+)", text, re.MULTILINE) == ["plan", "run", "status", "report"]
+    for there, short in (
+        ("```yaml\n", "```python\n# mine.yaml\n"), ("amount: 40", "amount: 1"), ("[0, 1, 2, 3, 4]", "[0, 1]"),
+        ("max_queries: 200", "max_queries: 4, greedy: false"),
+    ):  # fmt: skip
+        assert there in text
+        text = text.replace(there, short, 1)
+    page = "__import__('pathlib').Path('runs/mine/report/report.html').read_text()"
+    checks = [f"'two seeds or more' not in {page}", f"'learning rate' in {page}"]
+    printed = replay(text, checks, environment, tmp_path)
+    assert "two seeds: where runs differ" in printed and "6 cells: 6 finished" in printed
+
+
 def notebook_tool() -> Any:
     spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "tools" / "run_notebook.py")
     assert spec is not None and spec.loader is not None
