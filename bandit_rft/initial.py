@@ -32,9 +32,12 @@ def weights_digest(policy: Policy, *, beneath: bool = False) -> str:
 
     Args:
         policy: any.
-        beneath: of the model beneath its adapter, as it was before it had one; else with the adapter's weights.
+        beneath: of the model beneath its adapter, as it was before it had one; else with the weights of an adapter that
+            does something.
     """
     digest = hashlib.sha256()
+    # A new adapter's other matrix is drawn at random, and does nothing while this one is 0.
+    beneath = beneath or not any(bool(p.any()) for name, p in policy.causal_lm.named_parameters() if ".lora_B" in name)
     for name, parameter in sorted(policy.causal_lm.named_parameters()):
         if beneath and ".lora_" in name:
             continue
@@ -119,12 +122,16 @@ class InitialModel:
             ("stop tokens", "stop_tokens", policy.stop_tokens),
             ("masked entries of the head", "padding_token_ids", policy.padding_token_ids),
         ):
-            if (before := state.get(key, now)) != now:
+            if set(before := state.get(key, now)) != set(now):
                 raise ConfigError(f"{path} was made with other {what} ({before} -> {now}): this would be neither run")
         return policy
 
     def _new(self) -> Policy:
         """The initial model, with a new adapter where the configuration has one."""
+        model = None if self.given is None else self.given.model
+        plain = model is not None and not self._beneath and not hasattr(model, "get_base_model")
+        if model is not None and plain and any(".lora_" in name for name, _ in model.named_parameters()):
+            raise ConfigError("model: it holds the adapter of an earlier run: load it anew")
         if self.given is not None and self._beneath and self.given.model in _BEGAN:
             from bandit_rft.model.lora import remove_layers
 

@@ -19,6 +19,9 @@ from bandit_rft.selection import Floats, Queries, weighted_order
 
 Metrics = dict[str, float | int | None]
 
+#: What a weighted sum of rewards that are 1 may differ from 1 by.
+ROUNDING = 1e-9
+
 
 class Epochs:
     """Queries in the order of shuffled epochs (`query_order`); the place in it is all that has to be remembered.
@@ -128,11 +131,12 @@ class Learnable(Epochs):
         every = self._room_for(indices)
         scored = ~np.isnan(rewards)
         queries, rewards = queries[scored], rewards[scored]
-        if len(outside := np.flatnonzero((rewards < 0) | (rewards > 1))):
+        if len(outside := np.flatnonzero((rewards < -ROUNDING) | (rewards > 1 + ROUNDING))):
             raise ValueError(
                 f"queries.order=learnable takes rewards in [0, 1]; round {number} has {rewards[outside[0]]:g} for row "
                 f"{queries[outside[0]]} of the training split"
             )
+        rewards = rewards.clip(0.0, 1.0)
         asked = np.unique(queries)
         self._sums[asked] = self._worth(asked, number, len(every))
         np.add.at(self._sums, queries, np.stack([rewards, 1 - rewards], axis=1))

@@ -225,11 +225,11 @@ class RolloutConfig(Section):
             )
         counted = {
             "reward.length_penalty": config.reward.length_penalty, "objective.kl_coef": config.objective.kl_coef,
-            "objective.entropy_coef": config.objective.entropy_coef,
+            "objective.entropy_coef": config.objective.entropy_coef, "rollout.mask_truncated": self.mask_truncated,
         }  # fmt: skip
         if self.stop_hopeless and (others := [name for name, value in counted.items() if value]):
             raise ValueError(
-                f"rollout.stop_hopeless does not go with {others[0]}, which counts the tokens that would have followed"
+                f"rollout.stop_hopeless does not go with {others[0]}, which needs the tokens that would have followed"
             )
 
     def _fits_engine(self, config: Config) -> None:

@@ -151,6 +151,7 @@ class Trainer:
         """Train until the budget is used up or `stop_requested`; returns what came of it."""
         with ExitStack() as stack:
             stack.enter_context(plain_surroundings())
+            stack.callback(setattr, self, "stop_requested", False)  # it is of this call, and of what came before it
             self.ranks = stack.enter_context(configured_ranks(self.config))
             if self.ranks.first:
                 stack.enter_context(self.run_folder.lock())

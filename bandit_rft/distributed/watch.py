@@ -87,7 +87,8 @@ class Watch:
         try:
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                 self._await_verdict(error)  # a broken connection: whose end is it?
-                if self._verdict is None and "timed out" in str(error).lower():  # as gloo says it
+                of_the_group = type(error) is RuntimeError or isinstance(error, dist.DistError)
+                if self._verdict is None and of_the_group and "timed out" in str(error).lower():  # as gloo says it
                     self._tell(
                         f"{self._me} waited for longer than distributed.timeout_s for another rank, which is alive"
                     )

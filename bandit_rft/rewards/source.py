@@ -56,7 +56,8 @@ def _reached(tree: ast.Module, names: set[str]) -> list[ast.stmt]:
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             node.body = [part for part in node.body if not _is_text(part)]
     defined = {statement: set(_defined(statement)) for statement in tree.body if not _is_self_test(statement)}
-    reached = {statement for statement, own in defined.items() if not own}
+    # What is run when the file is read counts in any case: so does what a decorator may have kept somewhere.
+    reached = {s for s, own in defined.items() if not own or getattr(s, "decorator_list", None)}
     names = names | {name for statement in reached for name in _used(statement)}
     while more := {statement for statement, own in defined.items() if own & names} - reached:
         reached |= more

@@ -178,6 +178,11 @@ def test_what_fails_on_one_rank_is_told_by_the_others(world: World, values: dict
     assert "rank 0 (process " in world.said(1) and "RewardError" in world.said(1)
 
 
+def test_a_reward_that_timed_out_is_no_rank_that_did(world: World, values: dict[str, Any]) -> None:
+    assert world.run(2, values, patch=SOON, reward="times_out") == [1, 1]
+    assert "RewardError" in world.said(0) and "timeout_s for another rank" not in world.said(0) + world.said(1)
+
+
 def test_a_folder_in_use_is_refused_to_all_ranks(world: World, values: dict[str, Any]) -> None:
     with RunFolder(values["output_dir"]).lock():
         assert world.run(2, values, patch=SOON) == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +92,9 @@ def test_where_there_is_no_source_there_is_no_digest(tmp_path: Path) -> None:
     for text in ("def paid(:\n", "def paid(completion):\n    return " + "-" * 5000 + "1\n"):
         (tmp_path / "broken.py").write_text(text)
         assert source_digest(RewardFunction(f"{tmp_path / 'broken.py'}:paid")) is None
+
+
+def test_what_a_decorator_keeps_counts(digest: Any) -> None:
+    text = "KEPT = {}\ndef add(function):\n    KEPT[function.__name__] = function\n@add\ndef one(x):\n    return 1.0\n"
+    text += "def paid(completion):\n    return KEPT['one'](completion)\n"
+    assert digest(text) != digest(text.replace("return 1.0", "return 2.0"))

@@ -38,3 +38,7 @@ def mentions_answer(prompts: list[str], completions: list[str], answer: list[str
 
 def raises(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     raise LookupError("no such answer")
+
+
+def times_out(completions: list[str], **columns: object) -> list[float]:
+    raise TimeoutError("Request timed out.")

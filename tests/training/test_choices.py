@@ -367,10 +367,11 @@ def test_budgets_end_a_run_after_the_round_that_uses_them_up(configure: Callable
         ({"queries.order": "learnable", "queries.floor": 0}, "queries.floor must be > 0"),
         (
             {"rollout.stop_hopeless": 1, "reward.length_penalty": 0.5},
-            "rollout.stop_hopeless does not go with reward.length_penalty, which counts the tokens",
+            "rollout.stop_hopeless does not go with reward.length_penalty, which needs the tokens",
         ),
         ({"rollout.stop_hopeless": 1, "objective.kl": "k3", "objective.kl_coef": 0.1}, "go with objective.kl_coef"),
         ({"rollout.stop_hopeless": 1, "objective.entropy_coef": 0.1}, "does not go with objective.entropy_coef"),
+        ({"rollout.stop_hopeless": 1, "rollout.mask_truncated": True}, "does not go with rollout.mask_truncated"),
         (
             {"rollout.stop_hopeless": 1, "rollout.engine": "vllm", "rollout.urls": ["http://a:1"]},
             "rollout.stop_hopeless does not go with rollout.engine=vllm: a server draws whole completions",

@@ -120,6 +120,30 @@ def test_another_model_does_not_continue_a_run() -> None:
         trainer(**{**memory, "model": tiny_llama(seed=1)}, max_rounds=5).run()
 
 
+def test_an_adapter_of_ones_own_is_drawn_anew_and_the_run_goes_on() -> None:
+    """One matrix of a new adapter is random, and nothing while the other is 0."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    keys = {"tokenizer": character_tokenizer()}
+    trainer(model=adapted(0), **keys).run()
+    assert trainer(model=adapted(1), **keys, max_rounds=2).run()[-1]["round"] == 2
+    plain = tiny_llama()
+    trainer(model=plain, **keys, output_dir="one", lora={"rank": 2}).run()
+    with pytest.raises(ConfigError, match="model: it holds the adapter of an earlier run: load it anew"):
+        trainer(model=plain, **keys, output_dir="other").run()
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_called_again() -> None:
+    stopped = trainer(max_rounds=3)
+    stopped.stop_requested = True
+    assert stopped.run()[-1]["round"] == 0
+    assert stopped.run()[-1]["round"] == 3
+
+
 @pytest.mark.parametrize("choice", [{"lora": {"rank": 2}}, {"objective": {"kl_coef": 0.1, "kl": "k3"}}], ids=str)
 def test_a_model_that_changed_in_its_place_does_not_continue_a_run(choice: dict[str, Any]) -> None:
     trainer(**choice).run()
@@ -139,6 +163,9 @@ def test_every_weight_is_in_a_digest() -> None:
         model.get_parameter(name).data.view(-1)[-1] += 1e-3
         assert digest(model) != digest(tiny_llama()), name
     adapted = add_adapter(Policy(tiny_llama(), character_tokenizer()), rank=2)
+    assert weights_digest(adapted) == digest(tiny_llama())  # it does nothing yet
+    for name, parameter in adapted.named_parameters():
+        parameter.data += float("lora_B" in name)
     assert weights_digest(adapted, beneath=True) == digest(tiny_llama()) != weights_digest(adapted)
 
 

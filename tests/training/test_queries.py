@@ -68,6 +68,10 @@ def test_rewards_outside_the_unit_interval_are_refused() -> None:
         learnable().record(ROWS, np.array([2, 3]), np.array([1.0, 1.5]), 4)
     with pytest.raises(ValueError, match=r"floor and half_life must be > 0; got 0 and 4\.0"):
         learnable(floor=0)
+    queries, whole = learnable(), learnable()  # a weighted sum of ones is not always 1
+    for one, reward in ((queries, 0.05 + 0.55 + 0.3 + 0.1), (whole, 1.0)):
+        one.record(ROWS, np.array([2]), np.array([reward]), 1)
+    assert np.array_equal(queries.scores(ROWS, 2), whole.scores(ROWS, 2))
 
 
 def test_what_is_said_of_the_queries() -> None:
