@@ -130,13 +130,8 @@ def _notes(config: Config, steps: int) -> Iterator[tuple[str, str]]:
     if o.kind == "reinforce" and uncorrected:
         yield "note", "replay.correction=none with reinforce: old rollouts are trained on as if drawn today; biased"
     if config.queries.order == "learnable":
-        yield (
-            "note",
-            (
-                "queries.order=learnable: the reward of a round is that of the queries it chose, not of the training "
-                "set; it takes rewards in [0, 1]; any other stops the run"
-            ),
-        )
+        chosen = "the reward of a round is that of the queries it chose, not of the training set"
+        yield "note", f"queries.order=learnable: {chosen}; it takes rewards in [0, 1]; any other stops the run"
     if ADVANTAGES[config.advantage].unit_interval:
         yield "note", f"advantage={config.advantage} takes rewards in [0, 1]; any other stops the run"
     if ADVANTAGES[config.advantage].memory is not None:

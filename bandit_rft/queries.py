@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandit_rft.history import Arrays
+from bandit_rft.metrics import Metrics
 from bandit_rft.selection import Floats, Queries, weighted_order
-
-Metrics = dict[str, float | int | None]
 
 #: What a weighted sum of rewards that are 1 may differ from 1 by.
 ROUNDING = 1e-9

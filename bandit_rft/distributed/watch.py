@@ -65,7 +65,8 @@ class Watch:
             self._sign(0)  # before this returns: a rank that is stopped from now on is missed
         except RuntimeError as error:
             self._over.set()
-            raise RankError(f"{self._gone}. The run can be continued from its last checkpoint") from error
+            why = f"{self._gone} ({_first_line(error)})"
+            raise RankError(f"{why}. The run can be continued from its last checkpoint") from error
         self._start(self._look)
         return self
 
@@ -96,8 +97,7 @@ class Watch:
                 if self._verdict is not None:
                     raise RankError(f"{self._verdict}. The run can be continued from its last checkpoint") from error
             if error is not None:
-                what = printable(str(error).strip().partition("\n")[0], LIMIT)
-                self._tell(f"{self._me} failed ({type(error).__name__}: {what})")
+                self._tell(f"{self._me} failed ({type(error).__name__}: {_first_line(error)})")
         finally:
             self._over.set()
             if error is not None and self._serves:
@@ -177,3 +177,7 @@ class Watch:
                     "checkpoint", file=sys.stderr, flush=True,
                 )  # fmt: skip
                 os._exit(1)  # the main thread waits in a call that will not return
+
+
+def _first_line(error: BaseException) -> str:
+    return printable(str(error).strip().partition("\n")[0], LIMIT)

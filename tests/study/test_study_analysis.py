@@ -163,6 +163,9 @@ def test_small_p_values_of_few_seeds_are_not_too_common(seeds: int, family: int,
     residual = Part(1 / seeds * rng.chisquare(freedom, studies) / freedom, freedom)
     found = combine(mean, [Part(of_seeds, seeds - 1)], [], [], [residual], seeds)
     assert (p_value(found.gain, found.spread) <= 0.05 / family).mean() <= 0.05 / family
+    alone = (p_value(found.gain, Spread(found.error, found.degrees)) <= 0.05 / family).mean()
+    if ratio == 6:  # what the floor alone would give, as docs/study.md has it
+        assert alone == pytest.approx({3: 0.016, 5: 0.0019}[seeds], rel=0.1)
 
 
 def test_minimum_detectable_gain_is_found_four_times_in_five() -> None:
