@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bandit_rft.history import Arrays
-from bandit_rft.metrics import Metrics
 from bandit_rft.selection import Floats, Queries, weighted_order
+
+if TYPE_CHECKING:
+    from bandit_rft.metrics import Metrics
 
 #: What a weighted sum of rewards that are 1 may differ from 1 by.
 ROUNDING = 1e-9

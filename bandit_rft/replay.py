@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from bandit_rft.history import Arrays
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.selection import SELECTIONS
 
+if TYPE_CHECKING:
+    from bandit_rft.metrics import Metrics
+
 #: Upper ends of the staleness histogram's classes, in rounds; the last class is open.
 STALENESS_CLASSES = (1, 3, 7, 15)
-
-Metrics = dict[str, float | int | None]
 
 
 class Replay:
