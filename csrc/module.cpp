@@ -350,7 +350,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              arg("sin"), arg("hidden"), arg("threads"))
         .def("step", &decoder_step, arg("tokens"), arg("positions"), arg("hidden"), arg("threads"))
         .def("select", &decoder_select, arg("which"))
-        .def_property_readonly("lanes", &cpu::Decoder::lanes);
+        .def("computed", &cpu::Decoder::computed, arg("sequences"));
 #if defined(BRFT_CUDA)
     cuda::add_exports(m.def_submodule("cuda"));
 #endif

@@ -69,8 +69,6 @@ class ModelDecoder:
         padding: how padding is hidden; None where the prompts of a batch must have one length.
     """
 
-    lanes = 1  # any number of sequences is as good as another
-
     def __init__(self, base: nn.Module, config: PreTrainedConfig, padding: Padding | None):
         self._base, self._config, self._padding = base, config, padding
         parameters = inspect.signature(base.forward).parameters
@@ -107,6 +105,10 @@ class ModelDecoder:
         self._columns += 1
         mask = self._mask[..., : self._columns] if self._mask is not None else None
         return self._forward(tokens[:, None], positions[:, None], mask)
+
+    def computed(self, sequences: int) -> int:
+        """How many are computed where so many are decoded: all that is asked for, and no more."""
+        return sequences
 
     def select(self, keep: Tensor) -> None:
         """Go on with the sequences `keep` [b] int64."""

@@ -356,8 +356,8 @@ class RolloutEngine:
                 if remaining == 0:
                     break
                 # Moving the cache costs about as much as one step, so it pays once a quarter of the batch is idle.
-                size = min(-(-remaining // decoder.lanes) * decoder.lanes, len(active))
-                if size <= 0.75 * len(active):
+                size = decoder.computed(remaining)
+                if size <= 0.75 * decoder.computed(len(active)):
                     keep = alive.int().argsort(descending=True, stable=True)[:size].sort().values
                     active, row_ids, positions, place = active[keep], row_ids[keep], positions[keep], place[keep]
                     tokens, alive = tokens[keep], alive[keep]

@@ -58,11 +58,10 @@ class NativeDecoder:
         self._core: Any = None
         self._refresh()
 
-    @property
-    def lanes(self) -> int:
-        """Sequences that one SIMD vector holds: a batch is worth shrinking by that many."""
-        lanes: int = self._core.lanes
-        return lanes
+    def computed(self, sequences: int) -> int:
+        """How many are computed where so many are decoded: whole SIMD vectors of them."""
+        computed: int = self._core.computed(sequences)
+        return computed
 
     def ready(self) -> bool:
         """Whether the model still is what the core computes; reads the weights' addresses again if they have moved."""

@@ -53,7 +53,7 @@ struct Block {
 
     Block(int64_t begin, int64_t length)
         : first(begin), count(smaller(kPanel, length - begin)), keys(begin + count), width(int(count)) {}
-    int lanes() const { return width > BRFT_LANES ? kPanel : BRFT_LANES; }
+    int lanes() const { return computed_lanes(width); }
 };
 
 // scores [keys, kPanel] with those a query does not see at -inf.

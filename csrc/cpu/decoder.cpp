@@ -135,6 +135,11 @@ void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidde
     run({batch_, tokens, positions, {}, hidden}, threads);
 }
 
+int64_t Decoder::computed(int64_t sequences) const {
+    const int64_t panel = kernels_->panel, rest = sequences % panel;
+    return sequences - rest + (rest ? kernels_->computed_lanes(int(rest)) : 0);
+}
+
 void Decoder::require_tokens(const int64_t* tokens, int64_t count) const {
     for (int64_t i = 0; i < count; ++i)
         require(tokens[i] >= 0 && tokens[i] < model_.vocabulary, "tokens must lie in the vocabulary");

@@ -49,8 +49,8 @@ class Decoder {
 
     int64_t batch() const { return batch_; }
     const DecoderModel& model() const { return model_; }
-    // Sequences in one SIMD vector: batches are worth shrinking by whole ones.
-    int lanes() const { return kernels_->panel / 2; }
+    // Sequences that are computed where so many count: whole SIMD vectors of them.
+    int64_t computed(int64_t sequences) const;
 
   private:
     struct Freed {

@@ -15,7 +15,8 @@ namespace BRFT_ISA {
 constexpr int kValues = BRFT_LANES == 16 ? 8 : 4;  // elements of a value head whose sums stay in registers
 constexpr int kScores = 4;                         // columns scored at once
 
-BRFT_INLINE int computed_lanes(int members) { return members > BRFT_LANES ? kPanel : BRFT_LANES; }
+int lanes_of(int members) { return computed_lanes(members); }
+
 BRFT_INLINE int members_of(int64_t panel, int64_t batch) {
     const int64_t left = batch - panel * kPanel;
     return int(left < kPanel ? left : kPanel);
@@ -118,35 +119,40 @@ struct Cached {
     const float* data;
     int64_t stride;
 };
-BRFT_INLINE Vector element(const Cached<false>& x, int64_t t, int64_t d, int lane) {
-    return load(x.data + t * x.stride + d * kPanel + lane);
+template <class G>
+BRFT_INLINE typename G::Vector element(const Cached<false>& x, int64_t t, int64_t d, int lane) {
+    return G::load(x.data + t * x.stride + d * kPanel + lane);
 }
-BRFT_INLINE float element(const Cached<true>& x, int64_t t, int64_t d, int) { return x.data[t * x.stride + d]; }
+template <class G>
+BRFT_INLINE float element(const Cached<true>& x, int64_t t, int64_t d, int) {
+    return x.data[t * x.stride + d];
+}
 
 // scores[t] = q . keys[t] for `Count` columns from t on.
-template <int Count, int Width, bool Shared>
+template <int Count, int Lanes, bool Shared>
 BRFT_INLINE void score(const Cached<Shared>& keys, const float* q, int64_t head_size, int64_t t, float* scores) {
-    Vector sum[Count][Width] = {};
+    using G = Group<Lanes>;
+    typename G::Vector sum[Count][G::kVectors] = {};
     for (int64_t d = 0; d < head_size; ++d) {
         BRFT_UNROLL
-        for (int c = 0; c < Width; ++c) {
-            const Vector x = load(q + d * kPanel + c * BRFT_LANES);
+        for (int c = 0; c < G::kVectors; ++c) {
+            const auto x = G::load(q + d * kPanel + c * G::kWidth);
             BRFT_UNROLL
-            for (int i = 0; i < Count; ++i) sum[i][c] += x * element(keys, t + i, d, c * BRFT_LANES);
+            for (int i = 0; i < Count; ++i) sum[i][c] += x * element<G>(keys, t + i, d, c * G::kWidth);
         }
     }
     BRFT_UNROLL
     for (int i = 0; i < Count; ++i) {
         BRFT_UNROLL
-        for (int c = 0; c < Width; ++c) store(scores + (t + i) * kPanel + c * BRFT_LANES, sum[i][c]);
+        for (int c = 0; c < G::kVectors; ++c) G::store(scores + (t + i) * kPanel + c * G::kWidth, sum[i][c]);
     }
 }
-template <int Width, bool Shared>
+template <int Lanes, bool Shared>
 BRFT_INLINE void score_all(const Cached<Shared>& keys, const float* q, int64_t head_size, int64_t from, int64_t to,
                            float* scores) {
     int64_t t = from;
-    for (; t + kScores <= to; t += kScores) score<kScores, Width>(keys, q, head_size, t, scores);
-    for (; t < to; ++t) score<1, Width>(keys, q, head_size, t, scores);
+    for (; t + kScores <= to; t += kScores) score<kScores, Lanes>(keys, q, head_size, t, scores);
+    for (; t < to; ++t) score<1, Lanes>(keys, q, head_size, t, scores);
 }
 
 // exp(scores - largest) of the columns [from, to), and its sum; a score of -inf is a column that the lane does not see.
@@ -175,64 +181,68 @@ BRFT_INLINE void exponentiate(float* scores, int64_t from, int64_t to, float* to
 }
 
 // out[d] = sum_t weights[t] values[t, d] / total for `Count` elements from d on.
-template <int Count, int Width, bool Shared>
+template <int Count, int Lanes, bool Shared>
 BRFT_INLINE void mix(const Cached<Shared>& values, const float* weights, const float* total, int64_t from, int64_t to,
                      int64_t d, float* out) {
-    Vector sum[Count][Width] = {};
+    using G = Group<Lanes>;
+    typename G::Vector sum[Count][G::kVectors] = {};
     for (int64_t t = from; t < to; ++t) {
         BRFT_UNROLL
-        for (int c = 0; c < Width; ++c) {
-            const Vector w = load(weights + t * kPanel + c * BRFT_LANES);
+        for (int c = 0; c < G::kVectors; ++c) {
+            const auto w = G::load(weights + t * kPanel + c * G::kWidth);
             BRFT_UNROLL
-            for (int i = 0; i < Count; ++i) sum[i][c] += w * element(values, t, d + i, c * BRFT_LANES);
+            for (int i = 0; i < Count; ++i) sum[i][c] += w * element<G>(values, t, d + i, c * G::kWidth);
         }
     }
     BRFT_UNROLL
     for (int i = 0; i < Count; ++i) {
         BRFT_UNROLL
-        for (int c = 0; c < Width; ++c)
-            store(out + (d + i) * kPanel + c * BRFT_LANES, sum[i][c] / load(total + c * BRFT_LANES));
+        for (int c = 0; c < G::kVectors; ++c)
+            G::store(out + (d + i) * kPanel + c * G::kWidth, sum[i][c] / G::load(total + c * G::kWidth));
     }
 }
-template <int Width, bool Shared>
+template <int Lanes, bool Shared>
 BRFT_INLINE void mix_all(const Cached<Shared>& values, const float* weights, const float* total, int64_t head_size,
                          int64_t from, int64_t to, float* out) {
     int64_t d = 0;
-    for (; d + kValues <= head_size; d += kValues) mix<kValues, Width>(values, weights, total, from, to, d, out);
-    for (; d < head_size; ++d) mix<1, Width>(values, weights, total, from, to, d, out);
+    for (; d + kValues <= head_size; d += kValues) mix<kValues, Lanes>(values, weights, total, from, to, d, out);
+    for (; d < head_size; ++d) mix<1, Lanes>(values, weights, total, from, to, d, out);
 }
 
 BRFT_INLINE const float* query_weight(const HeadAttention& a, int64_t head) {
     return a.query_norm ? a.query_norm + (a.query_inverse ? head * a.head_size : 0) : nullptr;
 }
 
-template <int Width>
+template <int Lanes>
 BRFT_INLINE void attend_lanes(const HeadAttention& a) {
-    constexpr int kLanes = Width * BRFT_LANES;
     const int64_t newest = (a.columns - 1) * a.column_stride;
-    rotated<kLanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest);
+    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest);
     memcpy(a.values + newest, a.value, sizeof(float) * size_t(a.head_size * kPanel));
     const Cached<false> keys{a.keys, a.column_stride}, values{a.values, a.column_stride};
     float *q = a.scratch, *scores = a.scratch + a.head_size * kPanel;
     for (int64_t head = 0; head < a.group; ++head) {
         const int64_t at = head * a.head_size * kPanel;
-        rotated<kLanes>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
-        score_all<Width>(keys, q, a.head_size, a.lowest_first, a.columns, scores);
+        rotated<Lanes>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
+        score_all<Lanes>(keys, q, a.head_size, a.lowest_first, a.columns, scores);
         for (int64_t t = a.lowest_first; t < a.highest_first; ++t) {
-            for (int l = 0; l < kLanes; ++l)
+            for (int l = 0; l < Lanes; ++l)
                 scores[t * kPanel + l] = t < a.first[l] ? -INFINITY : scores[t * kPanel + l];
         }
         alignas(64) float total[kPanel];
-        exponentiate<kLanes>(scores, a.lowest_first, a.columns, total);
-        mix_all<Width>(values, scores, total, a.head_size, a.lowest_first, a.columns, a.out + at);
+        exponentiate<Lanes>(scores, a.lowest_first, a.columns, total);
+        mix_all<Lanes>(values, scores, total, a.head_size, a.lowest_first, a.columns, a.out + at);
     }
 }
 
 void attend(const HeadAttention& a) {
-    if (a.members > BRFT_LANES)
-        attend_lanes<kColumns>(a);
-    else
-        attend_lanes<1>(a);
+    switch (computed_lanes(a.members)) {
+        case kPanel:
+            return attend_lanes<kPanel>(a);
+        case kFew:
+            return attend_lanes<kFew>(a);
+        default:
+            return attend_lanes<BRFT_LANES>(a);
+    }
 }
 
 template <int Lanes>
@@ -245,25 +255,28 @@ BRFT_INLINE void rotate_lanes(const HeadAttention& a) {
 }
 
 void rotate(const HeadAttention& a) {
-    if (a.members > BRFT_LANES)
-        rotate_lanes<kPanel>(a);
-    else
-        rotate_lanes<BRFT_LANES>(a);
+    switch (computed_lanes(a.members)) {
+        case kPanel:
+            return rotate_lanes<kPanel>(a);
+        case kFew:
+            return rotate_lanes<kFew>(a);
+        default:
+            return rotate_lanes<BRFT_LANES>(a);
+    }
 }
 
 // Up to a panel of queries, in consecutive columns of which the first has `before` others before it; out may be q.
-template <int Width>
+template <int Lanes>
 BRFT_INLINE void attend_to_one(const Cached<true>& keys, const Cached<true>& values, const float* q, int64_t head_size,
                                int64_t before, int members, float* scores, float* out) {
-    constexpr int kLanes = Width * BRFT_LANES;
     const int64_t columns = before + members;
-    score_all<Width>(keys, q, head_size, 0, columns, scores);
+    score_all<Lanes>(keys, q, head_size, 0, columns, scores);
     for (int t = 1; t < members; ++t) {
         for (int l = 0; l < t; ++l) scores[(before + t) * kPanel + l] = -INFINITY;
     }
     alignas(64) float total[kPanel];
-    exponentiate<kLanes>(scores, 0, columns, total);
-    mix_all<Width>(values, scores, total, head_size, 0, columns, out);
+    exponentiate<Lanes>(scores, 0, columns, total);
+    mix_all<Lanes>(values, scores, total, head_size, 0, columns, out);
 }
 
 BRFT_INLINE float* lane(const Panels& panels, int64_t row, int64_t d) {
@@ -290,10 +303,19 @@ void prefill(const HeadPrefill& a) {
             for (int64_t d = 0; d < size; ++d)
                 for (int l = 0; l < kPanel; ++l)
                     q[d * kPanel + l] = l < members ? *lane(a.query, a.row + i + l, head * size + d) : 0.0f;
-            if (members > BRFT_LANES)
-                attend_to_one<kColumns>({keys, size}, {values, size}, q, size, a.begin + i, members, scores, q);
-            else
-                attend_to_one<1>({keys, size}, {values, size}, q, size, a.begin + i, members, scores, q);
+            const auto attend = [&](auto lanes) {
+                attend_to_one<lanes.kLanes>({keys, size}, {values, size}, q, size, a.begin + i, members, scores, q);
+            };
+            switch (computed_lanes(members)) {
+                case kPanel:
+                    attend(Group<kPanel>());
+                    break;
+                case kFew:
+                    attend(Group<kFew>());
+                    break;
+                default:
+                    attend(Group<BRFT_LANES>());
+            }
             for (int64_t d = 0; d < size; ++d)
                 for (int l = 0; l < members; ++l) *lane(a.out, a.row + i + l, head * size + d) = q[d * kPanel + l];
         }
@@ -302,8 +324,9 @@ void prefill(const HeadPrefill& a) {
 }  // namespace BRFT_ISA
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
-    BRFT_ISA::kPanel,      BRFT_ISA::kTile, BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm,
-    BRFT_ISA::inverse_rms, BRFT_ISA::add,   BRFT_ISA::attend,  BRFT_ISA::rotate,        BRFT_ISA::prefill,
+    BRFT_ISA::kPanel,        BRFT_ISA::kTile,    BRFT_ISA::lanes_of,    BRFT_ISA::product,
+    BRFT_ISA::gated_product, BRFT_ISA::rms_norm, BRFT_ISA::inverse_rms, BRFT_ISA::add,
+    BRFT_ISA::attend,        BRFT_ISA::rotate,   BRFT_ISA::prefill,
 };
 
 }  // namespace bandit_rft::cpu

@@ -180,7 +180,7 @@ void scale_exponentials(float* exponentials, int64_t vocabulary, const float* bl
 
 // Philox with each 32-bit word in a 64-bit lane: the product needs no widening, and since it reads only the lower half
 // of a lane, what the rounds leave in the upper half never has to be cleared. Compilers find this form only when told.
-typedef uint64_t Wide __attribute__((vector_size(BRFT_LANES * 4)));
+typedef uint64_t Wide __attribute__((vector_size(BRFT_LANES * 4), may_alias));
 constexpr int kWideLanes = BRFT_LANES / 2;
 
 BRFT_INLINE Wide low_product(Wide a, Wide b) {
@@ -209,7 +209,7 @@ BRFT_INLINE bool any(Wide mask) {
 #endif
 }
 
-typedef uint32_t Words __attribute__((vector_size(BRFT_LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(BRFT_LANES * 4), may_alias));
 constexpr int kGroup =
     4 * BRFT_LANES;  // tokens whose random words are compared at once: two chains of rounds side by side
 
@@ -231,7 +231,8 @@ struct WideStream {
     }
 };
 
-// The words of the kGroup / 4 counters from `first_quad` on: word j of quad q is 32 bits of halves[j / 2][q].
+// The words of the kGroup / 4 counters from `first_quad` on: word j of quad q is 32 bits of halves[j / 2][q], which lie
+// on the boundary of a vector.
 BRFT_INLINE void group_words(const WideStream& stream, uint64_t first_quad, uint64_t (*halves)[kGroup / 4]) {
     const Wide m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
     BRFT_UNROLL
@@ -247,8 +248,8 @@ BRFT_INLINE void group_words(const WideStream& stream, uint64_t first_quad, uint
             c3 = p0;
         }
         const Wide low = (c0 & 0xFFFFFFFFu) | (c1 << 32), high = (c2 & 0xFFFFFFFFu) | (c3 << 32);
-        memcpy(halves[0] + i, &low, sizeof(Wide));
-        memcpy(halves[1] + i, &high, sizeof(Wide));
+        *reinterpret_cast<Wide*>(halves[0] + i) = low;  // not by memcpy: see vectors.h
+        *reinterpret_cast<Wide*>(halves[1] + i) = high;
     }
 }
 
@@ -272,8 +273,7 @@ BRFT_INLINE void draw_block(const float* z, float m, int n, int64_t begin, const
         Wide candidates = {};
         BRFT_UNROLL
         for (int i = 0; i < kGroup / BRFT_LANES; ++i) {
-            Words words;
-            memcpy(&words, reinterpret_cast<const char*>(halves) + i * sizeof(Words), sizeof(Words));
+            const Words words = reinterpret_cast<const Words*>(halves)[i];
             candidates |= (Wide)(words <= (Words{} + largest));
         }
         if (!any(candidates)) continue;
@@ -308,7 +308,7 @@ SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) 
 }
 
 // The head, in panels of batch rows (vectors.h).
-static_assert(kBlock % 12 == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and Philox counters");
+static_assert(kBlock % kTile == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and Philox counters");
 
 void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
                  int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride,

@@ -80,66 +80,104 @@ BRFT_INLINE float tanh_fast(float x) {
 // A panel is kPanel vectors side by side, [size, kPanel]: lanes run over the batch. So weights are read once, as they
 // lie, and every output is one chain of fused multiply-adds over k (in stretches of 256, summed in order) whatever else
 // is computed beside it: a vector's product has the same bits in any batch.
-typedef float Vector __attribute__((vector_size(BRFT_LANES * 4), aligned(4)));
-constexpr int kColumns = 2;  // SIMD vectors in a row of a panel
-constexpr int kPanel = kColumns * BRFT_LANES;
-constexpr int kTile = BRFT_LANES == 16 ? 12 : 6;  // weight rows whose sums stay in registers
-constexpr int kPart = kTile / 3;                  // and those of the remainder
+constexpr int kPanel = 2 * BRFT_LANES;  // two SIMD vectors
+// Weight rows whose sums stay in registers; no more than 8, which is how many lines a set of the first cache holds:
+// rows of 1024 floats lie in the same sets.
+constexpr int kTile = BRFT_LANES == 16 ? 8 : 6;
+constexpr int kPart = 2;  // and those of the remainder
 constexpr int kStretch = 256;
+constexpr int kLine = 16;  // floats of a cache line
+// The fewest lanes that are computed: half a vector of 512 bits, which some processors multiply in two halves anyway.
+constexpr int kFew = BRFT_LANES == 16 ? 8 : BRFT_LANES;
 
-BRFT_INLINE Vector load(const float* from) {
-    Vector x;
-    memcpy(&x, from, sizeof(Vector));
-    return x;
+// Lanes of a panel that are computed where the first `width` count.
+BRFT_INLINE int computed_lanes(int width) { return width > BRFT_LANES ? kPanel : width > kFew ? BRFT_LANES : kFew; }
+
+// So many lanes in SIMD vectors.
+template <int Lanes>
+struct Group {
+    static constexpr int kLanes = Lanes, kWidth = Lanes < BRFT_LANES ? Lanes : BRFT_LANES, kVectors = Lanes / kWidth;
+    typedef float Vector __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+
+    // Not by memcpy: GCC moves 32 bytes in halves, through memory, unless it is told of a newer processor than AVX2's.
+    BRFT_INLINE Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+    BRFT_INLINE void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
+};
+
+// sums[r, l] += sum_k weight[r, k] panel[k, l] for `Steps` of k: a row's weights from one pointer.
+template <int Rows, int Steps, class G>
+BRFT_INLINE void add_steps(const float* weight, int64_t weight_stride, const float* panel,
+                           typename G::Vector (&sum)[Rows][G::kVectors]) {
+    typename G::Vector x[Steps][G::kVectors];
+    BRFT_UNROLL
+    for (int i = 0; i < Steps; ++i) {
+        BRFT_UNROLL
+        for (int c = 0; c < G::kVectors; ++c) x[i][c] = G::load(panel + i * kPanel + c * G::kWidth);
+    }
+    BRFT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+        const float* row = weight + r * weight_stride;
+        BRFT_UNROLL
+        for (int i = 0; i < Steps; ++i) {
+            BRFT_UNROLL
+            for (int c = 0; c < G::kVectors; ++c) sum[r][c] += row[i] * x[i][c];
+        }
+    }
 }
-BRFT_INLINE void store(float* to, Vector x) { memcpy(to, &x, sizeof(Vector)); }
 
-// sums[r, l] = sum_k weight[r, k] panel[k, l] for the first `Columns` SIMD vectors of the panel.
-template <int Rows, int Columns>
+// sums[r, l] = sum_k weight[r, k] panel[k, l] for the first `Lanes` lanes of the panel.
+//
+// Rows are read side by side, which no processor foresees; those of the next tile, which follow, are asked for in the
+// order they lie in: a cache line of each row while one is multiplied.
+template <int Rows, int Lanes>
 BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
                               float* sums) {
+    using G = Group<Lanes>;
+    constexpr int kSteps = BRFT_LANES < 16 ? 1 : G::kVectors == 1 ? 8 : 4;  // as there are registers
     for (int64_t start = 0; start == 0 || start < size; start += kStretch) {
         const int64_t stop = start + kStretch < size ? start + kStretch : size;
-        Vector sum[Rows][Columns] = {};
-        for (int64_t k = start; k < stop; ++k) {
-            Vector x[Columns];
+        typename G::Vector sum[Rows][G::kVectors] = {};
+        int64_t k = start;
+        for (; k + kLine <= stop; k += kLine) {
+            const float* next = weight + Rows * weight_stride + k * Rows;
             BRFT_UNROLL
-            for (int c = 0; c < Columns; ++c) x[c] = load(panel + k * kPanel + c * BRFT_LANES);
-            BRFT_UNROLL
-            for (int r = 0; r < Rows; ++r) {
-                const float w = weight[r * weight_stride + k];
-                BRFT_UNROLL
-                for (int c = 0; c < Columns; ++c) sum[r][c] += w * x[c];
-            }
+            for (int r = 0; r < Rows; ++r) __builtin_prefetch(next + r * kLine, 0, 2);
+            for (int i = 0; i < kLine; i += kSteps)
+                add_steps<Rows, kSteps, G>(weight + k + i, weight_stride, panel + (k + i) * kPanel, sum);
         }
+        for (; k < stop; ++k) add_steps<Rows, 1, G>(weight + k, weight_stride, panel + k * kPanel, sum);
         BRFT_UNROLL
         for (int r = 0; r < Rows; ++r) {
             BRFT_UNROLL
-            for (int c = 0; c < Columns; ++c) {
-                float* to = sums + r * kPanel + c * BRFT_LANES;
-                store(to, start == 0 ? sum[r][c] : load(to) + sum[r][c]);
+            for (int c = 0; c < G::kVectors; ++c) {
+                float* to = sums + r * kPanel + c * G::kWidth;
+                G::store(to, start == 0 ? sum[r][c] : G::load(to) + sum[r][c]);
             }
         }
     }
 }
 
 // The same for up to kTile rows and the first `width` lanes of the panel (all that are computed at least).
-template <int Columns>
+template <int Lanes>
 BRFT_INLINE void some_rows(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
                            float* sums) {
-    if (rows == kTile) return tile_product<kTile, Columns>(weight, weight_stride, panel, size, sums);
+    if (rows == kTile) return tile_product<kTile, Lanes>(weight, weight_stride, panel, size, sums);
     int r = 0;
     for (; r + kPart <= rows; r += kPart)
-        tile_product<kPart, Columns>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
+        tile_product<kPart, Lanes>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
     for (; r < rows; ++r)
-        tile_product<1, Columns>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
+        tile_product<1, Lanes>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
 }
 BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
                               int width, float* sums) {
-    if (width > BRFT_LANES)
-        some_rows<kColumns>(rows, weight, weight_stride, panel, size, sums);
-    else
-        some_rows<1>(rows, weight, weight_stride, panel, size, sums);
+    switch (computed_lanes(width)) {
+        case kPanel:
+            return some_rows<kPanel>(rows, weight, weight_stride, panel, size, sums);
+        case kFew:
+            return some_rows<kFew>(rows, weight, weight_stride, panel, size, sums);
+        default:
+            return some_rows<BRFT_LANES>(rows, weight, weight_stride, panel, size, sums);
+    }
 }
 
 }  // namespace BRFT_ISA

@@ -229,9 +229,10 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     lengths = torch.tensor([len(p) for p in prompts])
     tokens = torch.randint(0, 97, (8, 600), generator=torch.Generator().manual_seed(1))
     everyone, some, last = torch.arange(600), torch.tensor([3, 4, 66]), torch.tensor([599])
+    dozen = torch.arange(70, 82)
     default = torch.get_num_threads()
     try:
-        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2)):
+        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2), (dozen, 2)):
             torch.set_num_threads(threads)
             out = native.prefill([prompts[i] for i in chosen], len(chosen), 15)
             for t in range(9):
@@ -243,9 +244,17 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     assert len(hidden) == 9 * 600
 
 
+def test_native_decoding_computes_whole_vectors() -> None:
+    """What the engine goes by when it shrinks a batch: a few sequences must not cost what a whole panel does."""
+    computed = native_engine("llama")._native.computed
+    costs = [computed(n) for n in range(1, 129)]
+    assert all(n <= cost < n + 32 for n, cost in enumerate(costs, 1)) and costs == sorted(costs)
+    assert all(computed(cost) == cost for cost in costs) and costs[0] <= 8
+
+
 def test_native_decoding_goes_on_with_those_that_are_left() -> None:
     engine = native_engine("qwen3")
-    native, lanes = engine._native, engine._native.lanes
+    native, lanes = engine._native, 16
     prompts = (PROMPTS * 40)[: 5 * lanes]
     lengths, everyone = torch.tensor([len(p) for p in prompts]), torch.arange(5 * lanes)
     tokens = torch.randint(0, 97, (6, 5 * lanes), generator=torch.Generator().manual_seed(1))
@@ -335,7 +344,7 @@ def test_bad_input_to_the_core_is_refused() -> None:
         with pytest.raises(ValueError, match="which must be ascending"):
             native.select(torch.tensor(which))
     with pytest.raises(ValueError, match="no more than there is room for"):
-        native.select(torch.zeros(4 * native.lanes, dtype=torch.int64))
+        native.select(torch.zeros(64, dtype=torch.int64))
 
 
 def test_seed_and_round_change_the_draw(policy: Policy) -> None:
