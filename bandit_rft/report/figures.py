@@ -42,22 +42,22 @@ class Charts:
 
     hover: dict[str, Any] = field(default_factory=dict)
 
-    def figure(self, title: str, lines: list[Line], note: str = "", **options: Any) -> Figure:
-        """A chart of `lines` over rounds; options are those of `plot.chart`. Names are made visible here."""
+    def figure(self, title: str, lines: list[Line], note: str = "", x_title: str = "round", **options: Any) -> Figure:
+        """A chart of `lines`; options are those of `plot.chart`. Names are made visible here."""
         title = visible(title, 120)
         for line in lines:
             line.name = visible(line.name, 120)
-        drawn = chart(f"{title}. {_spoken(lines)}", lines, **options)
+        drawn = chart(f"{title}. {_spoken(lines, x_title)}", lines, x_title=x_title, **options)
         key = f"chart-{len(self.hover)}"
         self.hover[key] = drawn.hover
         return Figure(key, title, Markup(drawn.svg), lines, note)
 
 
-def _spoken(lines: list[Line]) -> str:
+def _spoken(lines: list[Line], x_title: str) -> str:
     """First and last value of every curve, for a reader who does not see them."""
     parts = [
-        f"{line.name}: from {number(line.ys[0])} at round {number(line.xs[0], 9)} to {number(line.ys[-1])} at round "
-        f"{number(line.xs[-1], 9)}"
+        f"{line.name}: from {number(line.ys[0])} at {x_title} {number(line.xs[0], 9)} to {number(line.ys[-1])} at "
+        f"{x_title} {number(line.xs[-1], 9)}"
         for line in lines
         if line.xs
     ]

@@ -82,8 +82,9 @@ def chart(
     log: bool = False,
     size: tuple[int, int] = LARGE,
     y_title: str = "",
+    x_title: str = "round",
 ) -> Chart:
-    """Draw `lines` over rounds.
+    """Draw `lines`, over rounds or what else `x_title` names.
 
     Args:
         label: what a screen reader says.
@@ -92,6 +93,7 @@ def chart(
         log: a logarithmic axis, used only if every value is above 0.
         size: width and height of the drawing; the page scales it.
         y_title: what the vertical axis measures.
+        x_title: what the horizontal one counts.
     """
     width, height = size
     lines = [line for line in lines if line.xs]
@@ -141,7 +143,7 @@ def chart(
         if px(tick) + 4 * len(text) > width:  # the last label would be cut at the edge
             anchor = "end"
         out.append(f'<text class="tick" x="{px(tick)}" y="{base + 17}" text-anchor="{anchor}">{text}</text>')
-    out.append(f'<text class="tick" x="{width - RIGHT}" y="{height - 5}" text-anchor="end">round \u2192</text>')
+    out.append(f'<text class="tick" x="{width - RIGHT}" y="{height - 5}" text-anchor="end">{x_title} \u2192</text>')
 
     for line in lines:
         if line.low:
@@ -168,7 +170,12 @@ def chart(
     out.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{base}" visibility="hidden"/></svg>')
 
     columns = sorted(set(xs))
-    hover: dict[str, Any] = {"x": [_short(x) for x in columns], "px": [px(x) for x in columns], "lines": []}
+    hover: dict[str, Any] = {
+        "axis": x_title,
+        "x": [_short(x) for x in columns],
+        "px": [px(x) for x in columns],
+        "lines": [],
+    }
     for line in lines:
         texts = dict(zip(line.xs, [number(y) for y in line.ys], strict=True))
         if line.low:

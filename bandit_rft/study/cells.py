@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bandit_rft.study.measured import BUDGET_RULES, SPLITS, Measured, UnusableError, measure
 from bandit_rft.study.packed import FILE, Packed, Packer
 
-__all__ = ["BASELINE", "MEASURES", "SPLITS", "Cell", "Outcome", "Study", "load_study", "use"]
+__all__ = ["BASELINE", "MEASURES", "SPLITS", "Cell", "Outcome", "Study", "heights", "load_study", "use"]
 
 BASELINE = ("baseline", "baseline")
 #: What is kept of a question: its reward before training, at the end, at the best evaluation, and over the whole run.
@@ -52,7 +52,7 @@ class Cell:
     status: str
     problem: str = ""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # eval/<split>/pass@1 -> (round, value)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # split -> (place, Pass@1), see `marks`
     final: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     totals: dict[str, float] = field(default_factory=dict)  # rounds, tokens/..., seconds/..., summed over the run
     record: dict[str, Any] = field(default_factory=dict)  # cell.json
@@ -78,6 +78,26 @@ class Study:
     seeds: list[int]
     same_as: dict[tuple[str, str], tuple[str, str]]  # a level that is another's cells by another name -> that level
     tuning: dict[str, Any] | None = None  # tuning.json: how levels got their value of the tuned key
+
+    @property
+    def axis(self) -> str:
+        """What learning curves are drawn over, and cells have equally much of: the rule of the budget."""
+        budget = self.settings.get("budget")
+        return str(budget.get("rule", "rounds")) if isinstance(budget, dict) else "rounds"
+
+    def marks(self, curves: Iterable[Sequence[tuple[float, float]]]) -> list[float]:
+        """Places on the axis at which all of some curves are known.
+
+        At equal rounds those where all were evaluated. At equal tokens or seconds every run was evaluated at places of
+        its own: quarters of the budget, between which a curve is taken as straight (as the area below it is).
+        """
+        places = [[place for place, _ in curve] for curve in curves]
+        if not places or not all(places):
+            return []
+        if self.axis == "rounds":
+            return sorted(set.intersection(*map(set, places)))
+        quarters = [float(self.settings["budget"]["amount"]) * i / 4 for i in range(5)]
+        return [mark for mark in quarters if all(of[0] <= mark <= of[-1] for of in places)]
 
     @property
     def unused(self) -> list[Cell]:
@@ -289,7 +309,15 @@ def use(cell: Cell, measured: Measured, shared: dict[bytes, NDArray[Any]]) -> No
         samples = found.rewards.shape[-1]
         of_question = {name: once(values) for name, values in measures.items()}
         cell.outcomes[split] = Outcome(once(found.queries), of_question, found.asked, samples)
-        cell.curves[f"eval/{split}/pass@1"] = list(zip(found.rounds, by_round.tolist(), strict=True))
+        places = [measured.progress[round_] for round_ in found.rounds]
+        cell.curves[split] = list(zip(places, by_round.tolist(), strict=True))
+
+
+def heights(curve: Sequence[tuple[float, float]], marks: Sequence[float]) -> NDArray[np.float64]:
+    """A learning curve at such places."""
+    places, values = zip(*curve, strict=True)
+    found: NDArray[np.float64] = np.interp(marks, places, values)
+    return found
 
 
 def _area(at: NDArray[np.float64], rewards: NDArray[np.float32]) -> NDArray[np.float32]:

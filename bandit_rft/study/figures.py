@@ -117,9 +117,10 @@ def curves(tables: Tables, pairs: Pairs, charts: Charts) -> Curves:
     }
     span = shared_range([line for of in lines.values() for pair in of.values() for line in pair])
     factors: dict[str, list[Panel]] = {}
+    x_title = "round" if tables.study.axis == "rounds" else tables.study.axis
     for level, of_level in lines.items():
         figures = [
-            charts.figure(split, pair, size=SMALL, y_range=span, y_title="Pass@1")
+            charts.figure(split, pair, size=SMALL, y_range=span, y_title="Pass@1", x_title=x_title)
             for split, pair in sorted(of_level.items(), key=lambda item: item[0] != "test")
         ]
         also = "".join(f", {factor} {name}" for factor, name in tables.also(level))
@@ -128,7 +129,7 @@ def curves(tables: Tables, pairs: Pairs, charts: Charts) -> Curves:
 
 
 def _lines(name: str, curve: Curve, slot: int) -> list[Line]:
-    xs = [float(round_) for round_ in curve.rounds]
+    xs = curve.marks
     level = Line(visible(name, 60), xs, curve.level.tolist(), slot, markers=True)
     if not any(map(math.isnan, curve.low)):  # with one seed nothing is known of the spread
         level.low, level.high = [max(0.0, y) for y in curve.low], [min(1.0, y) for y in curve.high]

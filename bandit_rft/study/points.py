@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bandit_rft.study.cells import BASELINE, Cell, Study
+from bandit_rft.study.cells import BASELINE, Cell, Study, heights
 from bandit_rft.study.pairing import Condition, Level, Row
 from bandit_rft.study.statistics import CONFIDENCE, Array, Spread, contrast, minimum_detectable, t_interval
 
 
 @dataclass
 class Curve:
-    """A level beside the baseline, at the evaluations that all their runs have; means over conditions and seeds.
+    """A level beside the baseline, where all their runs' curves are known; means over conditions and seeds.
 
     `low` and `high` are the baseline's curve plus the pointwise 95% t-interval over seeds of the paired difference:
-    where the band leaves out the baseline's curve, the two differ at that round. NaN with one seed.
+    where the band leaves out the baseline's curve, the two differ there. NaN with one seed.
     """
 
-    rounds: list[int]
+    marks: list[float]  # on the study's axis
     level: Array
     baseline: Array
     low: Array
     high: Array
-    seeds: Array  # of the level: [seeds, rounds], means over conditions
+    seeds: Array  # of the level: [seeds, marks], means over conditions
 
 
 class Pairs:
@@ -66,20 +66,18 @@ class Pairs:
         return self._gains[run.id, base.id, split]
 
     def curve(self, level: Level, split: str, conditions: Sequence[Condition]) -> Curve | None:
-        """Learning curves of a level and the baseline; None where no evaluated round is common to all their runs."""
+        """Learning curves of a level and the baseline; None where no place is common to all their runs."""
         units = self._units(level, conditions)
-        key = f"eval/{split}/pass@1"
-        found = [[[dict(run.curves.get(key, ())) for run in pair] for pair in unit] for unit in units]
-        every = [set(curve) for unit in found for pair in unit for curve in pair]
-        rounds = sorted(set.intersection(*every)) if every else []
-        if not rounds:
+        found = [[[run.curves.get(split, []) for run in pair] for pair in unit] for unit in units]
+        marks = self.study.marks(curve for unit in found for pair in unit for curve in pair)
+        if not marks:
             return None
-        values = [np.mean([[[curve[r] for r in rounds] for curve in pair] for pair in unit], axis=0) for unit in found]
-        ours, base = np.stack(values, 1)  # [seeds, rounds] each
+        values = [np.mean([[heights(curve, marks) for curve in pair] for pair in unit], axis=0) for unit in found]
+        ours, base = np.stack(values, 1)  # [seeds, marks] each
         difference = contrast([(1.0, (ours - base).T[..., None])])
         low, high = t_interval(difference.gain, Spread(np.sqrt(difference.variance), difference.degrees))
         start = base.mean(0)
-        return Curve(rounds, ours.mean(0), start, start + low, start + high, ours)
+        return Curve(marks, ours.mean(0), start, start + low, start + high, ours)
 
 
 def simultaneous(row: Row) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Learning curves by round, and what a run and a point of gain cost."""
+"""Learning curves, and what a run and a point of gain cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bandit_rft.study.cells import BASELINE, SPLITS, Cell, Study
+from bandit_rft.study.cells import BASELINE, SPLITS, Cell, Study, heights
 from bandit_rft.study.pairing import ALL, Cells, Condition, Level, Row, scopes
 from bandit_rft.study.statistics import Spread, contrast, t_interval
 
@@ -15,8 +15,9 @@ ONE_POINT = 0.01
 
 
 def curve_rows(study: Study, index: Mapping[Level, Cells]) -> list[Row]:
-    """Pass@1 at the evaluations that every seed has, with a pointwise 95% t-interval over seeds."""
+    """Pass@1 where every seed's is known (`Study.marks`), with a pointwise 95% t-interval over seeds."""
     rows: list[Row] = []
+    name = "round" if study.axis == "rounds" else study.axis
     for level in [BASELINE, *study.levels]:
         cells = index.get(level, {})
         groups = [(ALL, ALL, [c for c in study.conditions if cells.get(c)])] if len(study.conditions) > 1 else []
@@ -26,16 +27,18 @@ def curve_rows(study: Study, index: Mapping[Level, Cells]) -> list[Row]:
                 continue
             seeds = sorted(set.intersection(*(set(cells[c]) for c in conditions)))
             for split in SPLITS:
-                curves = [[dict(cells[c][s].curves.get(f"eval/{split}/pass@1", ())) for s in seeds] for c in conditions]
-                if not seeds:
+                curves = [[cells[c][s].curves.get(split, []) for s in seeds] for c in conditions]
+                marks = study.marks(curve for part in curves for curve in part)
+                if not marks:
                     continue
-                for round_ in sorted(set.intersection(*(set(curve) for part in curves for curve in part))):
-                    by_seed = np.mean([[curve[round_] for curve in part] for part in curves], axis=0)  # [S]
+                values = np.mean([[heights(curve, marks) for curve in part] for part in curves], axis=0)  # [S, marks]
+                for mark, by_seed in zip(marks, values.T, strict=True):
                     found = contrast([(1.0, by_seed[:, None])])
                     low, high = t_interval(found.gain, Spread(np.sqrt(found.variance), found.degrees))
                     rows.append({
                         "factor": level[0], "level": level[1], "model": model, "task": task, "split": split,
-                        "round": round_, "seeds": len(seeds), "conditions": len(conditions),
+                        name: int(mark) if mark == int(mark) else mark,
+                        "seeds": len(seeds), "conditions": len(conditions),
                         "value": float(found.gain), "low": float(low), "high": float(high),
                     })  # fmt: skip
     return rows

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
@@ -21,7 +22,7 @@ from simulated_study import make_study  # noqa: E402
 
 from bandit_rft.report.figures import Charts  # noqa: E402
 from bandit_rft.study.analyse import analyse_study  # noqa: E402
-from bandit_rft.study.cells import short  # noqa: E402
+from bandit_rft.study.cells import BASELINE, short  # noqa: E402
 from bandit_rft.study.designs import designs, planes  # noqa: E402
 from bandit_rft.study.figures import curves, forests, maps  # noqa: E402
 from bandit_rft.study.findings import baseline_finding, distinct, finding, recommend  # noqa: E402
@@ -264,7 +265,7 @@ def test_seeds_behind_a_gain_average_to_it(study: Path) -> None:
             assert row is not None and len(gains) == row["seeds"]
             assert sum(gains) / len(gains) == pytest.approx(row["gain"], abs=1e-6)
             curve = pairs.curve(level, split, analysis.study.conditions)
-            assert curve is not None and curve.rounds == [0, 10, 20]
+            assert curve is not None and curve.marks == [0, 10, 20]
             assert (curve.low <= curve.level + 1e-9).all() and (curve.high >= curve.level - 1e-9).all()
             assert curve.level[-1] - curve.baseline[-1] == pytest.approx(row["gain"], abs=1e-6)
             assert curve.seeds.shape == (row["seeds"], 3)
@@ -426,3 +427,36 @@ def test_every_text_is_legible(study: Path, browser: Browser, scheme: str) -> No
     assert (int(shade) < 64) == (scheme == "dark")
     assert browser.run(HARD_TO_READ) == []
     assert browser.run(HARD_TO_READ.replace("? 3 : 4.5", "? 21.1 : 21.1"))  # it finds texts at all
+
+
+EIGHT = ("rollouts", "n=8")
+
+
+def test_curves_at_equal_tokens_are_over_tokens(tmp_path: Path) -> None:
+    """Runs were evaluated wherever their tokens ended: no round but the first is common to all."""
+    folder = make_study(tmp_path, levels={EIGHT: (0.05, 0.05, {"num_generations": 8})}, seeds=3, rule="tokens")
+    text = (folder / "study.yaml").read_text()
+    (folder / "study.yaml").write_text(re.sub(r"amount: \d+", f"amount: {20 * 32 * 12}", text))
+    analysis = analyse_study(folder)
+    study = analysis.study
+    ends = [[(0.0, 0.1), (100.0, 0.2), (7700.0, 0.3)], [(0.0, 0.2), (90.0, 0.4), (7680.0, 0.5)]]
+    assert study.axis == "tokens" and study.marks(ends) == [0, 1920, 3840, 5760, 7680]
+    assert study.marks([*ends, [(0.0, 0.1), (6000.0, 0.3)]]) == [0, 1920, 3840, 5760]
+    assert study.marks([*ends, []]) == study.marks([]) == []
+
+    def drawn(place: tuple[str, str]) -> dict[int, float]:
+        wanted = (*place, "test", ALL)
+        rows = [r for r in analysis.curves if (r["factor"], r["level"], r["split"], r["model"]) == wanted]
+        return {row["tokens"]: row["value"] for row in rows}
+
+    base, wide = drawn(BASELINE), drawn(EIGHT)
+    assert list(base) == list(wide) == [0, 1920, 3840, 5760, 7680]
+    runs = [c for c in study.cells if EIGHT in c.places]
+    at_0, at_10 = (np.mean([run.curves["test"][i][1] for run in runs]) for i in (0, 1))
+    assert runs[0].curves["test"][1][0] == 10 * 8 * 32 * 12  # eight rollouts a query: an eighth of the way
+    assert wide[3840] == pytest.approx(at_0 + (at_10 - at_0) / 8)
+    curve = Pairs(study).curve(EIGHT, "test", study.conditions)
+    assert curve is not None and curve.marks == list(base)
+    assert curve.baseline == pytest.approx(list(base.values())) and curve.level == pytest.approx(list(wide.values()))
+    page = write_study_report(folder).read_text()
+    assert "tokens \u2192" in page and "round \u2192" not in page and re.search('"axis": ?"tokens"', page)

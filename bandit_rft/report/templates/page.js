@@ -23,7 +23,7 @@
   // Charts: the same numbers as a table, made when it is opened.
   const table_of = (chart) => {
     const table = make("table"), head = table.createTHead().insertRow(), body = table.createTBody(), most = 60;
-    for (const name of ["round", ...chart.lines.map((line) => line.name)]) head.append(make("th", "", name));
+    for (const name of [chart.axis, ...chart.lines.map((line) => line.name)]) head.append(make("th", "", name));
     const count = chart.x.length, shown = Math.min(count, most);
     for (let k = 0; k < shown; k += 1) {
       const i = count <= most ? k : Math.round(k * (count - 1) / (most - 1)), row = body.insertRow();
@@ -47,7 +47,7 @@
     const show = (index) => {
       at = index;
       const parts = chart.lines.filter((line) => line.values[index] !== null).map((line) => `${line.name} ${line.values[index]}`);
-      output.textContent = `round ${chart.x[index].toLocaleString("en")}: ${parts.join(" · ")}`;
+      output.textContent = `${chart.axis} ${chart.x[index].toLocaleString("en")}: ${parts.join(" · ")}`;
       cursor.setAttribute("x1", chart.px[index]);
       cursor.setAttribute("x2", chart.px[index]);
       cursor.setAttribute("visibility", "visible");
