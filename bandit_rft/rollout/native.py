@@ -59,7 +59,7 @@ class NativeDecoder:
         self._refresh()
 
     def computed(self, sequences: int) -> int:
-        """How many are computed where so many are decoded: whole SIMD vectors of them."""
+        """How many are computed where so many are decoded: whole SIMD vectors of them, or halves."""
         computed: int = self._core.computed(sequences)
         return computed
 

@@ -151,7 +151,7 @@ void Decoder::run(const Pass& pass, int threads) {
                   key_values = model_.key_value_heads * head_size;
     const int64_t weights =
         int64_t(model_.layers.size()) * hidden_size * (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
-    const int64_t worthwhile = panels * width * weights / kWorthAThread;
+    const int64_t worthwhile = computed(pass.rows) * weights / kWorthAThread;
     const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worthwhile)));
     const auto in_panels = [&](int64_t size) { return size_t(panels * size * width); };
     qkv_.of(in_panels(queries + 2 * key_values));

@@ -49,7 +49,7 @@ class Decoder {
 
     int64_t batch() const { return batch_; }
     const DecoderModel& model() const { return model_; }
-    // Sequences that are computed where so many count: whole SIMD vectors of them.
+    // Sequences that are computed where so many count: whole SIMD vectors of them, or halves (vectors.h).
     int64_t computed(int64_t sequences) const;
 
   private:

@@ -127,8 +127,8 @@ BRFT_INLINE void add_steps(const float* weight, int64_t weight_stride, const flo
 
 // sums[r, l] = sum_k weight[r, k] panel[k, l] for the first `Lanes` lanes of the panel.
 //
-// Rows are read side by side, which no processor foresees; those of the next tile, which follow, are asked for in the
-// order they lie in: a cache line of each row while one is multiplied.
+// Rows are read side by side, which no processor foresees; those of the next tile, which follow where rows are
+// contiguous, are asked for in the order they lie in: a cache line of each row while one is multiplied.
 template <int Rows, int Lanes>
 BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
                               float* sums) {

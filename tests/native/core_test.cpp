@@ -22,9 +22,9 @@ int main() {
             for (const int64_t v : {1, 2, 5, 63, 64, 65, 767, 768, 769, 1537, 3001})
                 for (const int64_t n : {1, 3, 200})
                     for (const bool transformed : {false, true}) rows_case(n, v, dtype, transformed, random);
-            for (const int64_t b : {1, 16, 17, 33, 70})
+            for (const int64_t b : {1, 8, 9, 16, 17, 33, 70})
                 for (const int64_t hidden_size : {1, 255, 257})
-                    for (const int64_t v : {1, 11, 12, 100}) head_case(b, hidden_size, v, dtype, random);
+                    for (const int64_t v : {1, 7, 8, 11, 12, 16, 100}) head_case(b, hidden_size, v, dtype, random);
         }
         for (const int64_t size : {1, 7, 16, 33, 64})
             for (const int64_t group : {1, 3}) attention_case({31, 1, 40, 65, 0, 2}, group, 2, size, random);

@@ -90,9 +90,10 @@ def test_committed_results(folder: Path, recompute: dict[str, Any], tmp_path: Pa
         assert report.with_name(name).read_bytes() == (folder / name).read_bytes(), f"{name} is not what the data give"
 
 
-def test_the_picture_in_the_readme_is_what_the_table_gives() -> None:
+@pytest.mark.parametrize("study", ["paper-rounds", "paper-tokens"])
+def test_the_pictures_in_the_readme_are_what_the_tables_give(study: str) -> None:
     draw = runpy.run_path(str(ROOT / "studies" / "forest.py"))
-    drawn = draw["svg"](draw["rows"](ROOT / "studies" / "results" / "paper-rounds"))
-    picture = ROOT / "docs" / "images" / "paper-rounds-gains.svg"
+    drawn = draw["svg"](draw["rows"](ROOT / "studies" / "results" / study))
+    picture = ROOT / "docs" / "images" / f"{study}-gains.svg"
     assert picture.read_text(encoding="utf-8") == drawn
-    assert "docs/images/paper-rounds-gains.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"docs/images/{picture.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
