@@ -111,7 +111,8 @@ class PolicyUpdater:
         zero = sums.losses[0].new_zeros(())
         totals = ranks.sum(torch.stack([sums.statistics.get(name, zero) for name in STATISTICS]))
         ratios = torch.zeros(3, len(LENGTHS), device=zero.device) if sums.ratios is None else sums.ratios
-        ratios = torch.cat([ranks.sum(ratios[:2]), ranks.max(ratios[2:])])
+        if off_policy:
+            ratios = torch.cat([ranks.sum(ratios[:2]), ranks.max(ratios[2:])])
         # The one wait of an update on a GPU: what its steps came to.
         refused, losses, norms, differences, gap, ratios, totals = to_host(
             self.optimizer.refused(), torch.stack(sums.losses), torch.stack(sums.norms),

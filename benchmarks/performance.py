@@ -121,18 +121,36 @@ class Page:
 
     def _of_rates(self, groups: Sequence[str]) -> list[list[str]]:
         """Rounds and decoding: beside the time that products and reading the weights take at this machine's rates."""
-        product = self.limit_of("float32 products", "GFLOP a second")
-        reading = self.limit_of("reading from memory", "GB a second")
         rows = []
         for group in groups:
             for title, case in self.group(group).items():
-                if "flop" not in case or product is None or reading is None:
-                    continue
-                of_product, of_reading = case["flop"] / product / 1e9, case.get("bytes", 0.0) / reading / 1e9
-                least = max(of_product, of_reading)
-                which = "reading the weights" if of_reading > of_product else "the products' rate"
-                ours = statistics.median(case["sides"][OURS]["seconds"])
-                rows.append([title, which, duration(least), duration(ours), f"{least / ours:.2f}"])
+                if (limit := self._least(case)) is not None:
+                    which, least = limit
+                    ours = statistics.median(case["sides"][OURS]["seconds"])
+                    rows.append([title, which, duration(least), duration(ours), f"{least / ours:.2f}"])
+        return rows
+
+    def _least(self, case: dict[str, Any]) -> tuple[str, float] | None:
+        """What limits a case whose operations and bytes are known, and the seconds it takes at least."""
+        product = self.limit_of("float32 products", "GFLOP a second")
+        reading = self.limit_of("reading from memory", "GB a second")
+        if "flop" not in case or product is None or reading is None:
+            return None
+        of_product, of_reading = case["flop"] / product / 1e9, case.get("bytes", 0.0) / reading / 1e9
+        return ("reading the weights", of_reading) if of_reading > of_product else ("the products' rate", of_product)
+
+    def asked(self, *groups: str) -> list[list[str]]:
+        """A row for each bar that is missed and has a limit: the seconds it asks for, the limit, their quotient."""
+        rows = []
+        for group in groups:
+            for title, case in self.group(group).items():
+                for bar in case.get("bars", []):
+                    most, under, limit = bar["at_most"], self._under(case, bar), self._least(case)
+                    if under is None or limit is None or record.ratio(case, bar["over"], under).median <= most:
+                        continue
+                    seconds = most * statistics.median(case["sides"][under]["seconds"])
+                    share = f"{limit[1] / seconds:.2f}"
+                    rows.append([title, under, duration(seconds), limit[0], duration(limit[1]), share])
         return rows
 
     def limit_of(self, name: str, figure: str) -> float | None:

@@ -69,8 +69,8 @@ class ProcessRanks(Ranks):
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        digests = self.gather_bytes(digest.digest())
-        if other := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
+        digests = self._gather(_tensor(digest.digest()))
+        if other := [rank for rank, theirs in enumerate(digests) if not torch.equal(theirs, digests[0])]:
             raise ValueError(
                 f"rank {other[0]} does not hold the same {what} as rank 0: the ranks must run the same version of "
                 "everything, and see the same files"
@@ -78,13 +78,16 @@ class ProcessRanks(Ranks):
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """What each rank gives, on every rank."""
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)]))
-        buffer = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        buffer = torch.zeros(max(sizes), dtype=torch.uint8)
         buffer[: len(data)] = _tensor(data)
-        parts = [torch.empty_like(buffer) for _ in range(self.world)]
-        dist.all_gather(parts, buffer)
-        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+        return [part[:size].numpy().tobytes() for part, size in zip(self._gather(buffer), sizes, strict=True)]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """Tensors of one shape, of each rank on every rank."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return parts
 
     def bytes_from_first(self, data: bytes | None) -> bytes:
         """What the first rank gives, on every rank; the others give None."""

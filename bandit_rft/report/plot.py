@@ -143,7 +143,9 @@ def chart(
         if px(tick) + 4 * len(text) > width:  # the last label would be cut at the edge
             anchor = "end"
         out.append(f'<text class="tick" x="{px(tick)}" y="{base + 17}" text-anchor="{anchor}">{text}</text>')
-    out.append(f'<text class="tick" x="{width - RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_title)} \u2192</text>')
+    out.append(
+        f'<text class="tick" x="{width - RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_title)} \u2192</text>'
+    )
 
     for line in lines:
         if line.low:
