@@ -153,6 +153,11 @@ class Page:
                     rows.append([title, under, duration(seconds), limit[0], duration(limit[1]), share])
         return rows
 
+    def a_logit(self, kernel: str) -> str:
+        """Instructions a logit of a kernel on rows of logits."""
+        assert self.counts is not None
+        return f"{instructions.a_token(self.counts['kernels'][kernel]) / 4096:.0f}"
+
     def limit_of(self, name: str, figure: str) -> float | None:
         """A measured limit of the machine."""
         case = self.group("limits").get(name)

@@ -29,6 +29,14 @@ def test_copying(benchmark: Any, keep: Callable[..., None], where: str, mib: int
     keep_limit(keep, f"copying in {where}", list(benchmark.stats.stats.data), {"GB a second": rate / 1e9})
 
 
+def test_copying_into_new_memory(benchmark: Any, keep: Callable[..., None]) -> None:
+    """Bytes read and written a second where the result is a new tensor: the system clears its pages first."""
+    a = torch.randn(512, 32000)
+    benchmark.pedantic(lambda: a.clone(), rounds=15, warmup_rounds=2)
+    rate = 2 * a.nbytes / benchmark.stats.stats.median
+    keep_limit(keep, "copying into new memory", list(benchmark.stats.stats.data), {"GB a second": rate / 1e9})
+
+
 def test_reading(benchmark: Any, keep: Callable[..., None]) -> None:
     """Bytes read a second: a vector's product with itself. A matrix times a vector is PyTorch's slower way to read."""
     a = torch.randn(2**27)
