@@ -341,7 +341,7 @@ def test_every_section_says_when_it_is_empty(tmp_path: Path) -> None:
     folder = make_study(tmp_path, **SMALL, problems=statuses)
     page = Page(write_study_report(folder).read_text())
     for words in (
-        "Nothing can be recommended yet", "no baseline cell has finished", "No evaluated round is common",
+        "Nothing can be recommended yet", "no baseline cell has finished", "No evaluation is common",
         "No three levels differ", "No finished level has a finished baseline beside it.", "No cell has finished.",
     ):  # fmt: skip
         assert words in page.text
