@@ -7,6 +7,7 @@ reach the device; starting another takes seconds.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from typing import Any
 from .record import CRASHED, DONE, FAILED, TIMED_OUT
 
 START_SECONDS = 120.0
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PACKAGES = (
     "bandit_rft", "torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "flashinfer-python",
     "quack-kernels",
@@ -106,6 +108,8 @@ class Worker:
 
 def serve(pipe: int, measurements: dict[str, Callable[[Any], Iterator[dict[str, Any]]]], setting: Any) -> None:
     """The worker's side."""
+    if sys.platform == "linux":  # one that hangs must not keep the device when the checker is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def send(message: dict[str, Any]) -> None:
         os.write(pipe, (json.dumps(message) + "\n").encode())

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from paths import ROOT
@@ -127,8 +128,10 @@ def test_what_was_measured_survives_the_checker_itself(tmp_path: Path) -> None:
         if files and "row kernel policy" in files[0].read_text():
             break
         time.sleep(0.05)
+    (worker,) = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    worker.wait(timeout=30)  # it hangs, and would keep the device
     (path,) = tmp_path.glob("*.json")
     measurements = json.loads(path.read_text())["measurements"]
     statuses = [one["status"] for one in measurements.values()]
