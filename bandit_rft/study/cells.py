@@ -81,9 +81,9 @@ class Study:
 
     @property
     def axis(self) -> str:
-        """What learning curves are drawn over, and cells have equally much of: the rule of the budget."""
-        budget = self.settings.get("budget")
-        return str(budget.get("rule", "rounds")) if isinstance(budget, dict) else "rounds"
+        """What learning curves are drawn over, and cells have equally much of: round, tokens or seconds."""
+        rule = _rule(self.settings)
+        return "round" if rule == "rounds" else rule
 
     def marks(self, curves: Iterable[Sequence[tuple[float, float]]]) -> list[float]:
         """Places on the axis at which all of some curves are known.
@@ -94,7 +94,7 @@ class Study:
         places = [[place for place, _ in curve] for curve in curves]
         if not places or not all(places):
             return []
-        if self.axis == "rounds":
+        if self.axis == "round":
             return sorted(set.intersection(*map(set, places)))
         quarters = [float(self.settings["budget"]["amount"]) * i / 4 for i in range(5)]
         return [mark for mark in quarters if all(of[0] <= mark <= of[-1] for of in places)]
@@ -113,6 +113,15 @@ class Study:
             for place in {**dict.fromkeys(cell.places), **({BASELINE: None} if cell.baseline else {})}:
                 found.setdefault(place, {}).setdefault(cell.condition, {})[cell.seed] = cell
         return found
+
+
+def _rule(settings: Mapping[str, Any]) -> str:
+    """Of a study's budget."""
+    budget = settings.get("budget")
+    rule: str = budget.get("rule", "rounds") if isinstance(budget, dict) else "rounds"
+    if rule not in BUDGET_RULES:
+        raise ValueError(f"budget.rule must be one of {', '.join(BUDGET_RULES)}; got {rule!r}")
+    return rule
 
 
 def load_study(folder: Path | str, packer: Packer | None = None) -> Study:
@@ -140,10 +149,7 @@ def load_study(folder: Path | str, packer: Packer | None = None) -> Study:
     settings = yaml.safe_load(text)
     if not isinstance(settings, dict):
         raise ValueError(f"study_folder: study.yaml of {folder} must hold keys and values")
-    budget = settings.get("budget")
-    rule = budget.get("rule", "rounds") if isinstance(budget, dict) else "rounds"
-    if rule not in BUDGET_RULES:
-        raise ValueError(f"budget.rule must be one of {', '.join(BUDGET_RULES)}; got {rule!r}")
+    rule = _rule(settings)
     name = str(settings.get("name") or folder.resolve().name)
     if packer is not None:
         packer.study(name, text, tuning)

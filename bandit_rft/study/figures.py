@@ -117,10 +117,9 @@ def curves(tables: Tables, pairs: Pairs, charts: Charts) -> Curves:
     }
     span = shared_range([line for of in lines.values() for pair in of.values() for line in pair])
     factors: dict[str, list[Panel]] = {}
-    x_title = "round" if tables.study.axis == "rounds" else tables.study.axis
     for level, of_level in lines.items():
         figures = [
-            charts.figure(split, pair, size=SMALL, y_range=span, y_title="Pass@1", x_title=x_title)
+            charts.figure(split, pair, size=SMALL, y_range=span, y_title="Pass@1", x_title=tables.study.axis)
             for split, pair in sorted(of_level.items(), key=lambda item: item[0] != "test")
         ]
         also = "".join(f", {factor} {name}" for factor, name in tables.also(level))

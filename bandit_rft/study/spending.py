@@ -17,7 +17,6 @@ ONE_POINT = 0.01
 def curve_rows(study: Study, index: Mapping[Level, Cells]) -> list[Row]:
     """Pass@1 where every seed's is known (`Study.marks`), with a pointwise 95% t-interval over seeds."""
     rows: list[Row] = []
-    name = "round" if study.axis == "rounds" else study.axis
     for level in [BASELINE, *study.levels]:
         cells = index.get(level, {})
         groups = [(ALL, ALL, [c for c in study.conditions if cells.get(c)])] if len(study.conditions) > 1 else []
@@ -37,7 +36,7 @@ def curve_rows(study: Study, index: Mapping[Level, Cells]) -> list[Row]:
                     low, high = t_interval(found.gain, Spread(np.sqrt(found.variance), found.degrees))
                     rows.append({
                         "factor": level[0], "level": level[1], "model": model, "task": task, "split": split,
-                        name: int(mark) if mark == int(mark) else mark,
+                        study.axis: int(mark) if mark == int(mark) else mark,
                         "seeds": len(seeds), "conditions": len(conditions),
                         "value": float(found.gain), "low": float(low), "high": float(high),
                     })  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -97,3 +99,19 @@ def test_the_pictures_in_the_readme_are_what_the_tables_give(study: str) -> None
     picture = ROOT / "docs" / "images" / f"{study}-gains.svg"
     assert picture.read_text(encoding="utf-8") == drawn
     assert f"docs/images/{picture.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_not_generating_saves_is_what_the_results_say() -> None:
+    folder = ROOT / "studies" / "results"
+    found = runpy.run_path(str(ROOT / "studies" / "reached.py"))["reached"](folder / "skipping-tokens")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for level, name in (
+        ("learnable", "`queries.order=learnable`"),
+        ("ended", "`rollout.stop_hopeless=1`"),
+        ("both", "both"),
+    ):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        said = [float(part.replace(",", "")) for part in re.findall(r"\d\d,\d\d\d", row)]
+        assert said == pytest.approx([found["one rollout", level][split] for split in ("test", "train")], abs=55), level
+    assert all(math.isnan(found["groups of 4", "epochs"][split]) for split in ("test", "train"))
+    assert found["one rollout", "ended"]["cost"] == pytest.approx(0.71, abs=0.005)
