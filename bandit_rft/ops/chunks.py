@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 STEP = 256  # rows: two tiles
+CPU_STEP = 16  # rows: a BLAS computes whole vectors of them
 TILE = (128, 256)
 WAVE_NS = 2 * TILE[0] * TILE[1] / (790e12 / 132) * 1e9
 SUM_NS = 4 / 4.3e12 * 1e9
@@ -47,7 +48,7 @@ def chunk_size(rows: int, most: int, hidden_size: int, multiprocessors: int) -> 
         rows: of the batch, at least 1.
         most: whose logits the workspace allows, at least 1.
         hidden_size: H.
-        multiprocessors: of the GPU; 0 on a CPU, where chunks are equal and as large as they may be.
+        multiprocessors: of the GPU; 0 on a CPU, where chunks are about equal and as large as they may be.
 
     Returns:
         The multiple of 256, at most `most`, with the least cost (the largest of those; all rows at once, where they may
@@ -56,7 +57,8 @@ def chunk_size(rows: int, most: int, hidden_size: int, multiprocessors: int) -> 
     if rows <= most:
         return rows
     if multiprocessors == 0:
-        return math.ceil(rows / math.ceil(rows / most))
+        equal = math.ceil(rows / math.ceil(rows / most))
+        return min(math.ceil(equal / CPU_STEP) * CPU_STEP, most)
     sizes = range(most // STEP * STEP, 0, -STEP)
     return min(sizes, key=lambda size: cost(rows, size, hidden_size, multiprocessors), default=most)
 

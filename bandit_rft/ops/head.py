@@ -18,6 +18,7 @@ from .chunks import plan
 from .reference import computing_dtype
 
 _TILE_BYTES = 8 << 20  # of widened weight at a time
+_TILE_LOGITS = 1 << 17  # that a CPU's thread computes at a time, of at least 256 columns: they stay in its cache
 BLOCK = 128  # vocabulary entries that a sparse backward leaves out together
 
 
@@ -60,13 +61,13 @@ def workspace(rows: int, vocabulary: int, like: Tensor) -> Tensor:
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """hidden [n, H] . weight [V, H]^T + bias [V], written to (and returned as) the first n rows of out, float32."""
     z = out[: hidden.shape[0]]
-    if weight.dtype == z.dtype:
-        torch.mm(hidden, weight.T, out=z)
-    elif widens(weight):
+    if widens(weight):
         wide = hidden.to(z.dtype)
-        for tile, wide_weight in _widened(weight, z.dtype):
-            # Not out=: a slice of columns would be computed into a copy anyway.
-            z[:, tile] = wide @ wide_weight.T
+        # A tile of columns at a time: a BLAS adds to z once for each few hundred of H, and finds the tile in its cache.
+        for tile, wide_weight in _widened(weight, z.dtype, columns_a_tile(len(z))):
+            z[:, tile].addmm_(wide, wide_weight.T, beta=0)
+    elif weight.dtype == z.dtype:
+        torch.mm(hidden, weight.T, out=z)
     else:
         _mixed_product(hidden, weight.T, z, accumulate=False)
     if bias is not None:
@@ -106,7 +107,7 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(dz, weight, out=out)
     elif widens(weight):
         total = torch.zeros(out.shape, dtype=dz.dtype, device=out.device)
-        for tile, wide_weight in _widened(weight, dz.dtype):
+        for tile, wide_weight in _widened(weight, dz.dtype, len(weight)):
             total.addmm_(dz[:, tile], wide_weight)
         out.copy_(total)
     elif weight.dtype == out.dtype:
@@ -165,8 +166,14 @@ def _mixed_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
             out[tile] = out[tile] + part if accumulate else part
 
 
-def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    size = max(1, _TILE_BYTES // (4 * weight.shape[1]))
+def columns_a_tile(rows: int) -> int:
+    """Of logits that a CPU computes at once."""
+    return torch.get_num_threads() * max(256, _TILE_LOGITS // max(1, rows))
+
+
+def _widened(weight: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of at most so many rows; of a weight that has the dtype already they are views."""
+    size = most if weight.dtype == dtype else min(most, max(1, _TILE_BYTES // (4 * weight.shape[1])))
     for start in range(0, weight.shape[0], size):
         tile = slice(start, min(start + size, weight.shape[0]))
         yield tile, weight[tile].to(dtype)

@@ -89,9 +89,8 @@ class HeadGradients:
             self.hidden.zero_()
         if self.given and self.scale is not None and self.weight is not None:
             self.weight.mul_(self.scale)  # exact, by a power of two
-        # What is left is for the rows gathered, their gradient, and (on a CPU) what the products pack.
-        share = 0.75 if head.widens(hidden) else 0.95
-        plan = head.chunks(count, self.backend.columns(weight), hidden, self.backend.copies_of_logits, share)
+        columns = self.backend.columns(weight)
+        plan = head.chunks(count, columns, hidden, self.backend.copies_of_logits, self._share(columns, index))
         if self.weight is None and self.want_weight:
             self.weight = torch.empty(weight.shape, dtype=self._sum_dtype(len(plan)), device=weight.device)
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
@@ -110,6 +109,16 @@ class HeadGradients:
             for gradient in (self.hidden, self.weight, self.bias):
                 if gradient is not None:
                     gradient.div_(self.scale)
+
+    def _share(self, columns: int, index: Tensor | None) -> float:
+        """Of the workspace for logits; the rest is for the rows gathered and their gradient, and what products pack."""
+        hidden = self.inputs.hidden
+        if not head.widens(hidden):
+            return 0.95
+        if hidden.dtype.itemsize == 2:  # and for what a CPU widens
+            return 0.75
+        gathered = 0 if index is None else 2 * hidden.shape[1]
+        return 0.98 * columns / (columns + gathered)
 
     def _sum_dtype(self, chunks: int) -> torch.dtype:
         """Of the weight's gradient: bfloat16 where autograd wants it so and few enough roundings add up (chunks.py).

@@ -60,6 +60,18 @@ def test_products_accumulate_in_float32(way: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_cpu_computes_logits_in_tiles_of_columns(dtype: torch.dtype) -> None:
+    """The last tile is narrower, of one column here; what lies in the workspace before does not matter, NaN least."""
+    n, h = 600, 8
+    v = 2 * head.columns_a_tile(n) + 1
+    hidden, weight = torch.randn(2 * n, h)[::2].to(dtype), torch.randn(v, h + 3)[:, :h].to(dtype)
+    out = torch.full((n + 1, v), torch.nan, dtype=reference.computing_dtype(hidden))
+    z = head.logits(hidden, weight, None, out)
+    assert z.shape == (n, v) and z.data_ptr() == out.data_ptr() and out[n].isnan().all()
+    torch.testing.assert_close(z.double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
 def gradients(case: Case, scale: float, objective: PolicyObjective, weight_grad: bool = False) -> list[torch.Tensor]:
     """Of a loss that is scaled before its backward, as a GradScaler does."""
     hidden, weight = case.leaves()
