@@ -30,6 +30,7 @@ pytestmark = pytest.mark.timeout(900)  # the reference loop is compiled
 
 PROMPT = " ".join(f"w{i}" for i in range(16))
 EAGER, COMPILED = "reference loop, eager", "reference loop, compiled"
+PRODUCTS = "the products of an update, nothing else"
 TURNS = 3
 
 
@@ -113,13 +114,27 @@ def reference(loop: Loop, folder: Path, rounds: int = 16, skip: int = 3) -> list
     return [loop.round(torch.tensor([ids] * 32)) for _ in range(rounds)][skip:]
 
 
+def products_alone(config: Any, rounds: int = 16, skip: int = 3) -> list[dict[str, float]]:
+    """Seconds of an update's matrix products in PyTorch, forward and backward, in their own shapes."""
+    shapes = models.update_products(config, 32 * 47, 32 * 32)
+    operands = [(torch.randn(n, i), torch.randn(o, i), torch.randn(n, o)) for n, i, o in shapes]
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for x, weight, gradient in operands:
+            torch.mm(x, weight.T), torch.mm(gradient, weight), torch.mm(gradient.T, x)
+        seconds = time.perf_counter() - start
+        found.append({"update": seconds, "round": seconds})
+    return found[skip:]
+
+
 def case_of(found: dict[str, list[dict[str, float]]], unit: str = "round") -> dict[str, Any]:
     """Sides with the seconds of a round, and the median of each phase."""
     sides = {}
     for side, rounds in found.items():
         phases = sorted({phase for one in rounds for phase in one} - {"round"})
         sides[side] = {
-            "role": "ours" if side == OURS else "peer", "seconds": [one[unit] for one in rounds],
+            "role": {OURS: "ours", PRODUCTS: "reference"}.get(side, "peer"), "seconds": [one[unit] for one in rounds],
             "phases": {phase: statistics.median(one.get(phase, 0.0) for one in rounds) for phase in phases},
         }  # fmt: skip
     return sides
@@ -136,6 +151,7 @@ def summary(sides: dict[str, Any]) -> str:
 def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callable[..., None]) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     missing: dict[str, str] = {}
+    config = AutoConfig.from_pretrained(model_folder)
     prompts = torch.full((32, 16), 5)
     loops = {EAGER: Loop(model_folder, 32, lambda drawn: torch.ones(len(drawn)))}
     start = time.perf_counter()
@@ -143,6 +159,7 @@ def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callabl
     loops[COMPILED].round(prompts)
     compile_seconds = time.perf_counter() - start
     for turn in range(TURNS):  # in turns, so that the machine's mood is shared
+        found.setdefault(PRODUCTS, []).extend(products_alone(config))
         for side, loop in loops.items():
             found.setdefault(side, []).extend(reference(loop, model_folder))
         for trainer in ("GRPO", "RLOO"):
@@ -160,7 +177,6 @@ def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callabl
         {"over": OURS, "under": "TRL GRPOTrainer step", "at_most": 0.30},
         {"over": OURS, "under": COMPILED, "at_most": 0.60},
     ]
-    config = AutoConfig.from_pretrained(model_folder)
     flop = models.flop_a_token(config) * 32 * (4 * 48)  # a token is read once to draw, and three times' worth to learn
     case = {"group": "round", "sides": sides, "bars": bars, "missing": missing, "shape": [32, 16, 32], "flop": flop}
     keep("a round of 32 x (16 + 32) tokens, 1.1M parameters", case, summary(sides))

@@ -50,3 +50,15 @@ def flop_a_token(config: Any) -> float:
     attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     return 2.0 * (config.num_hidden_layers * layer + config.hidden_size * config.vocab_size)
+
+
+def update_products(config: Any, tokens: int, rows: int) -> list[tuple[int, int, int]]:
+    """[n, inputs] . [inputs, outputs] of every product of a forward pass, the head's over so many rows; two more follow
+    each going backward."""
+    h, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    width = config.head_dim
+    layer = [
+        (tokens, h, heads * width), (tokens, h, groups * width), (tokens, h, groups * width), (tokens, heads * width, h),
+        *[(tokens, h, config.intermediate_size)] * 2, (tokens, config.intermediate_size, h),
+    ]  # fmt: skip
+    return layer * config.num_hidden_layers + [(rows, h, config.vocab_size)]
