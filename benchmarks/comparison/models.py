@@ -53,12 +53,12 @@ def flop_a_token(config: Any) -> float:
 
 
 def update_products(config: Any, tokens: int, rows: int) -> list[tuple[int, int, int]]:
-    """[n, inputs] . [inputs, outputs] of every product of a forward pass, the head's over so many rows; two more follow
-    each going backward."""
-    h, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    width = config.head_dim
-    layer = [
-        (tokens, h, heads * width), (tokens, h, groups * width), (tokens, h, groups * width), (tokens, heads * width, h),
-        *[(tokens, h, config.intermediate_size)] * 2, (tokens, config.intermediate_size, h),
-    ]  # fmt: skip
-    return layer * config.num_hidden_layers + [(rows, h, config.vocab_size)]
+    """(n, inputs, outputs) of every product of a forward pass over so many tokens, whose head sees so many rows.
+
+    Two more of each follow going backward.
+    """
+    h, wide, middle = config.hidden_size, config.head_dim, config.intermediate_size
+    queries, keys = config.num_attention_heads * wide, config.num_key_value_heads * wide
+    shapes = [(h, queries), (h, keys), (h, keys), (queries, h), (h, middle), (h, middle), (middle, h)]
+    layers = [(tokens, *shape) for shape in shapes] * config.num_hidden_layers
+    return [*layers, (rows, h, config.vocab_size)]
