@@ -54,6 +54,21 @@ void logprob_rows(const py::capsule& logits, const py::capsule& targets, float t
     cpu::logprob_rows(rows, t, l, h, threads);
 }
 
+void add_tile(cpu::TiledLogprobs& self, const py::capsule& logits, const py::capsule& targets, int64_t first,
+              float temperature, const OptionalCapsule& temperatures, float softcap, float logit_scale, int threads) {
+    const cpu::Rows tile = rows_of(logits, temperature, temperatures, softcap, logit_scale);
+    require(tile.count == self.rows(), "logits must have as many rows as the sums");
+    const int64_t* t = memory.integers(targets, "targets", tile.count);
+    py::gil_scoped_release release;
+    self.add(tile, t, first, threads);
+}
+
+void finish_tiles(const cpu::TiledLogprobs& self, const py::capsule& logprobs, const py::capsule& entropy) {
+    auto* l = memory.vector(logprobs, "logprobs", DType::f32, self.rows()).as<float>();
+    auto* h = memory.vector(entropy, "entropy", DType::f32, self.rows()).as<float>();
+    self.finish(l, h);
+}
+
 void gradient_rows(const py::capsule& logits, const py::capsule& targets, float temperature,
                    const OptionalCapsule& temperatures, float softcap, float logit_scale,
                    const py::capsule& grad_logprobs, const OptionalCapsule& grad_entropy, const py::capsule& logprobs,
@@ -325,6 +340,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("use_instruction_set", &cpu::use_instruction_set, arg("name"));
     m.def("logprob_rows", &logprob_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
           arg("softcap"), arg("logit_scale"), arg("logprobs"), arg("entropy"), arg("threads"));
+    py::class_<cpu::TiledLogprobs>(m, "TiledLogprobs")
+        .def(py::init([](int64_t rows) {
+                 require(rows >= 0, [&] { return "rows must be 0 or more; got " + std::to_string(rows); });
+                 return std::make_unique<cpu::TiledLogprobs>(rows);
+             }),
+             arg("rows"))
+        .def("add", &add_tile, arg("logits"), arg("targets"), arg("first"), arg("temperature"), arg("temperatures"),
+             arg("softcap"), arg("logit_scale"), arg("threads"))
+        .def("finish", &finish_tiles, arg("logprobs"), arg("entropy"));
     m.def("gradient_rows", &gradient_rows, arg("logits"), arg("targets"), arg("temperature"), arg("temperatures"),
           arg("softcap"), arg("logit_scale"), arg("grad_logprobs"), arg("grad_entropy"), arg("logprobs"),
           arg("entropy"), arg("threads"));

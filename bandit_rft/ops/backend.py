@@ -135,6 +135,17 @@ class Backend(ABC):
         A target outside [0, V) gets NaN where looking for it would wait.
         """
 
+    def head_logprobs(self, of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
+        """`logprob_rows` of the head's logits [N, V], of which a chunk of rows exists at a time."""
+        hidden, weight, bias = of
+        plan = head.chunks(len(hidden), self.columns(weight), hidden, self.copies_of_logits)
+        buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
+        seen = RowStatistics(*(buffer.new_empty(len(hidden)) for _ in range(2)))
+        for chunk in plan:
+            z = head.logits(hidden[chunk], weight, bias, buffer)
+            seen.logprobs[chunk], seen.entropy[chunk] = self.logprob_rows(z, targets[chunk], scaling.rows(chunk))
+        return seen
+
     @abstractmethod
     def gradient_rows(
         self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,

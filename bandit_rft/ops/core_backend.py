@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
+from . import head
 from .backend import KINDS, KLS, Backend, Filters, Head, RowStatistics, Scaling, Stream, TokenInputs, ratio_bounds
 from .objective import PolicyObjective
 from .reference import Sample
@@ -45,6 +46,19 @@ class CpuBackend(Backend):
             _matrix(logits), _vector(targets), *_scaling(scaling), *map(_vector, out), self._place(logits)
         )
         return out
+
+    def head_logprobs(self, of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
+        """A tile of columns of many rows at a time: the weight is read once for them, and no row ever exists."""
+        if type(self).logprob_rows is not CpuBackend.logprob_rows:  # who defines rows of their own gets whole ones
+            return super().head_logprobs(of, targets, scaling)
+        out = [torch.empty(len(of.hidden), dtype=torch.float32) for _ in range(2)]
+        for chunk in head.rows_of_tiles(of.hidden):
+            h, of_chunk = of.hidden[chunk], scaling.rows(chunk)
+            sums, vector = self.native.TiledLogprobs(len(h)), _vector(targets[chunk])
+            for tile, z in head.tiles_of_logits(h, of.weight, of.bias):
+                sums.add(_matrix(z), vector, tile.start, *_scaling(of_chunk), self._place(z))
+            sums.finish(*(_vector(values[chunk]) for values in out))
+        return RowStatistics(*out)
 
     def gradient_rows(
         self, logits: Tensor, targets: Tensor, scaling: Scaling, grad_logprobs: Tensor, grad_entropy: Tensor | None,
@@ -97,7 +111,7 @@ class CudaBackend(CpuBackend):
 
     name = "cuda"
     writes_narrow = True
-    sampling_logits = Backend.sampling_logits
+    head_logprobs, sampling_logits = Backend.head_logprobs, Backend.sampling_logits
 
     def _kernels(self) -> Any:
         return self.native.cuda

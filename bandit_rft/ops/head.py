@@ -19,6 +19,8 @@ from .reference import computing_dtype
 
 _TILE_BYTES = 8 << 20  # of widened weight at a time
 _TILE_LOGITS = 1 << 17  # that a CPU's thread computes at a time, of at least 256 columns: they stay in its cache
+_TILE_COLUMNS = 256
+_TILE_ROWS = 1024  # at most, where a tile is looked at and forgotten: of more, the products are hardly faster
 BLOCK = 128  # vocabulary entries that a sparse backward leaves out together
 
 
@@ -73,6 +75,22 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
     if bias is not None:
         z += bias
     return z
+
+
+def rows_of_tiles(like: Tensor) -> list[slice]:
+    """Stretches of rows for `tiles_of_logits` that fit the workspace."""
+    most = workspace_bytes(like.device) // (4 * torch.get_num_threads() * _TILE_COLUMNS)
+    return plan(len(like), min(most, _TILE_ROWS), like.shape[1], 0)
+
+
+def tiles_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """The same a tile of columns at a time, each [n, columns] in the memory of the one before."""
+    size = min(len(weight), columns_a_tile(len(hidden)))
+    memory = workspace(len(hidden), size, hidden).flatten()
+    for start in range(0, len(weight), size):
+        tile = slice(start, min(start + size, len(weight)))
+        out = memory[: len(hidden) * (tile.stop - start)].view(len(hidden), -1)
+        yield tile, logits(hidden, weight[tile], None if bias is None else bias[tile], out)
 
 
 def narrow_gradient(z: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -168,7 +186,7 @@ def _mixed_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 def columns_a_tile(rows: int) -> int:
     """Of logits that a CPU computes at once."""
-    return torch.get_num_threads() * max(256, _TILE_LOGITS // max(1, rows))
+    return torch.get_num_threads() * max(_TILE_COLUMNS, _TILE_LOGITS // max(1, rows))
 
 
 def _widened(weight: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Tensor]]:

@@ -142,19 +142,13 @@ def score_counted(of: Head, targets: Tensor, scaling: Scaling, backend: Backend 
 
 def score(of: Head, targets: Tensor, scaling: Scaling, backend: Backend | None = None) -> RowStatistics:
     """Log-probabilities and entropy of checked arguments, chunk by chunk (as by a given backend) or fused."""
-    hidden, weight, bias = of
+    hidden = of.hidden
     fused = backends.fusing(hidden.device, hidden.dtype) if backend is None else None
     if fused is not None:
         seen = fused.linear_logprobs(of, targets, scaling, head.workspace_bytes(hidden.device))
     else:
-        dtype = computing_dtype(hidden)
-        backend = backend or backends.serving(hidden.device, dtype)
-        plan = head.chunks(len(hidden), backend.columns(weight), hidden, backend.copies_of_logits)
-        buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
-        seen = RowStatistics(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2)))
-        for chunk in plan:
-            z = head.logits(hidden[chunk], weight, bias, buffer)
-            seen.logprobs[chunk], seen.entropy[chunk] = backend.logprob_rows(z, targets[chunk], scaling.rows(chunk))
+        backend = backend or backends.serving(hidden.device, computing_dtype(hidden))
+        seen = backend.head_logprobs(of, targets, scaling)
     checks.finite_values("the logits", seen.logprobs)
     return seen
 

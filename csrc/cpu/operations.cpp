@@ -61,6 +61,27 @@ void logprob_rows(const Rows& rows, const int64_t* targets, float* logprobs, flo
     });
 }
 
+TiledLogprobs::TiledLogprobs(int64_t rows) : states_(size_t(rows)), of_targets_(size_t(rows), NAN) {}
+
+void TiledLogprobs::add(const Rows& tile, const int64_t* targets, int64_t first, int threads) {
+    const Kernels& k = kernels();
+    parallel(tile.count, 1, tile.count * tile.vocabulary, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Row row = row_of(tile, i);
+            states_[size_t(i)] = merge(states_[size_t(i)], k.row_state(row));
+            const int64_t column = targets[i] - first;
+            if (column >= 0 && column < tile.vocabulary) of_targets_[size_t(i)] = k.row_logit(row, column);
+        }
+    });
+}
+
+void TiledLogprobs::finish(float* logprobs, float* entropy) const {
+    for (size_t i = 0; i < states_.size(); ++i) {
+        logprobs[i] = row_logprob(states_[i], of_targets_[i]);
+        entropy[i] = row_entropy(states_[i]);
+    }
+}
+
 void policy_rows(const Rows& rows, const int64_t* targets, const PolicyInputs& in, float* logprobs, float* entropy,
                  int threads) {
     const Kernels& k = kernels();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "../row_math.h"
 #include "../tensor_view.h"
@@ -26,6 +27,20 @@ struct Rows {
 
 // logprobs and entropy [count] of targets; logits are only read.
 void logprob_rows(const Rows&, const int64_t* targets, float* logprobs, float* entropy, int threads);
+
+// The same of rows whose logits come a tile of columns at a time, and are nowhere all at once.
+class TiledLogprobs {
+  public:
+    explicit TiledLogprobs(int64_t rows);
+    // The next columns; the first of them is token `first`.
+    void add(const Rows& tile, const int64_t* targets, int64_t first, int threads);
+    void finish(float* logprobs, float* entropy) const;  // NaN where no tile held the target
+    int64_t rows() const { return int64_t(states_.size()); }
+
+  private:
+    std::vector<SoftmaxState<double>> states_;
+    std::vector<float> of_targets_;
+};
 
 struct PolicyInputs {
     Objective objective;

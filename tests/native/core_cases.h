@@ -88,6 +88,19 @@ void rows_case(int64_t n, int64_t v, DType dtype, bool transformed, std::mt19937
         check(std::fabs(logp[i] - (scaled(i, targets[i]) - lse[i])) < 1e-4, "log-probability", n, v);
         check(std::fabs(entropy[i] - (std::log(s) - t / s)) < 1e-4, "entropy", n, v);
     }
+    TiledLogprobs tiles(n);
+    std::vector<float> tiled_logp(n), tiled_entropy(n);
+    for (int64_t first = 0; first < v; first += 100) {
+        Rows tile = rows;
+        tile.logits = rows.row(0) + first * (rows.dtype == DType::f32 ? 4 : 2);
+        tile.vocabulary = std::min<int64_t>(100, v - first);
+        tiles.add(tile, targets.data(), first, 3);
+    }
+    tiles.finish(tiled_logp.data(), tiled_entropy.data());
+    for (int64_t i = 0; i < n; ++i) {
+        check(std::fabs(tiled_logp[i] - logp[i]) < 1e-4, "log-probability, tile by tile", n, v);
+        check(std::fabs(tiled_entropy[i] - entropy[i]) < 1e-4, "entropy, tile by tile", n, v);
+    }
     std::vector<float> l(n), h(n), s(n), kept(n);
     for (const auto& filter : {SampleInputs{7, ids.data(), positions.data(), 0, 1.0, 0.0},
                                SampleInputs{7, ids.data(), positions.data(), 5, 0.9, 0.01}}) {

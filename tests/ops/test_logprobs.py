@@ -7,9 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import BACKENDS, CASES, Case, assert_close_to_truth, plain_in
+from torch.utils.dlpack import to_dlpack
 
 from bandit_rft import linear_logprobs, logprobs_from_logits
-from bandit_rft.ops import reference, use_backend
+from bandit_rft.ops import backends, head, reference, use_backend
+from bandit_rft.ops.backend import Head, RowStatistics, Scaling
+from bandit_rft.ops.core_backend import CpuBackend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -80,6 +83,56 @@ def test_any_shape(n: int, h: int, v: int, backend: str, temperature: float, see
     plain = plain_in(case, torch.float32)
     assert_close_to_truth("logp", logp, plain[0].detach(), truth[0].detach(), floor=4e-6)
     assert_close_to_truth("entropy", entropy, plain[1].detach(), truth[1].detach(), floor=4e-6)
+
+
+@pytest.mark.skipif(backends.native is None, reason="needs the compiled core")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tiles_of_columns_are_one_softmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core never has a whole row: targets lie in the first, a middle and the last tile, of one column."""
+    monkeypatch.setattr(head, "_TILE_ROWS", 600)  # two stretches of rows
+    n, h, v = 1100, 16, 3 * head.columns_a_tile(600) + 1
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(n, h, generator=generator).to(dtype)
+    weight, bias = torch.randn(v, h + 1, generator=generator)[:, :h].to(dtype), torch.randn(v).to(dtype)
+    weight[7] = 60 * hidden[0] / hidden[0].norm()  # row 0: all others' exponentials are nothing beside it
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[:4] = torch.tensor([7, 0, v - 1, v // 2])
+    options = {"softcap": 30.0, "logit_scale": 1.1, "temperature": torch.rand(n, generator=generator) + 0.5}
+    with use_backend("cpu"):
+        got = linear_logprobs(hidden, weight, targets, bias=bias, return_entropy=True, **options)
+    options["temperature"] = options["temperature"].double()
+    exact = reference.linear_logprobs(hidden.double(), weight.double(), targets, bias=bias.double(), **options)
+    for g, e in zip(got, exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(backends.native is None, reason="needs the compiled core")
+def test_rows_of_a_kernel_that_inherits_from_the_core_are_whole() -> None:
+    class Mine(CpuBackend):
+        def logprob_rows(self, logits: torch.Tensor, targets: torch.Tensor, scaling: Scaling) -> RowStatistics:
+            return RowStatistics(torch.full((len(logits),), float(logits.shape[1])), torch.zeros(len(logits)))
+
+    of = Head(torch.randn(5, 4), torch.randn(3000, 4), None)
+    seen = Mine(backends.native).head_logprobs(of, torch.zeros(5, dtype=torch.int64), Scaling.of(1.0))
+    assert seen.logprobs.tolist() == [3000.0] * 5
+
+
+def test_tiles_that_do_not_fit_the_sums_are_refused() -> None:
+    core = pytest.importorskip("bandit_rft._C")
+    sums = core.TiledLogprobs(3)
+    logits, targets = torch.zeros(2, 4), torch.zeros(3, dtype=torch.int64)
+    plain = (0, 1.0, None, 0.0, 1.0, 1)
+    with pytest.raises(ValueError, match="logits must have as many rows as the sums"):
+        sums.add(to_dlpack(logits), to_dlpack(targets), *plain)
+    with pytest.raises(ValueError, match="targets must have length 2; got 3"):
+        core.TiledLogprobs(2).add(to_dlpack(logits), to_dlpack(targets), *plain)
+    with pytest.raises(ValueError, match="rows must be 0 or more; got -1"):
+        core.TiledLogprobs(-1)
+    sums.add(to_dlpack(torch.zeros(3, 4)), to_dlpack(targets + 4), *plain)
+    out = torch.zeros(2, 3)
+    sums.finish(to_dlpack(out[0]), to_dlpack(out[1]))
+    assert out[0].isnan().all()  # no tile has held the target
+    torch.testing.assert_close(out[1], torch.full((3,), 4.0).log())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
