@@ -191,7 +191,7 @@ class Page:
             whole, phases = statistics.median(side["seconds"]), side["phases"]
             named = [phases.get(phase) for phase in ("rollout", "reward", "update")]
             cells = ["" if value is None else duration(value) for value in named]
-            over = "" if name == OURS else self.ratio(record.ratio(case, OURS, name))
+            over = self.ratio(record.ratio(case, OURS, name)) if side["role"] == "peer" else ""
             rows.append([f"**{name}**" if name == OURS else name, *cells, duration(whole), over])
         return rows
 

@@ -58,6 +58,7 @@ void add_tile(cpu::TiledLogprobs& self, const py::capsule& logits, const py::cap
               float temperature, const OptionalCapsule& temperatures, float softcap, float logit_scale, int threads) {
     const cpu::Rows tile = rows_of(logits, temperature, temperatures, softcap, logit_scale);
     require(tile.count == self.rows(), "logits must have as many rows as the sums");
+    require(first >= 0, "first must be 0 or more");
     const int64_t* t = memory.integers(targets, "targets", tile.count);
     py::gil_scoped_release release;
     self.add(tile, t, first, threads);

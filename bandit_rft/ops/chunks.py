@@ -48,10 +48,11 @@ def chunk_size(rows: int, most: int, hidden_size: int, multiprocessors: int) -> 
         rows: of the batch, at least 1.
         most: whose logits the workspace allows, at least 1.
         hidden_size: H.
-        multiprocessors: of the GPU; 0 on a CPU, where chunks are about equal and as large as they may be.
+        multiprocessors: of the GPU; 0 on a CPU.
 
     Returns:
-        The multiple of 256, at most `most`, with the least cost (the largest of those; all rows at once, where they may
+        On a CPU as few chunks as may be, about equal, of a multiple of 16 rows where that is not above `most`. On a GPU
+        the multiple of 256, at most `most`, with the least cost (the largest of those; all rows at once, where they may
         be). Where `most` is below 256, `most`.
     """
     if rows <= most:

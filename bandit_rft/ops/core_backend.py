@@ -48,13 +48,14 @@ class CpuBackend(Backend):
         return out
 
     def head_logprobs(self, of: Head, targets: Tensor, scaling: Scaling) -> RowStatistics:
-        """A tile of columns of many rows at a time: the weight is read once for them, and no row ever exists."""
-        if type(self).logprob_rows is not CpuBackend.logprob_rows:  # who defines rows of their own gets whole ones
+        """A tile of columns of many rows at a time: the weight is read once for all of them."""
+        own = getattr(self.logprob_rows, "__func__", None) is CpuBackend.logprob_rows
+        if not own:  # who defines rows of their own gets whole ones
             return super().head_logprobs(of, targets, scaling)
         out = [torch.empty(len(of.hidden), dtype=torch.float32) for _ in range(2)]
         for chunk in head.rows_of_tiles(of.hidden):
             h, of_chunk = of.hidden[chunk], scaling.rows(chunk)
-            sums, vector = self.native.TiledLogprobs(len(h)), _vector(targets[chunk])
+            sums, vector = self._kernels().TiledLogprobs(len(h)), _vector(targets[chunk])
             for tile, z in head.tiles_of_logits(h, of.weight, of.bias):
                 sums.add(_matrix(z), vector, tile.start, *_scaling(of_chunk), self._place(z))
             sums.finish(*(_vector(values[chunk]) for values in out))

@@ -79,18 +79,27 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def rows_of_tiles(like: Tensor) -> list[slice]:
     """Stretches of rows for `tiles_of_logits` that fit the workspace."""
-    most = workspace_bytes(like.device) // (4 * torch.get_num_threads() * _TILE_COLUMNS)
+    threads, widened = torch.get_num_threads(), like.shape[1] if like.dtype.itemsize == 2 else 0
+    most = _tile_numbers(like) // (threads * _TILE_COLUMNS + widened)
     return plan(len(like), min(most, _TILE_ROWS), like.shape[1], 0)
 
 
 def tiles_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """The same a tile of columns at a time, each [n, columns] in the memory of the one before."""
-    size = min(len(weight), columns_a_tile(len(hidden)))
+    """`logits` a tile of columns at a time, each [n, columns] in the memory of the one before."""
+    rows = max(1, len(hidden))
+    left = _tile_numbers(hidden) - (hidden.numel() if hidden.dtype.itemsize == 2 else 0)
+    size = max(1, min(len(weight), columns_a_tile(rows), left // rows))
     memory = workspace(len(hidden), size, hidden).flatten()
+    hidden = hidden.to(computing_dtype(hidden)).contiguous()  # once, not for every tile
     for start in range(0, len(weight), size):
         tile = slice(start, min(start + size, len(weight)))
         out = memory[: len(hidden) * (tile.stop - start)].view(len(hidden), -1)
         yield tile, logits(hidden, weight[tile], None if bias is None else bias[tile], out)
+
+
+def _tile_numbers(like: Tensor) -> int:
+    """How many logits and widened hidden states may exist; a quarter is for the weight that is widened."""
+    return int(workspace_bytes(like.device) * 0.75) // 4
 
 
 def narrow_gradient(z: Tensor, dtype: torch.dtype) -> Tensor | None:

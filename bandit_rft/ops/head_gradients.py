@@ -111,11 +111,14 @@ class HeadGradients:
                     gradient.div_(self.scale)
 
     def _share(self, columns: int, index: Tensor | None) -> float:
-        """Of the workspace for logits; the rest is for the rows gathered and their gradient, and what products pack."""
+        """Of the workspace for logits; the rest is for the rows gathered and their gradient, and for what is widened.
+
+        What a BLAS packs, for each thread, is beside the workspace.
+        """
         hidden = self.inputs.hidden
         if not head.widens(hidden):
             return 0.95
-        if hidden.dtype.itemsize == 2:  # and for what a CPU widens
+        if hidden.dtype.itemsize == 2 or self.backend.copies_of_logits > 1:  # widened; an estimate
             return 0.75
         gathered = 0 if index is None else 2 * hidden.shape[1]
         return 0.98 * columns / (columns + gathered)

@@ -69,8 +69,8 @@ void TiledLogprobs::add(const Rows& tile, const int64_t* targets, int64_t first,
         for (int64_t i = begin; i < end; ++i) {
             const Row row = row_of(tile, i);
             states_[size_t(i)] = merge(states_[size_t(i)], k.row_state(row));
-            const int64_t column = targets[i] - first;
-            if (column >= 0 && column < tile.vocabulary) of_targets_[size_t(i)] = k.row_logit(row, column);
+            if (targets[i] >= first && targets[i] - first < tile.vocabulary)
+                of_targets_[size_t(i)] = k.row_logit(row, targets[i] - first);
         }
     });
 }

@@ -28,11 +28,11 @@ struct Rows {
 // logprobs and entropy [count] of targets; logits are only read.
 void logprob_rows(const Rows&, const int64_t* targets, float* logprobs, float* entropy, int threads);
 
-// The same of rows whose logits come a tile of columns at a time, and are nowhere all at once.
+// The same of rows whose logits come a tile of columns at a time, and are nowhere all at once. One caller at a time.
 class TiledLogprobs {
   public:
     explicit TiledLogprobs(int64_t rows);
-    // The next columns; the first of them is token `first`.
+    // Some columns, each once; the first of them is token `first` >= 0. A target may lie in another tile, or in none.
     void add(const Rows& tile, const int64_t* targets, int64_t first, int threads);
     void finish(float* logprobs, float* entropy) const;  // NaN where no tile held the target
     int64_t rows() const { return int64_t(states_.size()); }

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bandit_rft.ops import chunks
+from bandit_rft.ops import chunks, head
 
 GIB, H200 = 1 << 30, 132
 
@@ -41,6 +41,9 @@ def test_chunks_cover_every_row_once_and_fit(rows: int, most: int, multiprocesso
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
     assert all(0 < part.stop - part.start <= max(1, most) for part in parts)
     assert len({part.stop - part.start for part in parts[:-1]}) <= 1
+    if multiprocessors == 0 and rows > most >= 1:
+        size = parts[0].stop - parts[0].start
+        assert len(parts) == math.ceil(rows / most) and (size % 16 == 0 or size == most)
     if multiprocessors and most >= 256 and rows > most:
         assert (parts[0].stop - parts[0].start) % 256 == 0
 
@@ -85,3 +88,25 @@ def test_bfloat16_sums_of_the_weight_gradient_stay_within_the_rule(count: int, c
         return float((gradient.double() - exact).norm() / exact.norm())
 
     assert error(total) <= 2 * error(plain), (error(total), error(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mib", [1, 8, 64])
+@pytest.mark.parametrize("threads", [1, 2, 16, 192])
+@pytest.mark.parametrize("n, hidden_size", [(1, 64), (40, 4096), (341, 896), (1024, 16384), (5000, 64)])
+def test_a_tile_of_columns_fits_the_workspace(
+    n: int, hidden_size: int, threads: int, mib: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BANDIT_RFT_WORKSPACE_MIB", str(mib))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(head, "logits", lambda hidden, weight, bias, out: out)
+    hidden, weight = torch.empty(n, hidden_size, dtype=dtype), torch.empty(151_936, 1).expand(-1, hidden_size)
+    stretches = head.rows_of_tiles(hidden)
+    assert [i for part in stretches for i in range(part.start, part.stop)] == list(range(n))
+    of = hidden[stretches[0]]
+    tiles = list(head.tiles_of_logits(of, weight, None))
+    assert [tile.start for tile, _ in tiles[1:]] == [tile.stop for tile, _ in tiles[:-1]] and tiles[-1][
+        0
+    ].stop == 151_936
+    widened = 4 * of.numel() if dtype == torch.bfloat16 else 0
+    assert len(of) == 1 or 4 * tiles[0][1].numel() + widened <= mib << 20

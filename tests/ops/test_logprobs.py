@@ -107,6 +107,24 @@ def test_tiles_of_columns_are_one_softmax(dtype: torch.dtype, monkeypatch: pytes
 
 
 @pytest.mark.skipif(backends.native is None, reason="needs the compiled core")
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_tile_of_minus_infinity_and_a_nan_in_one(where: int) -> None:
+    n, h = 600, 4
+    columns = head.columns_a_tile(n)
+    v = 3 * columns
+    hidden, weight, bias = torch.randn(n, h), torch.randn(v, h), torch.zeros(v)
+    targets = torch.randint(columns, (n,)) + (where + 1) % 3 * columns
+    bias[where * columns : (where + 1) * columns] = -torch.inf
+    with use_backend("cpu"):
+        got = linear_logprobs(hidden, weight, targets, bias=bias, return_entropy=True)
+        exact = linear_logprobs(hidden.double(), weight.double(), targets, bias=bias.double(), return_entropy=True)
+        for g, e in zip(got, exact, strict=True):
+            torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
+        hidden[5] = torch.nan
+        assert linear_logprobs(hidden, weight, targets, bias=bias).isnan().tolist() == [i == 5 for i in range(n)]
+
+
+@pytest.mark.skipif(backends.native is None, reason="needs the compiled core")
 def test_rows_of_a_kernel_that_inherits_from_the_core_are_whole() -> None:
     class Mine(CpuBackend):
         def logprob_rows(self, logits: torch.Tensor, targets: torch.Tensor, scaling: Scaling) -> RowStatistics:
