@@ -99,7 +99,7 @@ def test_a_tile_of_columns_fits_the_workspace(
 ) -> None:
     monkeypatch.setenv("BANDIT_RFT_WORKSPACE_MIB", str(mib))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(head, "logits", lambda hidden, weight, bias, out: out)
+    monkeypatch.setattr(head, "logits", lambda hidden, weight, bias, out, columns: out)
     hidden, weight = torch.empty(n, hidden_size, dtype=dtype), torch.empty(151_936, 1).expand(-1, hidden_size)
     stretches = head.rows_of_tiles(hidden)
     assert [i for part in stretches for i in range(part.start, part.stop)] == list(range(n))
