@@ -58,6 +58,7 @@ class CpuBackend(Backend):
             sums, vector = self._kernels().TiledLogprobs(len(h)), _vector(targets[chunk])
             for tile, z in head.tiles_of_logits(h, of.weight, of.bias):
                 sums.add(_matrix(z), vector, tile.start, *_scaling(of_chunk), self._place(z))
+                del z  # or its memory would stay beside the next stretch's
             sums.finish(*(_vector(values[chunk]) for values in out))
         return RowStatistics(*out)
 

@@ -20,7 +20,6 @@ from .reference import computing_dtype
 _TILE_BYTES = 8 << 20  # of widened weight at a time
 _TILE_LOGITS = 1 << 17  # that a CPU's thread computes at a time, of at least 256 columns: they stay in its cache
 _TILE_COLUMNS = 256
-_LOOKED_AT = 4  # times as many columns where a tile is looked at and forgotten: on a busy machine every tile is a wait
 _TILE_ROWS = 1024  # at most, where a tile is looked at and forgotten: of more, the products are hardly faster
 BLOCK = 128  # vocabulary entries that a sparse backward leaves out together
 
@@ -61,18 +60,13 @@ def workspace(rows: int, vocabulary: int, like: Tensor) -> Tensor:
     return torch.empty((rows, vocabulary), dtype=computing_dtype(like), device=like.device)
 
 
-def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int | None = None
-) -> Tensor:  # fmt: skip
-    """hidden [n, H] . weight [V, H]^T + bias [V], written to (and returned as) the first n rows of out, float32.
-
-    `columns`: how many a CPU computes at once, by default as many as stay in its cache.
-    """
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden [n, H] . weight [V, H]^T + bias [V], written to (and returned as) the first n rows of out, float32."""
     z = out[: hidden.shape[0]]
     if widens(weight):
         wide = hidden.to(z.dtype)
         # A tile of columns at a time: a BLAS adds to z once for each few hundred of H, and finds the tile in its cache.
-        for tile, wide_weight in _widened(weight, z.dtype, columns or columns_a_tile(len(z))):
+        for tile, wide_weight in _widened(weight, z.dtype, columns_a_tile(len(z))):
             z[:, tile].addmm_(wide, wide_weight.T, beta=0)
     elif weight.dtype == z.dtype:
         torch.mm(hidden, weight.T, out=z)
@@ -86,7 +80,7 @@ def logits(
 def rows_of_tiles(like: Tensor) -> list[slice]:
     """Stretches of rows for `tiles_of_logits` that fit the workspace."""
     threads, widened = torch.get_num_threads(), like.shape[1] if like.dtype.itemsize == 2 else 0
-    most = _tile_numbers(like) // (threads * _TILE_COLUMNS * _LOOKED_AT + widened)
+    most = _tile_numbers(like) // (threads * _TILE_COLUMNS + widened)
     return plan(len(like), min(most, _TILE_ROWS), like.shape[1], 0)
 
 
@@ -94,13 +88,13 @@ def tiles_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iter
     """`logits` a tile of columns at a time, each [n, columns] in the memory of the one before."""
     rows = max(1, len(hidden))
     left = _tile_numbers(hidden) - (hidden.numel() if hidden.dtype.itemsize == 2 else 0)
-    size = max(1, min(len(weight), columns_a_tile(rows) * _LOOKED_AT, left // rows))
+    size = max(1, min(len(weight), columns_a_tile(rows), left // rows))
     memory = workspace(len(hidden), size, hidden).flatten()
     hidden = hidden.to(computing_dtype(hidden)).contiguous()  # once, not for every tile
     for start in range(0, len(weight), size):
         tile = slice(start, min(start + size, len(weight)))
         out = memory[: len(hidden) * (tile.stop - start)].view(len(hidden), -1)
-        yield tile, logits(hidden, weight[tile], None if bias is None else bias[tile], out, size)
+        yield tile, logits(hidden, weight[tile], None if bias is None else bias[tile], out)
 
 
 def _tile_numbers(like: Tensor) -> int:

@@ -111,9 +111,10 @@ class HeadGradients:
                     gradient.div_(self.scale)
 
     def _share(self, columns: int, index: Tensor | None) -> float:
-        """Of the workspace for logits; the rest is for the rows gathered and their gradient, and for what is widened.
+        """Of the workspace for logits.
 
-        What a BLAS packs, for each thread, is beside the workspace.
+        The rest is for the rows gathered and their gradient, for what is widened, and for freed blocks that the C
+        library's heap keeps. What a BLAS packs, for each thread, is beside the workspace.
         """
         hidden = self.inputs.hidden
         if not head.widens(hidden):
@@ -121,7 +122,7 @@ class HeadGradients:
         if hidden.dtype.itemsize == 2 or self.backend.copies_of_logits > 1:  # widened; an estimate
             return 0.75
         gathered = 0 if index is None else 2 * hidden.shape[1]
-        return 0.98 * columns / (columns + gathered)
+        return 0.85 * columns / (columns + gathered)
 
     def _sum_dtype(self, chunks: int) -> torch.dtype:
         """Of the weight's gradient: bfloat16 where autograd wants it so and few enough roundings add up (chunks.py).

@@ -99,14 +99,13 @@ def test_a_tile_of_columns_fits_the_workspace(
 ) -> None:
     monkeypatch.setenv("BANDIT_RFT_WORKSPACE_MIB", str(mib))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(head, "logits", lambda hidden, weight, bias, out, columns: out)
+    monkeypatch.setattr(head, "logits", lambda hidden, weight, bias, out: out)
     hidden, weight = torch.empty(n, hidden_size, dtype=dtype), torch.empty(151_936, 1).expand(-1, hidden_size)
     stretches = head.rows_of_tiles(hidden)
     assert [i for part in stretches for i in range(part.start, part.stop)] == list(range(n))
     of = hidden[stretches[0]]
     tiles = list(head.tiles_of_logits(of, weight, None))
-    assert [tile.start for tile, _ in tiles[1:]] == [tile.stop for tile, _ in tiles[:-1]] and tiles[-1][
-        0
-    ].stop == 151_936
+    assert [tile.start for tile, _ in tiles] == [0, *(tile.stop for tile, _ in tiles[:-1])]
+    assert tiles[-1][0].stop == 151_936
     widened = 4 * of.numel() if dtype == torch.bfloat16 else 0
     assert len(of) == 1 or 4 * tiles[0][1].numel() + widened <= mib << 20
