@@ -8,6 +8,7 @@
 #include "cpu/attention.h"
 #include "cpu/decoder.h"
 #include "cpu/operations.h"
+#include "cpu/products.h"
 #include "cpu/threads.h"
 #include "philox.h"
 #if defined(BRFT_CUDA)
@@ -150,6 +151,41 @@ const float* contiguous(const TensorView& tensor, const char* name, int64_t rows
             std::string(name) + " must be a contiguous float32 [" + std::to_string(rows) + ", " +
                 std::to_string(columns) + "]");
     return tensor.as<float>();
+}
+
+cpu::Matrix matrix(const py::capsule& capsule, const char* name) {
+    const TensorView tensor = memory.view(capsule, name, 2);
+    require(tensor.dtype == DType::f32, std::string(name) + " must be float32");
+    return {tensor.as<const float>(), tensor.shape[0], tensor.shape[1], tensor.row_stride, 1};
+}
+cpu::Matrix transposed(const cpu::Matrix& of) { return {of.data, of.columns, of.rows, of.column_step, of.row_step}; }
+
+using Product = void (*)(const cpu::Matrix&, const cpu::Matrix&, float*, int64_t, bool, int);
+
+// out (+)= a . b, each as it is multiplied; `shapes` says what they are called.
+void multiply(Product product, const cpu::Matrix& a, const cpu::Matrix& b, const py::capsule& out, bool accumulate,
+              int threads, const char* shapes) {
+    const TensorView to = memory.view(out, "out", 2);
+    require(to.dtype == DType::f32 && a.columns == b.rows && to.shape[0] == a.rows && to.shape[1] == b.columns,
+            [&] { return std::string("shapes do not fit, or out is not float32: ") + shapes; });
+    py::gil_scoped_release release;
+    product(a, b, to.as<float>(), to.row_stride, accumulate, threads);
+}
+
+void logits_product(const py::capsule& hidden, const py::capsule& weight, const py::capsule& out, int threads) {
+    multiply(cpu::product_of_few_rows, matrix(hidden, "hidden"), transposed(matrix(weight, "weight")), out, false,
+             threads, "out [n, V] = hidden [n, H] . weight [V, H]^T");
+}
+
+void hidden_gradient_product(const py::capsule& dz, const py::capsule& weight, const py::capsule& out, int threads) {
+    multiply(cpu::product_of_few_rows, matrix(dz, "dz"), matrix(weight, "weight"), out, false, threads,
+             "out [n, H] = dz [n, V] . weight [V, H]");
+}
+
+void weight_gradient_product(const py::capsule& dz, const py::capsule& hidden, const py::capsule& out, bool accumulate,
+                             int threads) {
+    multiply(cpu::product_of_many_rows, transposed(matrix(dz, "dz")), matrix(hidden, "hidden"), out, accumulate,
+             threads, "out [V, H] (+)= dz [n, V]^T . hidden [n, H]");
 }
 
 // q, k, v and out [T, heads * head_size] each.
@@ -362,6 +398,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("min_p"), arg("tokens"), arg("logprobs"), arg("sampling_logprobs"), arg("entropy"), arg("kept_mass"),
           arg("threads"));
     m.def("head_logits", &head_logits, arg("hidden"), arg("weight"), arg("bias"), arg("out"), arg("threads"));
+    m.def("products_pay", &cpu::products_pay);
+    m.def("logits_product", &logits_product, arg("hidden"), arg("weight"), arg("out"), arg("threads"));
+    m.def("hidden_gradient_product", &hidden_gradient_product, arg("dz"), arg("weight"), arg("out"), arg("threads"));
+    m.def("weight_gradient_product", &weight_gradient_product, arg("dz"), arg("hidden"), arg("out"), arg("accumulate"),
+          arg("threads"));
     m.def("attention_forward", &attention_forward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
           arg("head_size"), arg("scaling"), arg("out"), arg("lse"), arg("threads"));
     m.def("attention_backward", &attention_backward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),

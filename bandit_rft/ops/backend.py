@@ -128,6 +128,18 @@ class Backend(ABC):
         """A gradient to which every slice of the head contributes, in place."""
         return part
 
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """`head.logits`, or a product of one's own."""
+        return head.logits(hidden, weight, bias, out)
+
+    def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor) -> None:
+        """`head.add_hidden_gradient`, or a product of one's own."""
+        head.add_hidden_gradient(dz, weight, out)
+
+    def add_weight_gradient(self, dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
+        """`head.add_weight_gradient`, or a product of one's own."""
+        head.add_weight_gradient(dz, hidden, out, accumulate)
+
     @abstractmethod
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
         """Log-probability of each row's target, and the row's entropy; logits are only read.
@@ -142,7 +154,7 @@ class Backend(ABC):
         buffer = head.workspace(plan[0].stop if plan else 0, len(weight), hidden)
         seen = RowStatistics(*(buffer.new_empty(len(hidden)) for _ in range(2)))
         for chunk in plan:
-            z = head.logits(hidden[chunk], weight, bias, buffer)
+            z = self.logits(hidden[chunk], weight, bias, buffer)
             seen.logprobs[chunk], seen.entropy[chunk] = self.logprob_rows(z, targets[chunk], scaling.rows(chunk))
         return seen
 
@@ -169,7 +181,7 @@ class Backend(ABC):
 
     def sampling_logits(self, of: Head, out: Tensor) -> Tensor:
         """The head's raw logits [B, V] to draw from, in (and as) the first rows of `out`."""
-        return head.logits(of.hidden, of.weight, of.bias, out)
+        return self.logits(of.hidden, of.weight, of.bias, out)
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> Tensor:
         """gradient times factor (0-d, on its device), in place; returned."""

@@ -13,6 +13,8 @@ from .backend import KINDS, KLS, Backend, Filters, Head, RowStatistics, Scaling,
 from .objective import PolicyObjective
 from .reference import Sample
 
+_FEW_ROWS = 8  # fewer are not worth packing a weight for
+
 
 class CpuBackend(Backend):
     """float32 and bfloat16 in CPU memory.
@@ -38,6 +40,32 @@ class CpuBackend(Backend):
 
     def _seed(self, seed: Tensor) -> Any:
         return int(seed.item()) & 0xFFFFFFFFFFFFFFFF
+
+    def _multiplies(self, *operands: Tensor) -> bool:
+        """Whether the core's own products serve: float32 in CPU memory, where they were measured to be faster."""
+        few = min(len(tensor) for tensor in operands) < _FEW_ROWS
+        plain = all(t.dtype == torch.float32 and (t.stride(1) == 1 or t.shape[1] == 1) for t in operands)
+        return plain and not few and bool(self.native.products_pay())
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """Each logit's sum has one order, whatever rows it is computed beside."""
+        z = out[: len(hidden)]
+        if not self._multiplies(hidden, weight, z):
+            return super().logits(hidden, weight, bias, out)
+        self.native.logits_product(_matrix(hidden), _matrix(weight), _matrix(z), self._place(z))
+        return z if bias is None else z.add_(bias)
+
+    def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor) -> None:
+        """By the core's own product, or the vendor's."""
+        if not self._multiplies(dz, weight, out):
+            return super().add_hidden_gradient(dz, weight, out)
+        self.native.hidden_gradient_product(_matrix(dz), _matrix(weight), _matrix(out), self._place(out))
+
+    def add_weight_gradient(self, dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
+        """By the core's own product, or the vendor's."""
+        if not self._multiplies(dz, hidden, out):
+            return super().add_weight_gradient(dz, hidden, out, accumulate)
+        self.native.weight_gradient_product(_matrix(dz), _matrix(hidden), _matrix(out), accumulate, self._place(out))
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
         """One pass over each row, by the core's kernel."""
@@ -114,6 +142,9 @@ class CudaBackend(CpuBackend):
     name = "cuda"
     writes_narrow = True
     head_logprobs, sampling_logits = Backend.head_logprobs, Backend.sampling_logits
+    logits, add_hidden_gradient, add_weight_gradient = (
+        Backend.logits, Backend.add_hidden_gradient, Backend.add_weight_gradient
+    )  # fmt: skip
 
     def _kernels(self) -> Any:
         return self.native.cuda

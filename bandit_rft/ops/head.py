@@ -1,8 +1,8 @@
 """The matrix products around the rows: logits = hidden . weight^T + bias, and its two gradients, a chunk at a time.
 
-Products are the vendor's, accumulate in float32 and never round a logit to bfloat16. On a GPU, bfloat16 inputs stay
-bfloat16 (float32 out); a CPU has no fast such product, so there the weight is widened, a tile of the vocabulary at a
-time.
+These products are the vendor's (a backend may have others), accumulate in float32 and never round a logit to bfloat16.
+On a GPU, bfloat16 inputs stay bfloat16 (float32 out); a CPU has no fast such product, so there the weight is widened, a
+tile of the vocabulary at a time.
 """
 
 from __future__ import annotations

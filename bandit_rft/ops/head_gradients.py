@@ -97,7 +97,7 @@ class HeadGradients:
         for chunk in plan:
             taken = chunk if index is None else index[chunk]
             h = hidden[taken]
-            z = head.logits(h, weight, bias, buffer)
+            z = self.backend.logits(h, weight, bias, buffer)
             narrow = head.narrow_gradient(z, weight.dtype) if self.backend.writes_narrow else None
             fill(z, taken, narrow)
             self._add(z if narrow is None else narrow, h, taken)
@@ -114,7 +114,7 @@ class HeadGradients:
         """Of the workspace for logits.
 
         The rest is for the rows gathered and their gradient, for what is widened, and for freed blocks that the C
-        library's heap keeps. What a BLAS packs, for each thread, is beside the workspace.
+        library's heap keeps. What a product packs, for each thread, is beside the workspace.
         """
         hidden = self.inputs.hidden
         if not head.widens(hidden):
@@ -140,17 +140,17 @@ class HeadGradients:
         of_hidden = (dz, weight) if columns is None else (dz[:, columns], weight[columns])
         if self.hidden is not None:
             if isinstance(taken, slice):
-                head.add_hidden_gradient(*of_hidden, self.hidden[taken])
+                self.backend.add_hidden_gradient(*of_hidden, self.hidden[taken])
             else:
                 part = torch.empty_like(h, dtype=self.hidden.dtype)
-                head.add_hidden_gradient(*of_hidden, part)
+                self.backend.add_hidden_gradient(*of_hidden, part)
                 self.hidden.index_copy_(0, taken, part)
         if self.weight is not None:
             if columns is None:
-                head.add_weight_gradient(dz, h, self.weight, accumulate=self.started)
+                self.backend.add_weight_gradient(dz, h, self.weight, accumulate=self.started)
             else:
                 some = self.weight.new_empty(len(columns), h.shape[1])
-                head.add_weight_gradient(of_hidden[0], h, some, accumulate=False)
+                self.backend.add_weight_gradient(of_hidden[0], h, some, accumulate=False)
                 self.weight = self.weight if self.started else self.weight.zero_()
                 self.weight.index_add_(0, columns, some)
             self.started = True

@@ -85,6 +85,18 @@ def head_kernels(core: Any) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
+def product_kernels(core: Any) -> Iterator[Kernel]:
+    rows = 64
+    hidden, weight, dz = normal(rows, HIDDEN), normal(V, HIDDEN, scale=0.05), normal(rows, V)
+    z, to_hidden, to_weight = np.empty_like(dz), np.empty_like(hidden), np.empty_like(weight)
+    yield "logits_product", rows, lambda: core.logits_product(dl(hidden), dl(weight), dl(z), 1)
+    yield "hidden_gradient_product", rows, lambda: core.hidden_gradient_product(dl(dz), dl(weight), dl(to_hidden), 1)
+    yield (
+        "weight_gradient_product", rows,
+        lambda: core.weight_gradient_product(dl(dz), dl(hidden), dl(to_weight), True, 1),
+    )  # fmt: skip
+
+
 def attention_kernels(core: Any, sequences: int, length: int) -> Iterator[Kernel]:
     tokens = sequences * length
     q, k, v = (normal(tokens, heads * SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -153,6 +165,7 @@ class Model:
 def kernels(core: Any) -> Iterator[Kernel]:
     yield from row_kernels(core, normal(ROWS, V) * 4)
     yield from head_kernels(core)
+    yield from product_kernels(core)
     update = list(attention_kernels(core, SEQUENCES, PROMPT + NEW - 1))
     yield from update
     model = Model(core)

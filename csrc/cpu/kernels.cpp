@@ -372,6 +372,7 @@ const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
     BRFT_ISA::pack_hidden,
     &BRFT_PASTE(decoder_kernels_, BRFT_ISA),
     &BRFT_PASTE(attention_kernels_, BRFT_ISA),
+    &BRFT_PASTE(product_kernels_, BRFT_ISA),
 };
 
 }  // namespace bandit_rft::cpu

@@ -10,6 +10,7 @@
 #include "../tensor_view.h"
 #include "attention.h"
 #include "decoder_kernels.h"
+#include "product_kernels.h"
 
 namespace bandit_rft::cpu {
 
@@ -67,6 +68,7 @@ struct Kernels {
 
     const DecoderKernels* decoder;
     const AttentionKernels* attention;
+    const ProductKernels* product;
 };
 
 #if defined(BRFT_X86_DISPATCH)

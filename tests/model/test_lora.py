@@ -23,7 +23,7 @@ from bandit_rft.checkpoint import list_checkpoints
 from bandit_rft.config import Config
 from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.model.lora import add_adapter, base_policy, find_adapter
-from bandit_rft.ops import logprobs as head_ops
+from bandit_rft.ops import backends
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout import RolloutEngine
 from bandit_rft.rollout_batch import RolloutBatch
@@ -122,13 +122,14 @@ def test_a_frozen_head_costs_no_weight_gradient(monkeypatch: pytest.MonkeyPatch)
     policy = trained(add_adapter(Policy(tiny_llama()), rank=2))
     products: list[str] = []
     for name in ("add_hidden_gradient", "add_weight_gradient"):
-        original: Callable[..., None] = getattr(head_ops.head, name)
+        backend = backends.serving(torch.device("cpu"), torch.float32)
+        original: Callable[..., None] = getattr(backend, name)
 
         def counted(*args: Any, name: str = name, original: Callable[..., None] = original, **kwargs: Any) -> None:
             products.append(name)
             original(*args, **kwargs)
 
-        monkeypatch.setattr(head_ops.head, name, counted)
+        monkeypatch.setattr(backend, name, counted)
     states = policy.hidden_states(tokens(), LENGTHS)
     result = ops.linear_policy_loss(
         states, policy.weight, tokens(5), torch.tensor([1.0, -1.0, 2.0]), torch.tensor([0, 9, 26, 28]).int(),

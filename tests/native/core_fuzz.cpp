@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core_cases.h"
+#include "product_cases.h"
 
 namespace {
 
@@ -139,7 +140,7 @@ void example(uint32_t number) {
     } catch (const std::invalid_argument&) {
     }
     const DType dtype = random.once_in(2) ? DType::f32 : DType::bf16;
-    switch (random.below(8)) {
+    switch (random.below(9)) {
         case 0: {
             const int64_t n = random.size(20), v = random.size(3000);
             return rows_case(n, v, dtype, random.once_in(2), random.bits);
@@ -162,6 +163,11 @@ void example(uint32_t number) {
         }
         case 4:
             return nothing_finite_case(random.size(2000));
+        case 5: {
+            const int64_t m = random.below(60), n = random.size(90), k = random.below(900), gap = random.below(20);
+            const bool a = random.once_in(2), b = random.once_in(2);
+            return product_case(m, n, k, a, b, gap, int(1 + random.below(4)), random.bits);
+        }
         default:
             return wild_rows_case(random);
     }

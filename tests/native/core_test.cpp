@@ -1,6 +1,7 @@
 // Every operation, instruction set and dtype of the CPU core over ragged shapes, under the sanitizers. `make sanitize`
 // builds and runs it.
 #include "core_cases.h"
+#include "product_cases.h"
 
 int main() {
     std::mt19937 random(5);
@@ -34,6 +35,14 @@ int main() {
                 decoder_case(head_size, group, false, false, false, random);
                 decoder_case(head_size, group, false, true, true, random);
             }
+        for (const int64_t m : {0, 1, 4, 5, 12, 13, 25, 130})
+            for (const int64_t n : {1, 15, 32, 33})
+                for (const int64_t k : {0, 1, 16, 31, 385})
+                    for (int way = 0; way < 8; ++way)
+                        product_case(m, n, k, way & 1, way & 2, way & 4 ? 3 : 0, 1 + way % 3, random);
+        product_case(1400, 3, 400, false, true, 0, 2, random);  // more rows, and more terms, than are packed together
+        product_case(40, 3, 2000, true, false, 0, 3, random);
+        product_case(3, 1400, 400, true, false, 5, 2, random);
         std::printf("%s: fine\n", isa);
     }
     std::printf("%d passed, 0 failed\n", checks);

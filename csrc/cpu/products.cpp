@@ -1,0 +1,163 @@
+#include "products.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace bandit_rft::cpu {
+namespace {
+
+constexpr int64_t kDepth = 384;  // of a stretch: a packed panel of b is 48 KiB at most, and stays in the second cache
+constexpr int64_t kDepths = 5;   // stretches that are packed together
+constexpr int64_t kPacked = 512 << 10;  // floats of the operand that is packed once: 2 MiB
+constexpr int64_t kBlocks = 10;         // of a's rows, at most, that a thread packs together and takes through all of b
+
+int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Not zeroed: whoever fills them touches their pages first.
+using Floats = std::unique_ptr<float[]>;
+Floats floats(int64_t count) { return Floats(new float[size_t(count)]); }
+
+// How many terms are packed together of an operand `width` wide: whole stretches.
+int64_t packed_depth(int64_t width, int64_t depth) {
+    const int64_t stretches = std::clamp<int64_t>(kPacked / (std::max<int64_t>(1, width) * kDepth), 1, kDepths);
+    return std::min(depth, stretches * kDepth);
+}
+
+// The index-th of `size` members' share of [0, count).
+struct Share {
+    int64_t begin, end;
+    Share(int64_t count, int64_t index, int64_t size) : begin(count * index / size), end(count * (index + 1) / size) {}
+};
+
+// work(index, size) by as many threads as a product of so many multiplications, in so many pieces, is worth.
+template <class Work>
+void by_a_team(int64_t multiplications, int64_t pieces, int threads, Work& work) {
+    const int64_t worthwhile = multiplications / 16 / worth_a_thread();
+    run_team(int(std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), pieces, worthwhile}))), work);
+}
+
+constexpr int64_t kLines = 128;  // bytes that are asked for at once
+
+// What pack_columns will read of the next panel, b [depth, some]: the `piece`-th of `pieces` parts.
+Ahead next_panel(const Matrix& b, int64_t piece, int64_t pieces) {
+    if (b.columns <= 0) return {};
+    if (b.column_step == 1) {  // a row of the panel is two lines
+        const Share some(b.rows, piece, pieces);
+        return {reinterpret_cast<const char*>(b.at(some.begin, 0)), b.row_step * 4, some.end - some.begin};
+    }
+    if (b.row_step == 1 && b.column_step == b.rows) {  // the panel is one stretch of memory
+        const Share some(b.rows * b.columns * 4 / kLines, piece, pieces);
+        return {reinterpret_cast<const char*>(b.data) + some.begin * kLines, kLines, some.end - some.begin};
+    }
+    return {};
+}
+
+// The same of what pack_rows will read of the next blocks, a [some, depth], where a column of a is one stretch of
+// memory.
+Ahead next_blocks(const Matrix& a, int64_t piece, int64_t pieces) {
+    if (a.row_step != 1 || a.rows <= 0) return {};
+    const int64_t parts = over(a.rows * 4, kLines), each = over(pieces, parts), part = piece / each;
+    const Share some(a.columns, piece % each, each);
+    return {reinterpret_cast<const char*>(a.at(0, some.begin)) + part * kLines, a.column_step * 4,
+            some.end - some.begin};
+}
+
+// product_of_few_rows for rows that are packed together.
+void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool accumulate, int threads) {
+    const ProductKernels& kernel = *kernels().product;
+    const int64_t R = kernel.rows, C = kernel.columns, blocks = over(a.rows, R), panels = over(b.columns, C);
+    const int64_t depth = packed_depth(a.rows, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
+    // Where there are few panels for the threads, several work at one, on some blocks of rows each.
+    const int64_t enough = over(2 * threads, std::max<int64_t>(1, panels));
+    const int64_t groups = std::min(blocks, enough), units = panels * groups;
+    const Floats packed = floats(blocks * block), of_threads = floats(threads * panel);
+    Barrier barrier;
+    auto member = [&](int index, int size) {
+        float* columns = of_threads.get() + index * panel;
+        for (int64_t k = 0; k == 0 || k < a.columns; k += depth) {
+            const int64_t terms = std::min(depth, a.columns - k);
+            barrier.wait(size);  // nobody reads the terms before any more
+            for (auto [i, end] = Share(blocks, index, size); i < end; ++i)
+                kernel.pack_rows(a.part(i * R, k, std::min(R, a.rows - i * R), terms), packed.get() + i * block);
+            barrier.wait(size);
+            for (auto [unit, last] = Share(units, index, size); unit < last; ++unit) {
+                const int64_t j = unit / groups * C, width = std::min(C, b.columns - j);
+                const Share some(blocks, unit % groups, groups);
+                kernel.pack_columns(b.part(k, j, terms, width), columns);
+                const Matrix next = b.part(k, j + C, terms, std::min(C, b.columns - j - C));
+                const int64_t pieces = over(terms, kDepth) * (some.end - some.begin);
+                int64_t piece = 0;
+                for (int64_t l = 0; l == 0 || l < terms; l += kDepth)
+                    for (int64_t i = some.begin; i < some.end; ++i, ++piece)
+                        kernel.tile(std::min(kDepth, terms - l), packed.get() + i * block + l * R, columns + l * C,
+                                    out + i * R * stride + j, stride, int(std::min(R, a.rows - i * R)), int(width),
+                                    accumulate || k + l > 0, next_panel(next, piece, pieces));
+            }
+        }
+    };
+    by_a_team(a.rows * b.columns * a.columns, units, threads, member);
+}
+
+}  // namespace
+
+bool products_pay() {
+#if defined(BRFT_X86_DISPATCH)
+    // Measured on Zen 4 against oneMKL (docs/performance.md). On Intel's processors oneMKL is at its best, and nothing
+    // was measured; nor with other instruction sets.
+    return &kernels() == &kernels_avx512 && __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
+void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
+                         int threads) {
+    constexpr int64_t kMost = kPacked / kDepth;
+    for (int64_t i = 0; i < a.rows; i += kMost)
+        few_rows(a.part(i, 0, std::min(kMost, a.rows - i), a.columns), b, out + i * out_stride, out_stride, accumulate,
+                 threads);
+}
+
+void product_of_many_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
+                          int threads) {
+    const ProductKernels& kernel = *kernels().product;
+    const int64_t R = kernel.rows, C = kernel.columns, blocks = over(a.rows, R), panels = over(b.columns, C);
+    const int64_t depth = packed_depth(b.columns, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
+    const int64_t rounds = std::max<int64_t>(1, over(blocks, kBlocks * threads));  // in each, a group for each thread
+    const int64_t together = std::max<int64_t>(1, over(blocks, rounds * threads)), groups = over(blocks, together);
+    const Floats packed = floats(panels * panel), of_threads = floats(threads * together * block);
+    Barrier barrier;
+    auto member = [&](int index, int size) {
+        float* rows = of_threads.get() + index * together * block;
+        for (int64_t k = 0; k == 0 || k < a.columns; k += depth) {
+            const int64_t terms = std::min(depth, a.columns - k);
+            barrier.wait(size);  // nobody reads the terms before any more
+            for (auto [p, end] = Share(panels, index, size); p < end; ++p)
+                kernel.pack_columns(b.part(k, p * C, terms, std::min(C, b.columns - p * C)), packed.get() + p * panel);
+            barrier.wait(size);
+            for (auto [group, last] = Share(groups, index, size); group < last; ++group) {
+                const int64_t first = group * together, count = std::min(together, blocks - first);
+                const auto height = [&](int64_t i) { return std::min(R, a.rows - (first + i) * R); };
+                for (int64_t i = 0; i < count; ++i)
+                    kernel.pack_rows(a.part((first + i) * R, k, height(i), terms), rows + i * block);
+                const int64_t after = (first + together) * R;
+                const Matrix next = a.part(after, k, std::min(together * R, a.rows - after), terms);
+                const int64_t pieces = over(terms, kDepth) * panels * count;
+                int64_t piece = 0;
+                for (int64_t l = 0; l == 0 || l < terms; l += kDepth)
+                    for (int64_t p = 0; p < panels; ++p)
+                        for (int64_t i = 0; i < count; ++i, ++piece)
+                            kernel.tile(std::min(kDepth, terms - l), rows + i * block + l * R,
+                                        packed.get() + p * panel + l * C, out + (first + i) * R * out_stride + p * C,
+                                        out_stride, int(height(i)), int(std::min(C, b.columns - p * C)),
+                                        accumulate || k + l > 0, next_blocks(next, piece, pieces));
+            }
+        }
+    };
+    by_a_team(a.rows * b.columns * a.columns, groups, threads, member);
+}
+
+}  // namespace bandit_rft::cpu
