@@ -132,12 +132,18 @@ class Page:
 
     def _least(self, case: dict[str, Any]) -> tuple[str, float] | None:
         """What limits a case whose operations and bytes are known, and the seconds it takes at least."""
-        product = self.limit_of("float32 products", "GFLOP a second")
-        reading = self.limit_of("reading from memory", "GB a second")
-        if "flop" not in case or product is None or reading is None:
+        product = self.limit_of("float32 multiply-adds", "GFLOP a second")
+        if "flop" not in case or product is None:
+            return None
+        a_step = case.get("bytes", 0.0) / case["shape"][-1]  # once the weights
+        where = "cache" if a_step < self.data["machine"]["last_level_cache_mib"] * 2**20 else "memory"
+        reading = self.limit_of(f"reading from {where}", "GB a second")
+        if reading is None:
             return None
         of_product, of_reading = case["flop"] / product / 1e9, case.get("bytes", 0.0) / reading / 1e9
-        return ("reading the weights", of_reading) if of_reading > of_product else ("the products' rate", of_product)
+        if of_reading > of_product:
+            return f"reading the weights from {where}", of_reading
+        return "multiply-adds", of_product
 
     def asked(self, *groups: str) -> list[list[str]]:
         """A row for each bar that is missed and has a limit: the seconds it asks for, the limit, their quotient."""
@@ -308,7 +314,7 @@ def render(run: Path = RUN) -> str:
         page=page, machine=data["machine"], table=table, gpu_tables=gpu_tables(), counts=counts,
         thread_wait=thread_wait(), duration=duration, significant=significant,
         dates=sorted({case["date"] for case in data["cases"].values()}),
-        commits=sorted({case["commit"] for case in data["cases"].values()}),
+        commits=sorted({c[of] for c in data["cases"].values() for of in ("commit", "peaks_commit") if of in c}),
         loads=sorted(case["load"] for case in data["cases"].values() if case.get("load") is not None),
     )  # fmt: skip
 

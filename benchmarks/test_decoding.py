@@ -64,7 +64,7 @@ def test_decoding(size: str, tmp_path: Path, benchmark: Any, keep: Callable[...,
             case = {
                 "group": "decoding", "sides": sides, "missing": missing, "bars": [bar], "model": size,
                 "shape": [count, PROMPT, NEW], "parameters": parameters, "bytes": read * NEW,
-                "flop": models.flop_a_token(config) * count * (PROMPT + NEW),
+                "flop": models.flop(config, count * (PROMPT + NEW - 1), count * NEW),
             }  # fmt: skip
             lines = "".join(
                 f"\n    {side:<24} {found['figures']['tokens a second']:10.0f} tokens a second, ours / it "

@@ -70,6 +70,36 @@ def test_logprobs(side_by_side: Measure, each_shape: Shape, backend: str | None)
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "chunk", [(8, 896, 32000), (64, 896, 32000), (352, 896, 32000), (1024, 128, 512)], ids=dimensions
+)
+def test_products_of_a_chunk(versus: Callable[..., float], chunk: Shape) -> None:
+    """The loss's three, by the backend that serves (the core's own, or the vendor's) and by PyTorch."""
+    rows, h, v = chunk
+    hidden, weight, z = torch.randn(rows, h), torch.randn(v, h), torch.randn(rows, v)
+    logits, of_hidden, of_weight = torch.empty_like(z), torch.empty_like(hidden), torch.zeros_like(weight)
+    backend = backends.serving(hidden.device, hidden.dtype)
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "logits": (
+            lambda: backend.logits(hidden, weight, None, logits),
+            lambda: torch.mm(hidden, weight.T, out=logits),
+        ),
+        "dL/dhidden": (
+            lambda: backend.add_hidden_gradient(z, weight, of_hidden),
+            lambda: torch.mm(z, weight, out=of_hidden),
+        ),
+        "dL/dweight, added": (
+            lambda: backend.add_weight_gradient(z, hidden, of_weight, accumulate=True),
+            lambda: of_weight.addmm_(z.T, hidden),
+        ),
+    }
+    for name, (ours, theirs) in pairs.items():
+        versus(
+            f"the product of {name}, {dimensions(chunk)} / torch.mm", ours, theirs, bar=None, rounds=11,
+            group="products",
+        )  # fmt: skip
+
+
 def sampling(rows: int) -> dict[str, Any]:
     return {"seed": 1, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
 

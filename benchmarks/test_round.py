@@ -178,7 +178,7 @@ def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callabl
         {"over": OURS, "under": "TRL GRPOTrainer step", "at_most": 0.30},
         {"over": OURS, "under": COMPILED, "at_most": 0.60},
     ]
-    flop = models.flop_a_token(config) * 32 * (4 * 48)  # a token is read once to draw, and three times' worth to learn
+    flop = 4 * models.flop(config, 32 * 47, 32 * 32)  # once to draw, three times to learn; the last token is not read
     case = {"group": "round", "sides": sides, "bars": bars, "missing": missing, "shape": [32, 16, 32], "flop": flop}
     keep("a round of 32 x (16 + 32) tokens, 1.1M parameters", case, summary(sides))
 

@@ -7,8 +7,9 @@ A backend is an object with one method an operation on rows of logits (backend.p
     triton  the Triton kernels (kernels/): an NVIDIA GPU; CPU memory only if forced, in Triton's interpreter (tests)
     torch   plain PyTorch, chunked: any device, any floating dtype
 
-The matrix products around the rows are the vendor's; or the core's own, for sampling on the cpu backend (batch-invariant)
-and for its losses where those are faster; or, on triton, fused with the softmax (`fusing`).
+The matrix products around the rows are the vendor's; or the core's own, for sampling on the cpu backend (in which a row
+has the same bits in any batch) and for its losses where those are faster; or, on triton, fused with the softmax
+(`fusing`).
 """
 
 from __future__ import annotations

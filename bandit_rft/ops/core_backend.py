@@ -42,30 +42,35 @@ class CpuBackend(Backend):
         return int(seed.item()) & 0xFFFFFFFFFFFFFFFF
 
     def _multiplies(self, *operands: Tensor) -> bool:
-        """Whether the core's own products serve: float32 in CPU memory, where they were measured to be faster."""
-        few = min(len(tensor) for tensor in operands) < _FEW_ROWS
-        plain = all(t.dtype == torch.float32 and (t.stride(1) == 1 or t.shape[1] == 1) for t in operands)
-        return plain and not few and bool(self.native.products_pay())
+        """Whether the core's own products serve: float32 in CPU memory, where they were measured to beat oneMKL's."""
+        if self.native is None or not torch.backends.mkl.is_available() or not self.native.products_pay():
+            return False
+        return all(
+            t.device.type == "cpu" and t.dtype == torch.float32 and len(t) >= _FEW_ROWS
+            and (t.stride(1) == 1 or t.shape[1] == 1) for t in operands
+        )  # fmt: skip
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """Each logit's sum has one order, whatever rows it is computed beside."""
+        """By the core's own product, or the vendor's."""
         z = out[: len(hidden)]
         if not self._multiplies(hidden, weight, z):
             return super().logits(hidden, weight, bias, out)
-        self.native.logits_product(_matrix(hidden), _matrix(weight), _matrix(z), self._place(z))
+        self.native.logits_product(_matrix(hidden), _matrix(weight), _matrix(z), torch.get_num_threads())
         return z if bias is None else z.add_(bias)
 
     def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor) -> None:
         """By the core's own product, or the vendor's."""
         if not self._multiplies(dz, weight, out):
             return super().add_hidden_gradient(dz, weight, out)
-        self.native.hidden_gradient_product(_matrix(dz), _matrix(weight), _matrix(out), self._place(out))
+        self.native.hidden_gradient_product(_matrix(dz), _matrix(weight), _matrix(out), torch.get_num_threads())
 
     def add_weight_gradient(self, dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """By the core's own product, or the vendor's."""
         if not self._multiplies(dz, hidden, out):
             return super().add_weight_gradient(dz, hidden, out, accumulate)
-        self.native.weight_gradient_product(_matrix(dz), _matrix(hidden), _matrix(out), accumulate, self._place(out))
+        self.native.weight_gradient_product(
+            _matrix(dz), _matrix(hidden), _matrix(out), accumulate, torch.get_num_threads()
+        )
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
         """One pass over each row, by the core's kernel."""

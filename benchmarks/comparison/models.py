@@ -45,11 +45,14 @@ def make(size: str, folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flop_a_token(config: Any) -> float:
-    """Of a forward pass: two for each weight of a product, the embedding's look-up none; attention left out."""
+def flop(config: Any, tokens: int, rows: int) -> float:
+    """Of a forward pass over so many tokens whose head sees so many rows: two for each weight of a product a token.
+
+    The embedding's look-up is none, and attention is left out.
+    """
     attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
-    return 2.0 * (config.num_hidden_layers * layer + config.hidden_size * config.vocab_size)
+    return 2.0 * (tokens * config.num_hidden_layers * layer + rows * config.hidden_size * config.vocab_size)
 
 
 def update_products(config: Any, tokens: int, rows: int) -> list[tuple[int, int, int]]:

@@ -101,7 +101,11 @@ class Record:
             kept["missing"].pop(side, None)
         kept["missing"].update({side: why for side, why in missing.items() if side not in sides})
         timed = any("seconds" in found for found in sides.values())
-        kept.update(case, **({} if "date" in kept and not timed else machine.measured()))  # peaks depend on no load
+        if timed:  # times are of one run: a side that it left out keeps none of an earlier one's
+            for side in set(kept["sides"]) - set(sides):
+                kept["sides"][side] = {k: v for k, v in kept["sides"][side].items() if k in ("role", "peak_mib")}
+        now = machine.measured()
+        kept.update(case, **(now if timed or "date" not in kept else {"peaks_commit": now["commit"]}))
         self.write()
 
     def write(self) -> None:

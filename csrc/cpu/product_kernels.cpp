@@ -3,7 +3,8 @@
 //   sum[i, j] = sum_k a[i, k] b[k, j],   i < kTileRows, j < kPanel, one chain of fused multiply-adds a sum
 //
 // Both operands are packed first, as a tile reads them: kTileRows floats of a and kPanel of b at each k. Never in
-// memory: a sum that is not finished, a whole operand packed beside itself (products.cpp keeps both packings small).
+// memory: a product that is not added to its sum yet, nor more of the large operand, packed, than a tile's rows or
+// columns (products.cpp says of the other how much).
 #include "product_kernels.h"
 
 #include "vectors.h"

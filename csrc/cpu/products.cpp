@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <memory>
 
+#if defined(BRFT_X86_DISPATCH)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 #include "threads.h"
 
@@ -13,6 +17,7 @@ constexpr int64_t kDepth = 384;  // of a stretch: a packed panel of b is 48 KiB 
 constexpr int64_t kDepths = 5;   // stretches that are packed together
 constexpr int64_t kPacked = 512 << 10;  // floats of the operand that is packed once: 2 MiB
 constexpr int64_t kBlocks = 10;         // of a's rows, at most, that a thread packs together and takes through all of b
+constexpr int64_t kMost = kPacked / kDepth;  // rows of a, or columns of b, of which a stretch fits that
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -22,7 +27,7 @@ Floats floats(int64_t count) { return Floats(new float[size_t(count)]); }
 
 // How many terms are packed together of an operand `width` wide: whole stretches.
 int64_t packed_depth(int64_t width, int64_t depth) {
-    const int64_t stretches = std::clamp<int64_t>(kPacked / (std::max<int64_t>(1, width) * kDepth), 1, kDepths);
+    const int64_t stretches = std::clamp<int64_t>(kPacked / (width * kDepth), 1, kDepths);
     return std::min(depth, stretches * kDepth);
 }
 
@@ -71,13 +76,13 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
     const int64_t R = kernel.rows, C = kernel.columns, blocks = over(a.rows, R), panels = over(b.columns, C);
     const int64_t depth = packed_depth(a.rows, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
     // Where there are few panels for the threads, several work at one, on some blocks of rows each.
-    const int64_t enough = over(2 * threads, std::max<int64_t>(1, panels));
+    const int64_t enough = over(2 * threads, panels);
     const int64_t groups = std::min(blocks, enough), units = panels * groups;
     const Floats packed = floats(blocks * block), of_threads = floats(threads * panel);
     Barrier barrier;
     auto member = [&](int index, int size) {
         float* columns = of_threads.get() + index * panel;
-        for (int64_t k = 0; k == 0 || k < a.columns; k += depth) {
+        for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
             barrier.wait(size);  // nobody reads the terms before any more
             for (auto [i, end] = Share(blocks, index, size); i < end; ++i)
@@ -90,7 +95,7 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
                 const Matrix next = b.part(k, j + C, terms, std::min(C, b.columns - j - C));
                 const int64_t pieces = over(terms, kDepth) * (some.end - some.begin);
                 int64_t piece = 0;
-                for (int64_t l = 0; l == 0 || l < terms; l += kDepth)
+                for (int64_t l = 0; l < terms; l += kDepth)
                     for (int64_t i = some.begin; i < some.end; ++i, ++piece)
                         kernel.tile(std::min(kDepth, terms - l), packed.get() + i * block + l * R, columns + l * C,
                                     out + i * R * stride + j, stride, int(std::min(R, a.rows - i * R)), int(width),
@@ -101,38 +106,19 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
     by_a_team(a.rows * b.columns * a.columns, units, threads, member);
 }
 
-}  // namespace
-
-bool products_pay() {
-#if defined(BRFT_X86_DISPATCH)
-    // Measured on Zen 4 against oneMKL (docs/performance.md). On Intel's processors oneMKL is at its best, and nothing
-    // was measured; nor with other instruction sets.
-    return &kernels() == &kernels_avx512 && __builtin_cpu_is("amd");
-#else
-    return false;
-#endif
-}
-
-void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
-                         int threads) {
-    constexpr int64_t kMost = kPacked / kDepth;
-    for (int64_t i = 0; i < a.rows; i += kMost)
-        few_rows(a.part(i, 0, std::min(kMost, a.rows - i), a.columns), b, out + i * out_stride, out_stride, accumulate,
-                 threads);
-}
-
-void product_of_many_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
-                          int threads) {
+// product_of_many_rows for columns that are packed together.
+void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool accumulate, int threads) {
     const ProductKernels& kernel = *kernels().product;
     const int64_t R = kernel.rows, C = kernel.columns, blocks = over(a.rows, R), panels = over(b.columns, C);
     const int64_t depth = packed_depth(b.columns, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
-    const int64_t rounds = std::max<int64_t>(1, over(blocks, kBlocks * threads));  // in each, a group for each thread
-    const int64_t together = std::max<int64_t>(1, over(blocks, rounds * threads)), groups = over(blocks, together);
+    const int64_t most = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
+    const int64_t rounds = over(blocks, most * threads);  // in each, a group for each thread
+    const int64_t together = over(blocks, rounds * threads), groups = over(blocks, together);
     const Floats packed = floats(panels * panel), of_threads = floats(threads * together * block);
     Barrier barrier;
     auto member = [&](int index, int size) {
         float* rows = of_threads.get() + index * together * block;
-        for (int64_t k = 0; k == 0 || k < a.columns; k += depth) {
+        for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
             barrier.wait(size);  // nobody reads the terms before any more
             for (auto [p, end] = Share(panels, index, size); p < end; ++p)
@@ -147,17 +133,54 @@ void product_of_many_rows(const Matrix& a, const Matrix& b, float* out, int64_t 
                 const Matrix next = a.part(after, k, std::min(together * R, a.rows - after), terms);
                 const int64_t pieces = over(terms, kDepth) * panels * count;
                 int64_t piece = 0;
-                for (int64_t l = 0; l == 0 || l < terms; l += kDepth)
+                for (int64_t l = 0; l < terms; l += kDepth)
                     for (int64_t p = 0; p < panels; ++p)
                         for (int64_t i = 0; i < count; ++i, ++piece)
                             kernel.tile(std::min(kDepth, terms - l), rows + i * block + l * R,
-                                        packed.get() + p * panel + l * C, out + (first + i) * R * out_stride + p * C,
-                                        out_stride, int(height(i)), int(std::min(C, b.columns - p * C)),
+                                        packed.get() + p * panel + l * C, out + (first + i) * R * stride + p * C,
+                                        stride, int(height(i)), int(std::min(C, b.columns - p * C)),
                                         accumulate || k + l > 0, next_blocks(next, piece, pieces));
             }
         }
     };
     by_a_team(a.rows * b.columns * a.columns, groups, threads, member);
+}
+
+// Whether there is nothing to multiply; a sum of no terms is 0.
+bool nothing_to_multiply(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate) {
+    if (a.columns == 0 && !accumulate)
+        for (int64_t i = 0; i < a.rows; ++i) std::fill_n(out + i * out_stride, b.columns, 0.0f);
+    return a.rows == 0 || b.columns == 0 || a.columns == 0;
+}
+
+}  // namespace
+
+bool products_pay() {
+#if defined(BRFT_X86_DISPATCH)
+    // Measured on Zen 4, AMD's family 25 with AVX-512, against oneMKL (docs/performance.md), and nowhere else.
+    unsigned version = 0, unused = 0;
+    __get_cpuid(1, &version, &unused, &unused, &unused);
+    const unsigned family = (version >> 8 & 0xF) + (version >> 20 & 0xFF);
+    return &kernels() == &kernels_avx512 && __builtin_cpu_is("amd") && family == 25;
+#else
+    return false;
+#endif
+}
+
+void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
+                         int threads) {
+    if (nothing_to_multiply(a, b, out, out_stride, accumulate)) return;
+    for (int64_t i = 0; i < a.rows; i += kMost)
+        few_rows(a.part(i, 0, std::min(kMost, a.rows - i), a.columns), b, out + i * out_stride, out_stride, accumulate,
+                 std::max(1, threads));
+}
+
+void product_of_many_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
+                          int threads) {
+    if (nothing_to_multiply(a, b, out, out_stride, accumulate)) return;
+    for (int64_t j = 0; j < b.columns; j += kMost)
+        many_rows(a, b.part(0, j, b.rows, std::min(kMost, b.columns - j)), out + j, out_stride, accumulate,
+                  std::max(1, threads));
 }
 
 }  // namespace bandit_rft::cpu

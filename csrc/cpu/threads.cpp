@@ -57,9 +57,21 @@ void run_team(int count, void (*member)(void*, int, int), void* data) {
         };
         return openmp.run(task, &shared, unsigned(count), 0);
     }
+    // Members wait for each other, so they begin when it is known how many could be started.
+    std::atomic<int> size{0};
     std::vector<std::thread> helpers;
-    for (int i = 1; i < count; ++i) helpers.emplace_back(member, data, i, count);
-    member(data, 0, count);
+    const auto wait_and_work = [&](int index) {
+        while (size.load(std::memory_order_acquire) == 0) std::this_thread::yield();
+        member(data, index, size.load(std::memory_order_relaxed));
+    };
+    try {
+        helpers.reserve(size_t(count - 1));
+        for (int i = 1; i < count; ++i) helpers.emplace_back(wait_and_work, i);
+    } catch (const std::exception&) {  // the system gives no more: those that there are do the work
+    }
+    const int started = int(helpers.size()) + 1;
+    size.store(started, std::memory_order_release);
+    member(data, 0, started);
     for (auto& helper : helpers) helper.join();
 }
 

@@ -53,7 +53,7 @@ def test_a_run_of_several_commands_is_one_file(tmp_path: Path) -> None:
     kept = data["cases"]["loss"]
     assert kept["sides"][OURS] == {"role": "ours", "seconds": [1.0], "peak_mib": 12.346}
     assert kept["missing"] == {}  # it was measured after all
-    assert kept["commit"] and kept["date"]
+    assert kept["commit"] and kept["date"] and kept["peaks_commit"]
     about = data["machine"]
     assert about["cpu"] and about["versions"]["torch"] == torch.__version__ and about["threads"] == 2
     data["machine"]["cpu"] = "another"
@@ -63,6 +63,21 @@ def test_a_run_of_several_commands_is_one_file(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="not the JSON of a benchmark run"):
         record.load(path)
+
+
+def test_times_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    """A peer that a later run did not measure has no time left, which would stand beside new times of ours."""
+    path = run(tmp_path / "run.json", loss=case([1.0], [2.0]))
+    run(path, loss={"sides": {"plain PyTorch": {"role": "peer", "peak_mib": 9.0}}, "group": "loss"})
+    ours = case([0.5], [2.0])
+    del ours["sides"]["plain PyTorch"]
+    run(path, loss={**ours, "missing": {"plain PyTorch": "not installed"}})
+    kept = record.load(path)["cases"]["loss"]
+    assert kept["sides"] == {
+        OURS: {"role": "ours", "seconds": [0.5]},
+        "plain PyTorch": {"role": "peer", "peak_mib": 9.0},
+    }
+    assert kept["missing"] == {"plain PyTorch": "not installed"}
 
 
 @committed

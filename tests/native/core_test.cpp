@@ -42,7 +42,11 @@ int main() {
                         product_case(m, n, k, way & 1, way & 2, way & 4 ? 3 : 0, 1 + way % 3, random);
         product_case(1400, 3, 400, false, true, 0, 2, random);  // more rows, and more terms, than are packed together
         product_case(40, 3, 2000, true, false, 0, 3, random);
-        product_case(3, 1400, 400, true, false, 5, 2, random);
+        for (const bool transposed : {false, true}) {  // enough for three threads, with many columns and with few
+            product_case(130, 300, 400, transposed, !transposed, 0, 3, random);
+            product_case(900, 40, 400, transposed, transposed, 3, 3, random);
+        }
+        product_case(30, 1400, 400, true, false, 5, 3, random);
         std::printf("%s: fine\n", isa);
     }
     std::printf("%d passed, 0 failed\n", checks);

@@ -49,8 +49,9 @@ void product_case(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_tra
         check(n == 0 || std::memcmp(alone.data(), &out[size_t((m - 1) * stride)], size_t(n) * 4) == 0,
               "product: a row alone", m, n);
         multiply(a.matrix, b.matrix, out.data(), stride, true, threads);
-        for (int64_t j = 0; j < n; ++j)
-            check(std::fabs(out[size_t(j)] - 2.0 * once[size_t(j)]) < near, "product: accumulated", m, n);
+        for (int64_t i = 0; i < m; ++i)
+            for (size_t j = size_t(i * stride); j < size_t(i * stride + n); ++j)
+                check(std::fabs(out[j] - 2.0 * once[j]) < near, "product: accumulated", m, n);
     }
 }
 

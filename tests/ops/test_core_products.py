@@ -19,7 +19,16 @@ from bandit_rft.ops.core_backend import CudaBackend
 core: Any = backends.native
 pytestmark = pytest.mark.skipif(core is None, reason="needs the compiled core")
 #: (n, H, V): one of everything; around a tile; several stretches of a sum; more rows than are packed together
-SHAPES = [(1, 1, 1), (12, 32, 32), (13, 33, 45), (100, 17, 3000), (50, 400, 130), (9, 2000, 900), (1500, 20, 40)]
+SHAPES = [
+    (1, 1, 1),
+    (12, 32, 32),
+    (13, 33, 45),
+    (100, 17, 3000),
+    (50, 400, 130),
+    (9, 2000, 900),
+    (1500, 20, 40),
+    (400, 1500, 30),
+]
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -37,9 +46,14 @@ def near(got: Tensor, want: Tensor) -> bool:
     return bool((got.double() - want).norm() <= 1e-6 * want.norm())
 
 
-def columns_of_wider(rows: int, columns: int, fill: float = torch.nan) -> Tensor:
-    """Rows that do not follow one another: what lies between must be neither read nor written."""
-    return torch.full((rows, columns + 5), fill)[:, :columns]
+def columns_of_wider(rows: int, columns: int) -> Tensor:
+    """Rows that do not follow one another: what lies between is NaN, and must be neither read nor written."""
+    return torch.full((rows, columns + 5), torch.nan)[:, :columns]
+
+
+def nothing_between(rows: Tensor) -> bool:
+    """Whether it still is."""
+    return bool(rows.as_strided((len(rows), 5), (rows.stride(0), 1), rows.shape[1]).isnan().all())
 
 
 @pytest.mark.usefixtures("_instruction_set")
@@ -57,6 +71,22 @@ def test_products_are_right(shape: tuple[int, int, int], threads: int) -> None:
         before = of_weight.double() if accumulate else 0.0
         core.weight_gradient_product(to_dlpack(z), to_dlpack(hidden), to_dlpack(of_weight), accumulate, threads)
         assert near(of_weight, before + z.double().T @ hidden.double())
+    assert all(map(nothing_between, (z, of_hidden, of_weight)))
+
+
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("shape", [(3, 0, 5), (0, 4, 5), (3, 4, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_nothing_to_multiply(shape: tuple[int, int, int], threads: int) -> None:
+    n, h, v = shape
+    hidden, weight, z = torch.ones(n, h), torch.ones(v, h), torch.full((n, v), torch.nan)
+    core.logits_product(to_dlpack(hidden), to_dlpack(weight), to_dlpack(z), threads)
+    assert torch.equal(z, hidden @ weight.T)
+    of_hidden, of_weight = torch.full_like(hidden, torch.nan), torch.full_like(weight, 2.0)
+    core.hidden_gradient_product(to_dlpack(z), to_dlpack(weight), to_dlpack(of_hidden), threads)
+    assert torch.equal(of_hidden, z @ weight)
+    core.weight_gradient_product(to_dlpack(z), to_dlpack(hidden), to_dlpack(of_weight), True, threads)
+    assert torch.equal(of_weight, 2 + z.T @ hidden)
 
 
 @pytest.mark.usefixtures("_instruction_set")
@@ -118,6 +148,7 @@ def loss_gradients(case: Case, pays: bool, monkeypatch: pytest.MonkeyPatch) -> t
     """Of one loss on the cpu backend: (gradients, the core's products that were called)."""
     native = Native(pays)
     monkeypatch.setattr(backends.named("cpu"), "native", native)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     leaves = case.leaves()
     with use_backend("cpu"):
         result = linear_policy_loss(
