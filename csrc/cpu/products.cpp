@@ -158,10 +158,12 @@ bool nothing_to_multiply(const Matrix& a, const Matrix& b, float* out, int64_t o
 bool products_pay() {
 #if defined(BRFT_X86_DISPATCH)
     // Measured on Zen 4, AMD's family 25 with AVX-512, against oneMKL (docs/performance.md), and nowhere else.
-    unsigned version = 0, unused = 0;
-    __get_cpuid(1, &version, &unused, &unused, &unused);
-    const unsigned family = (version >> 8 & 0xF) + (version >> 20 & 0xFF);
-    return &kernels() == &kernels_avx512 && __builtin_cpu_is("amd") && family == 25;
+    static const bool measured = [] {
+        unsigned version = 0, unused = 0;
+        __get_cpuid(1, &version, &unused, &unused, &unused);  // takes microseconds in a virtual machine
+        return __builtin_cpu_is("amd") && (version >> 8 & 0xF) + (version >> 20 & 0xFF) == 25;
+    }();
+    return measured && &kernels() == &kernels_avx512;
 #else
     return false;
 #endif
