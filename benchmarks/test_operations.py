@@ -70,16 +70,18 @@ def test_logprobs(side_by_side: Measure, each_shape: Shape, backend: str | None)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "chunk", [(8, 896, 32000), (64, 896, 32000), (352, 896, 32000), (1024, 128, 512)], ids=dimensions
-)
-def test_products_of_a_chunk(versus: Callable[..., float], chunk: Shape) -> None:
+CHUNKS = [(8, 896, 32000), (64, 896, 32000), (352, 896, 32000), (1024, 128, 512)]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS, ids=dimensions)
+@pytest.mark.parametrize("product", ["logits", "dL/dhidden", "dL/dweight, added"])
+def test_products_of_a_chunk(versus: Callable[..., float], product: str, chunk: Shape) -> None:
     """The loss's three, by the backend that serves (the core's own, or the vendor's) and by PyTorch."""
     rows, h, v = chunk
     hidden, weight, z = torch.randn(rows, h), torch.randn(v, h), torch.randn(rows, v)
     logits, of_hidden, of_weight = torch.empty_like(z), torch.empty_like(hidden), torch.zeros_like(weight)
     backend = backends.serving(hidden.device, hidden.dtype)
-    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "logits": (
             lambda: backend.logits(hidden, weight, None, logits),
             lambda: torch.mm(hidden, weight.T, out=logits),
@@ -93,11 +95,8 @@ def test_products_of_a_chunk(versus: Callable[..., float], chunk: Shape) -> None
             lambda: of_weight.addmm_(z.T, hidden),
         ),
     }
-    for name, (ours, theirs) in pairs.items():
-        versus(
-            f"the product of {name}, {dimensions(chunk)} / torch.mm", ours, theirs, bar=None, rounds=11,
-            group="products",
-        )  # fmt: skip
+    label = f"the product of {product}, {dimensions(chunk)} / torch.mm"
+    versus(label, *sides[product], bar=None, rounds=11, group="products")
 
 
 def sampling(rows: int) -> dict[str, Any]:

@@ -21,9 +21,19 @@ constexpr int64_t kMost = kPacked / kDepth;  // rows of a, or columns of b, of w
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Not zeroed: whoever fills them touches their pages first.
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t count) { return Floats(new float[size_t(count)]); }
+// Memory for so many floats, kept by the calling thread for its next product: the pages of new memory would cost a
+// small product as much as its multiplications.
+float* packing(int64_t count) {
+    thread_local std::unique_ptr<float[]> memory;
+    thread_local int64_t size = 0;
+    if (count > size) {
+        size = 0;
+        memory.reset();
+        memory.reset(new float[size_t(count)]);  // not zeroed: whoever fills it touches its pages first
+        size = count;
+    }
+    return memory.get();
+}
 
 // How many terms are packed together of an operand `width` wide: whole stretches.
 int64_t packed_depth(int64_t width, int64_t depth) {
@@ -78,15 +88,15 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
     // Where there are few panels for the threads, several work at one, on some blocks of rows each.
     const int64_t enough = over(2 * threads, panels);
     const int64_t groups = std::min(blocks, enough), units = panels * groups;
-    const Floats packed = floats(blocks * block), of_threads = floats(threads * panel);
+    float *packed = packing(blocks * block + threads * panel), *of_threads = packed + blocks * block;
     Barrier barrier;
     auto member = [&](int index, int size) {
-        float* columns = of_threads.get() + index * panel;
+        float* columns = of_threads + index * panel;
         for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
             barrier.wait(size);  // nobody reads the terms before any more
             for (auto [i, end] = Share(blocks, index, size); i < end; ++i)
-                kernel.pack_rows(a.part(i * R, k, std::min(R, a.rows - i * R), terms), packed.get() + i * block);
+                kernel.pack_rows(a.part(i * R, k, std::min(R, a.rows - i * R), terms), packed + i * block);
             barrier.wait(size);
             for (auto [unit, last] = Share(units, index, size); unit < last; ++unit) {
                 const int64_t j = unit / groups * C, width = std::min(C, b.columns - j);
@@ -97,7 +107,7 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
                 int64_t piece = 0;
                 for (int64_t l = 0; l < terms; l += kDepth)
                     for (int64_t i = some.begin; i < some.end; ++i, ++piece)
-                        kernel.tile(std::min(kDepth, terms - l), packed.get() + i * block + l * R, columns + l * C,
+                        kernel.tile(std::min(kDepth, terms - l), packed + i * block + l * R, columns + l * C,
                                     out + i * R * stride + j, stride, int(std::min(R, a.rows - i * R)), int(width),
                                     accumulate || k + l > 0, next_panel(next, piece, pieces));
             }
@@ -114,15 +124,15 @@ void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, boo
     const int64_t most = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
     const int64_t rounds = over(blocks, most * threads);  // in each, a group for each thread
     const int64_t together = over(blocks, rounds * threads), groups = over(blocks, together);
-    const Floats packed = floats(panels * panel), of_threads = floats(threads * together * block);
+    float *packed = packing(panels * panel + threads * together * block), *of_threads = packed + panels * panel;
     Barrier barrier;
     auto member = [&](int index, int size) {
-        float* rows = of_threads.get() + index * together * block;
+        float* rows = of_threads + index * together * block;
         for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
             barrier.wait(size);  // nobody reads the terms before any more
             for (auto [p, end] = Share(panels, index, size); p < end; ++p)
-                kernel.pack_columns(b.part(k, p * C, terms, std::min(C, b.columns - p * C)), packed.get() + p * panel);
+                kernel.pack_columns(b.part(k, p * C, terms, std::min(C, b.columns - p * C)), packed + p * panel);
             barrier.wait(size);
             for (auto [group, last] = Share(groups, index, size); group < last; ++group) {
                 const int64_t first = group * together, count = std::min(together, blocks - first);
@@ -137,9 +147,9 @@ void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, boo
                     for (int64_t p = 0; p < panels; ++p)
                         for (int64_t i = 0; i < count; ++i, ++piece)
                             kernel.tile(std::min(kDepth, terms - l), rows + i * block + l * R,
-                                        packed.get() + p * panel + l * C, out + (first + i) * R * stride + p * C,
-                                        stride, int(height(i)), int(std::min(C, b.columns - p * C)),
-                                        accumulate || k + l > 0, next_blocks(next, piece, pieces));
+                                        packed + p * panel + l * C, out + (first + i) * R * stride + p * C, stride,
+                                        int(height(i)), int(std::min(C, b.columns - p * C)), accumulate || k + l > 0,
+                                        next_blocks(next, piece, pieces));
             }
         }
     };

@@ -1,8 +1,8 @@
 // The three float32 products of a language-model head and its gradients, in the core's own tiles.
 //
 // A sum of k terms is added up in stretches of 384, one after the other: its bits depend on its terms alone, not on the
-// rows beside it, the threads or the strides (but on the instruction set). The terms of a weight's gradient are the rows
-// of a chunk. Packed are at most 2 MiB, and 0.25 MiB a thread.
+// rows beside it, the threads or the strides (but on the instruction set). The terms of a weight's gradient are the
+// rows of a chunk. Packed are at most 2 MiB, and 0.25 MiB a thread, in memory that the calling thread keeps.
 #pragma once
 
 #include "product_kernels.h"
