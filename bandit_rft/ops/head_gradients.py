@@ -113,16 +113,13 @@ class HeadGradients:
     def _share(self, columns: int, index: Tensor | None) -> float:
         """Of the workspace for logits.
 
-        The rest is for the rows gathered and their gradient, for what is widened, and for freed blocks that the C
-        library's heap keeps. What a product packs, for each thread, is beside the workspace.
+        The rest is for the rows gathered and their gradient, for what is widened or packed for a product, and for freed
+        blocks that the C library's heap keeps.
         """
-        hidden = self.inputs.hidden
-        if not head.widens(hidden):
+        if not head.widens(self.inputs.hidden):
             return 0.95
-        if hidden.dtype.itemsize == 2 or self.backend.copies_of_logits > 1:  # widened; an estimate
-            return 0.75
-        gathered = 0 if index is None else 2 * hidden.shape[1]
-        return 0.85 * columns / (columns + gathered)
+        gathered = 0 if index is None else 2 * self.inputs.hidden.shape[1]
+        return 0.75 * columns / (columns + gathered)
 
     def _sum_dtype(self, chunks: int) -> torch.dtype:
         """Of the weight's gradient: bfloat16 where autograd wants it so and few enough roundings add up (chunks.py).

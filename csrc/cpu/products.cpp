@@ -1,10 +1,14 @@
 #include "products.h"
 
 #include <algorithm>
-#include <memory>
+#include <cstdlib>
+#include <new>
 
 #if defined(BRFT_X86_DISPATCH)
 #include <cpuid.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
 #endif
 
 #include "kernels.h"
@@ -21,18 +25,48 @@ constexpr int64_t kMost = kPacked / kDepth;  // rows of a, or columns of b, of w
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Memory of a thread's own, asked of the system: kept on the C library's heap it would keep what was freed below it.
+class Pages {
+  public:
+    Pages() = default;
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+    ~Pages() { release(); }
+
+    float* floats(int64_t count) {
+        const size_t bytes = size_t(count) * sizeof(float);
+        if (bytes > size_) {
+            release();
+            if (!(data_ = take(bytes))) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return static_cast<float*>(data_);
+    }
+
+  private:
+#if defined(__unix__) || defined(__APPLE__)
+    static void* take(size_t bytes) {
+        void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+        return data == MAP_FAILED ? nullptr : data;
+    }
+    static void give_back(void* data, size_t bytes) { munmap(data, bytes); }
+#else
+    static void* take(size_t bytes) { return std::malloc(bytes); }
+    static void give_back(void* data, size_t) { std::free(data); }
+#endif
+    void release() {
+        if (data_) give_back(data_, size_);
+        data_ = nullptr, size_ = 0;
+    }
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
 // Memory for so many floats, kept by the calling thread for its next product: the pages of new memory would cost a
 // small product as much as its multiplications.
 float* packing(int64_t count) {
-    thread_local std::unique_ptr<float[]> memory;
-    thread_local int64_t size = 0;
-    if (count > size) {
-        size = 0;
-        memory.reset();
-        memory.reset(new float[size_t(count)]);  // not zeroed: whoever fills it touches its pages first
-        size = count;
-    }
-    return memory.get();
+    thread_local Pages pages;
+    return pages.floats(count);
 }
 
 // How many terms are packed together of an operand `width` wide: whole stretches.
