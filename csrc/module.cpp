@@ -7,6 +7,7 @@
 #include "capsules.h"
 #include "cpu/attention.h"
 #include "cpu/decoder.h"
+#include "cpu/drawing.h"
 #include "cpu/operations.h"
 #include "cpu/products.h"
 #include "cpu/threads.h"
@@ -333,6 +334,39 @@ void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsu
     self.step(t, p, h, threads);
 }
 
+int64_t decoder_draw(cpu::Decoder& self, const py::capsule& hidden, const py::capsule& weight,
+                     const OptionalCapsule& bias, float temperature, float softcap, float logit_scale, uint64_t seed,
+                     const py::capsule& sequence_ids, const py::capsule& positions, int64_t top_k, double top_p,
+                     double min_p, const py::capsule& places, const std::vector<int64_t>& stops,
+                     const py::capsule& going, const py::capsule& logits, const py::capsule& tokens,
+                     const py::capsule& logprobs, const py::capsule& entropy, int threads) {
+    const int64_t n = self.batch(), size = self.model().hidden_size;
+    float* h = writable(hidden, "hidden", n, size);
+    const TensorView w = memory.view(weight, "weight", 2), z = memory.view(logits, "logits", 2),
+                     t = memory.view(tokens, "tokens", 2);
+    require(w.dtype == DType::f32 && w.shape[1] == size, "weight must be a float32 [V, H]");
+    const int64_t steps = t.shape[0], vocabulary = w.shape[0];
+    contiguous(z, "logits", z.shape[0], vocabulary);
+    require(z.shape[0] > 0 && steps > 0, "logits and tokens must have a row");
+    require(t.dtype == DType::i64 && t.shape[1] == n && t.row_stride == n,
+            "tokens must be a contiguous int64 [steps, B]");
+    const auto whole = [&](const py::capsule& c, const char* name) { return writable(c, name, steps, n); };
+    const cpu::Drawing drawing{{h, w.data, DType::f32, DType::f32, n, size, vocabulary, size, w.row_stride,
+                                memory.floats(bias, "bias", vocabulary)},
+                               Scaling{logit_scale, softcap},
+                               temperature,
+                               {seed, memory.integers(sequence_ids, "sequence_ids", n),
+                                memory.integers(positions, "positions", n), top_k, top_p, min_p},
+                               memory.integers(places, "places", n),
+                               stops,
+                               memory.integers(going, "going", n),
+                               z.as<float>(),
+                               z.shape[0]};
+    const cpu::Drawn drawn{t.as<int64_t>(), whole(logprobs, "logprobs"), whole(entropy, "entropy")};
+    py::gil_scoped_release release;
+    return cpu::draw(self, drawing, h, steps, drawn, threads);
+}
+
 void decoder_select(cpu::Decoder& self, const py::capsule& which) {
     const TensorView w = memory.view(which, "which", 1);
     require(w.dtype == DType::i64, "which must be int64");
@@ -415,6 +449,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .def("prefill", &decoder_prefill, arg("tokens"), arg("lengths"), arg("room"), arg("capacity"), arg("cos"),
              arg("sin"), arg("hidden"), arg("threads"))
         .def("step", &decoder_step, arg("tokens"), arg("positions"), arg("hidden"), arg("threads"))
+        .def("draw", &decoder_draw, arg("hidden"), arg("weight"), arg("bias"), arg("temperature"), arg("softcap"),
+             arg("logit_scale"), arg("seed"), arg("sequence_ids"), arg("positions"), arg("top_k"), arg("top_p"),
+             arg("min_p"), arg("places"), arg("stops"), arg("going"), arg("logits"), arg("tokens"), arg("logprobs"),
+             arg("entropy"), arg("threads"))
         .def("select", &decoder_select, arg("which"))
         .def("computed", &cpu::Decoder::computed, arg("sequences"));
 #if defined(BRFT_CUDA)

@@ -114,12 +114,12 @@ class HeadGradients:
         """Of the workspace for logits.
 
         The rest is for the rows gathered and their gradient, for what is widened or packed for a product, and for freed
-        blocks that the C library's heap keeps.
+        gradients: the C library keeps those of up to 32 MiB on its heap, up to twice the size of the largest.
         """
         if not head.widens(self.inputs.hidden):
             return 0.95
         gathered = 0 if index is None else 2 * self.inputs.hidden.shape[1]
-        return 0.75 * columns / (columns + gathered)
+        return 0.65 * columns / (columns + gathered)
 
     def _sum_dtype(self, chunks: int) -> torch.dtype:
         """Of the weight's gradient: bfloat16 where autograd wants it so and few enough roundings add up (chunks.py).

@@ -1,4 +1,4 @@
-"""Decoding steps through a model's own forward: prefill, one token each, sequences that leave.
+"""Decoding through a model's own forward: prefill, draws with a step after each, sequences that leave.
 
 The KV cache is allocated once and written in place where its layers allow it.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,61 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from bandit_rft import ops
 from bandit_rft.transfer import to_device
 
 #: How a model is told which positions are padding: a ready additive mask, or the plain [B, length] one.
 Padding = Literal["ready", "plain"]
+
+
+class Source(NamedTuple):
+    """What tokens are drawn from, and how.
+
+    Attributes:
+        weight: [V, H] of the head.
+        options: the head's and the sampling's, as `ops.linear_sample` takes them.
+        seed: of all streams.
+        stop: bool [V], tokens that end a completion.
+        check_every: draws from one look at how many sequences go on to the next.
+    """
+
+    weight: Tensor
+    options: dict[str, Any]
+    seed: int
+    stop: Tensor
+    check_every: int
+
+
+class Drawn(NamedTuple):
+    """[steps, b] each; after a sequence's stop token they mean nothing."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@dataclass
+class Batch:
+    """The sequences that are decoded together, [b] each.
+
+    Attributes:
+        rows: which of the call's completions they are.
+        ids: their random streams.
+        positions: in the completion, of the token that is drawn next.
+        places: the same, in the whole text.
+        alive: whether they go on.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    positions: Tensor
+    places: Tensor
+    alive: Tensor
+
+    def keep(self, which: Tensor) -> None:
+        """Go on with these of them."""
+        self.rows, self.ids, self.positions = self.rows[which], self.ids[which], self.positions[which]
+        self.places, self.alive = self.places[which], self.alive[which]
 
 
 class InPlaceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -61,7 +113,7 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class ModelDecoder:
-    """Decodes a batch through the model's own forward, over its KV cache: `read`, then `step` and `select`.
+    """Decodes a batch through the model's own forward, over its KV cache: `prefill`, then `draw`, `step` and `select`.
 
     Args:
         base: what gives the hidden states.
@@ -105,6 +157,35 @@ class ModelDecoder:
         self._columns += 1
         mask = self._mask[..., : self._columns] if self._mask is not None else None
         return self._forward(tokens[:, None], positions[:, None], mask)
+
+    def draw(self, hidden: Tensor, batch: Batch, source: Source, steps: int) -> Drawn:
+        """Draw up to `steps` tokens of each sequence, with a step after each draw but the last.
+
+        Fewer, where so many sequences have ended that it is worth to go on without them (`is_idle`).
+
+        Args:
+            hidden: [b, H], the last hidden states.
+            batch: the sequences; positions, places and who is alive are brought up to date.
+            source: what is drawn from.
+            steps: at least 1.
+        """
+        drawn: list[Drawn] = []
+        while True:
+            sample = ops.linear_sample(
+                hidden, source.weight, seed=source.seed, sequence_ids=batch.ids, positions=batch.positions,
+                **source.options,
+            )  # fmt: skip
+            # of a float64 model they are float64
+            drawn.append(Drawn(sample.tokens, sample.logprobs.float(), sample.entropy.float()))
+            batch.positions = batch.positions + 1
+            batch.alive = batch.alive & ~source.stop[sample.tokens]
+            if len(drawn) == steps:
+                break
+            if len(drawn) % source.check_every == 0 and is_idle(self, int(batch.alive.sum()), len(hidden)):
+                break
+            hidden = self.step(sample.tokens, batch.places)
+            batch.places = batch.places + 1
+        return Drawn(*(torch.stack(values) for values in zip(*drawn, strict=True)))
 
     def computed(self, sequences: int) -> int:
         """How many are computed where so many are decoded: all that is asked for, and no more."""
@@ -160,6 +241,14 @@ class ModelDecoder:
         if self._padding == "plain" or (self.window is not None and self.window < capacity):
             return seen.long()
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
+
+
+def is_idle(decoder: Any, remaining: int, count: int) -> bool:
+    """Whether so much of a batch of `count` idles, `remaining` of it being alive, that the others go on alone.
+
+    Moving the cache costs about as much as one step, so it pays once a quarter of the batch is idle.
+    """
+    return bool(decoder.computed(remaining) <= 0.75 * decoder.computed(count))
 
 
 def _cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bandit_rft import ops
 from bandit_rft.model import Policy
 from bandit_rft.model.surroundings import plain_surroundings
-from bandit_rft.rollout.decoding import ModelDecoder, Padding
+from bandit_rft.rollout.decoding import Batch, Drawn, ModelDecoder, Padding, Source, is_idle
 from bandit_rft.rollout.graphs import CHECK_EVERY, CapturedDecoder
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout.probe import probe_decoding, probe_static_decoding
@@ -99,21 +98,21 @@ class _Segment:
 
     rows: Tensor  # int64 [b], which of the B sequences
     first: int  # completion position of the first step
-    tokens: list[Tensor] = field(default_factory=list)
-    logprobs: list[Tensor] = field(default_factory=list)
-    entropy: list[Tensor] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.first + sum(len(part.tokens) for part in self.drawn)
 
 
 def _tables(segments: list[_Segment], count: int) -> Tables:
     """[count, steps] of everything drawn, zeros where a sequence had left."""
-    steps, device = segments[-1].first + len(segments[-1].tokens), segments[0].rows.device
+    steps, device = segments[-1].end, segments[0].rows.device
     tokens = torch.zeros((count, steps), dtype=torch.int64, device=device)
     logprobs, entropy = torch.zeros((2, count, steps), device=device)
     for segment in segments:
-        columns = slice(segment.first, segment.first + len(segment.tokens))
-        for table, values in ((tokens, segment.tokens), (logprobs, segment.logprobs), (entropy, segment.entropy)):
-            if values:
-                table[segment.rows, columns] = torch.stack(values, dim=1)
+        for table, parts in zip((tokens, logprobs, entropy), zip(*segment.drawn, strict=True), strict=False):
+            table[segment.rows, segment.first : segment.end] = torch.cat(parts).T
     return tokens, logprobs, entropy
 
 
@@ -193,7 +192,7 @@ class RolloutEngine:
             served = [n for n in (positions, self._plan.max_length, policy.plan.max_length) if n]
             max_completion_length = min([COMPLETION_LENGTH, *(max(1, n // 2) for n in served)])
         self.max_completion_length = max_completion_length
-        self._native = self._probe_native()
+        self._native, self._window = self._probe_native(), self._model_decoder().window
         config, padding = policy.model.config, self._plan.padding
         if static_cache is None:
             static_cache = static_cache_serves(policy.device.type, padding, has_plain_cache(config))
@@ -320,10 +319,9 @@ class RolloutEngine:
             return self._static.decode(
                 prompts, which, row_ids, capacity=capacity, seed=seed, sampling=sampling.__dict__
             )
-        through_model = self._model_decoder()
-        in_window = through_model.window is None or capacity <= through_model.window
+        in_window = self._window is None or capacity <= self._window
         native = self._native if in_window and self._native is not None and self._native.ready() else None
-        decoder: NativeDecoder | ModelDecoder = native or through_model
+        decoder: NativeDecoder | ModelDecoder = native or self._model_decoder()
         hidden = decoder.prefill(prompts, len(rows), capacity)
 
         # One row a prompt so far; from here on one row a completion.
@@ -332,51 +330,48 @@ class RolloutEngine:
             hidden, place = hidden[which], place[which]
             decoder.select(which)
 
-        active = torch.arange(len(rows), device=device)
-        positions = torch.zeros_like(active)
-        alive = torch.ones(len(rows), dtype=torch.bool, device=device)
-        segments = [_Segment(active, 0)]
+        batch = Batch(
+            rows=torch.arange(len(rows), device=device), ids=row_ids, positions=torch.zeros_like(row_ids), places=place,
+            alive=torch.ones(len(rows), dtype=torch.bool, device=device),
+        )  # fmt: skip
         options = {**policy.head_options, **sampling.__dict__}
-        for step in range(self.max_completion_length):
-            sample = ops.linear_sample(
-                hidden, policy.weight, seed=seed, sequence_ids=row_ids, positions=positions, **options
+        source = Source(policy.weight, options, seed, self._stop, self._check_every)
+        segments, steps = [_Segment(batch.rows, 0)], 0
+        while True:
+            most = self.max_completion_length - steps
+            drawn = decoder.draw(
+                hidden, batch, source, most if watch is None else min(most, watch.every - steps % watch.every)
             )
-            segment = segments[-1]
-            segment.tokens.append(sample.tokens)
-            segment.logprobs.append(sample.logprobs.float())  # of a float64 model they are float64
-            segment.entropy.append(sample.entropy.float())
-            if step + 1 == self.max_completion_length:
+            segments[-1].drawn.append(drawn)
+            steps = segments[-1].end
+            if steps == self.max_completion_length:
                 break
-            alive &= ~self._stop[sample.tokens]
-            if watch is not None and (step + 1) % watch.every == 0:
-                self._look(watch, segments, rows, alive, ended)
-            tokens = sample.tokens
-            if (step + 1) % self._check_every == 0:
-                remaining = int(alive.sum())
-                if remaining == 0:
-                    break
-                # Moving the cache costs about as much as one step, so it pays once a quarter of the batch is idle.
-                size = decoder.computed(remaining)
-                if size <= 0.75 * decoder.computed(len(active)):
-                    keep = alive.int().argsort(descending=True, stable=True)[:size].sort().values
-                    active, row_ids, positions, place = active[keep], row_ids[keep], positions[keep], place[keep]
-                    tokens, alive = tokens[keep], alive[keep]
-                    decoder.select(keep)
-                    segments.append(_Segment(active, step + 1))
-            hidden = decoder.step(tokens, place)
-            positions, place = positions + 1, place + 1
+            if watch is not None and steps % watch.every == 0:
+                self._look(watch, segments, rows, batch, ended)
+            tokens, remaining = drawn.tokens[-1], int(batch.alive.sum())
+            if remaining == 0:
+                break
+            if is_idle(decoder, remaining, len(tokens)):
+                size = decoder.computed(remaining)  # what is computed beside them anyway goes on, too
+                keep = batch.alive.int().argsort(descending=True, stable=True)[:size].sort().values
+                batch.keep(keep)
+                decoder.select(keep)
+                tokens = tokens[keep]
+                segments.append(_Segment(batch.rows, steps))
+            hidden = decoder.step(tokens, batch.places)
+            batch.places = batch.places + 1
         return _tables(segments, len(rows))
 
-    def _look(self, watch: Watch, segments: list[_Segment], rows: list[int], alive: Tensor, ended: Tensor) -> None:
-        """Ask which of the completions that go on end here; take these out of `alive`, and note it in `ended`."""
-        going = alive.nonzero().flatten()
+    def _look(self, watch: Watch, segments: list[_Segment], rows: list[int], batch: Batch, ended: Tensor) -> None:
+        """Ask which of the completions that go on end here; take these out of the batch, and note it in `ended`."""
+        going = batch.alive.nonzero().flatten()
         if not len(going):
             return
         tokens, *_ = _tables(segments, len(rows))
-        active = segments[-1].rows[going]
+        active = batch.rows[going]
         end = torch.tensor(watch.told([rows[i] for i in active.tolist()], tokens[active].tolist()), dtype=torch.bool)
         ended[active.cpu()[end]] = tokens.shape[1]
-        alive[going[end.to(going.device)]] = False
+        batch.alive = batch.alive.index_fill(0, going[end.to(going.device)], False)
 
     def _within_static(self, capacity: int) -> bool:
         limit = self._static_plan.max_length if self._static_plan is not None else 0

@@ -1,11 +1,12 @@
-"""Decoding steps of Llama-shaped models in the compiled core (csrc/cpu/decoder.h): one call a step instead of some 200.
+"""Decoding of Llama-shaped models in the compiled core (csrc/cpu/drawing.h): one call for many tokens of a batch.
 
 A step of a million-parameter model is 200 operations of a few microseconds, and calling them through modules costs more
-than they do. The core knows one kind of layer: RMS norms, rotary positions, grouped-query attention, a gated SiLU. A
-model built of exactly that is decoded there, on a CPU in float32, from its own weights; the engine compares both ways
-before it relies on it. Any other model, and any other device, decodes through the model's own forward.
+than they do; for one sequence, so does calling head, draw and step. The core knows one kind of layer: RMS norms, rotary
+positions, grouped-query attention, a gated SiLU. A model built of exactly that is decoded there, on a CPU in float32,
+from its own weights; the engine compares both ways before it relies on it. Any other model, and any other device,
+decodes through the model's own forward.
 
-SIMD lanes run over the batch, so what a sequence gets has the same bits whatever it is batched with.
+What a sequence gets has the same bits whatever it is batched with: no sum runs over the batch's lanes.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from torch import Tensor, nn
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from bandit_rft.model import Policy
-from bandit_rft.ops import backends
+from bandit_rft.ops import backends, checks, head
+from bandit_rft.rollout.decoding import Batch, Drawn, Source
 
 #: Models whose layers are what the core computes (config.model_type).
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 #: Rotary embeddings that are a table of the position: others change with the length of the text.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+#: Tokens of a sequence that are drawn in one call: none of them can be interrupted.
+AT_ONCE = 32
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class NativeDecoder:
-    """The core's decoder over a policy's weights: `read` the prompts, then `step` by `step`, `select` when some end.
+    """The core's decoder over a policy's weights: `prefill`, then `draw`, `step` and `select`, as a ModelDecoder does.
 
     Raises:
         NotImplementedError: saying why, for a model that the core does not compute.
@@ -90,6 +94,30 @@ class NativeDecoder:
         hidden = torch.empty(len(tokens), self._sizes[1])
         self._core.step(_dl(tokens), _dl(positions), _dl(hidden), torch.get_num_threads())
         return hidden
+
+    def draw(self, hidden: Tensor, batch: Batch, source: Source, steps: int) -> Drawn:
+        """Draw up to `steps` tokens of each sequence (and at most AT_ONCE), with a step after each draw but the last.
+
+        As `ModelDecoder.draw`, by which the arguments are explained; hidden is overwritten.
+        """
+        steps, count, options = min(steps, AT_ONCE), len(hidden), source.options
+        weight, bias = source.weight.detach(), options["bias"]
+        rows = head.chunks(count, len(weight), hidden, copies=1)[0].stop
+        tokens = torch.empty((steps, count), dtype=torch.int64)
+        logprobs, entropy = torch.empty((2, steps, count))
+        going = batch.alive.long()
+        steps = self._core.draw(
+            _dl(hidden), _dl(weight), None if bias is None else _dl(bias.detach()), float(options["temperature"]),
+            options["softcap"] or 0.0, options["logit_scale"], source.seed % 2**64, _dl(batch.ids),
+            _dl(batch.positions), options["top_k"], float(options["top_p"]), float(options["min_p"]), _dl(batch.places),
+            source.stop.nonzero()[:, 0].tolist(), _dl(going), _dl(head.workspace(rows, len(weight), hidden)),
+            *map(_dl, (tokens, logprobs, entropy)), torch.get_num_threads(),
+        )  # fmt: skip
+        if backends.is_checked():
+            for of_step in logprobs[:steps]:
+                checks.finite_values("the logits", of_step)
+        batch.alive, batch.positions, batch.places = going.bool(), batch.positions + steps, batch.places + steps - 1
+        return Drawn(tokens[:steps], logprobs[:steps], entropy[:steps])
 
     def select(self, which: Tensor) -> None:
         """Go on with the sequences `which` [b] int64 of the batch: ascending, some left out or some repeated."""

@@ -145,21 +145,13 @@ class Model:
         self.decoder.step(dl(tokens), dl(np.full(len(tokens), position)), dl(hidden), 1)
         return hidden
 
-    def draw(self, hidden: np.ndarray, at: int) -> np.ndarray:
-        count = len(hidden)
-        logits, tokens = np.empty((count, WORDS), np.float32), np.empty(count, np.int64)
-        self.core.head_logits(dl(hidden), dl(self.embed), None, dl(logits), 1)
-        stream = [1, dl(np.arange(count)), dl(np.full(count, at)), 0, 1.0, 0.0]
-        out = [dl(tokens), *(floats(count) for _ in range(4)), 1]
-        self.core.sample_rows(dl(logits), 1.0, None, 0.0, 1.0, *stream, *out)
-        return tokens
-
-    def roll_out(self) -> None:
-        hidden = self.prefill(SEQUENCES)
-        for at in range(NEW):
-            tokens = self.draw(hidden, at)
-            if at < NEW - 1:
-                hidden = self.step(tokens, PROMPT + at)
+    def roll_out(self, count: int, new: int) -> None:
+        hidden, positions = self.prefill(count), np.zeros(count, np.int64)
+        logits, tokens = np.empty((count, WORDS), np.float32), np.empty((new, count), np.int64)
+        stream = [1, dl(np.arange(count)), dl(positions), 0, 1.0, 0.0, dl(positions + PROMPT)]
+        going, table = np.ones(count, np.int64), [dl(np.empty((new, count), np.float32)) for _ in range(2)]
+        head = [dl(hidden), dl(self.embed), None, 1.0, 0.0, 1.0]
+        self.decoder.draw(*head, *stream, [], dl(going), dl(logits), dl(tokens), *table, 1)
 
 
 def kernels(core: Any) -> Iterator[Kernel]:
@@ -174,10 +166,11 @@ def kernels(core: Any) -> Iterator[Kernel]:
         model.prefill(count)
         tokens = random.integers(WORDS, size=count)
         yield f"decoder.step, {count} sequences", count, lambda t=tokens: model.step(t, PROMPT)
+    yield "decoder.draw, 1 sequences, with its prompt", NEW, lambda: model.roll_out(1, NEW)
     *_, policy, _ = row_kernels(core, normal(SEQUENCES * NEW, WORDS), " of a round")
 
     def a_round() -> None:
-        model.roll_out()
+        model.roll_out(SEQUENCES, NEW)
         for _ in range(LAYERS):
             for _, _, call in update:
                 call()

@@ -7,7 +7,7 @@
 // one of rows with a panel. Never in memory: scores of more than one panel of queries of one head, a mask, padding.
 #include "attention.h"
 
-#include "vectors.h"
+#include "panel_product.h"
 
 namespace bandit_rft::cpu {
 namespace BRFT_ISA {

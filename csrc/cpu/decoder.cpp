@@ -13,7 +13,7 @@ namespace bandit_rft::cpu {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr int64_t kWorthAThread = 1 << 22;  // multiply-adds of a pass; some 100 microseconds
+constexpr int64_t kWorthAThread = 1 << 21;  // multiply-adds of a pass; some 50 microseconds
 constexpr int64_t kReadAtOnce = 256;        // tokens of prompts in one pass
 
 void require(bool condition, const std::string& what) {
@@ -44,9 +44,7 @@ Decoder::Decoder(const DecoderModel& model) : model_(model), kernels_(kernels().
             "heads must be a multiple of key_value_heads");
 }
 
-size_t Decoder::cache_block() const {
-    return size_t(capacity_ * model_.key_value_heads * model_.head_size * kernels_->panel);
-}
+size_t Decoder::cache_block() const { return size_t(capacity_ * model_.key_value_heads * model_.head_size * lanes_); }
 
 float* Decoder::cache(int64_t layer, int64_t panel, int which) const {
     return cache_.memory.get() + ((layer * room_ + panel) * 2 + which) * int64_t(cache_block());
@@ -62,6 +60,7 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     require_tokens(tokens, std::accumulate(lengths, lengths + batch, int64_t(0)));
     batch_ = batch;
     room_ = panels_of(room);
+    lanes_ = kernels_->computed_lanes(int(std::min<int64_t>(room, kernels_->panel)));
     capacity_ = capacity;
     columns_ = width;  // all prompts end in the same column
     first_.assign(size_t(room_ * kernels_->panel), 0);
@@ -72,7 +71,7 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     cache_.of(model_.layers.size() * 2 * cache_block() * size_t(room_));
     // Columns before a sequence have the weight 0, and 0 times a NaN that an earlier batch left there would be NaN.
     const int64_t before = columns_ - *std::min_element(lengths, lengths + batch);
-    const size_t floats = size_t(before * model_.key_value_heads * model_.head_size * kernels_->panel);
+    const size_t floats = size_t(before * model_.key_value_heads * model_.head_size * lanes_);
     for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
         for (int64_t panel = 0; panel < panels_of(batch); ++panel)
             std::memset(cache(layer, panel, 1), 0, floats * sizeof(float));
@@ -97,7 +96,7 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
 }
 
 void Decoder::select(const int64_t* which, int64_t count) {
-    require(count > 0 && count <= room_ * kernels_->panel,
+    require(count > 0 && count <= (room_ == 1 ? lanes_ : room_ * kernels_->panel),
             "which must name a sequence, and no more than there is room for");
     bool back = true, forth = true;  // every sequence moves to an earlier lane, or every one to a later
     for (int64_t b = 0; b < count; ++b) {
@@ -119,8 +118,8 @@ void Decoder::select(const int64_t* which, int64_t count) {
             const int64_t stride = cache(layer, 1, kind) - base;
             for (int64_t r = 0; r < rows; ++r)
                 in_order([&](int64_t b) {
-                    base[b / panel * stride + r * panel + b % panel] =
-                        base[which[b] / panel * stride + r * panel + which[b] % panel];
+                    base[b / panel * stride + r * lanes_ + b % panel] =
+                        base[which[b] / panel * stride + r * lanes_ + which[b] % panel];
                 });
         }
     batch_ = count;
@@ -180,6 +179,7 @@ void Decoder::run(const Pass& pass, int threads) {
 void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     const DecoderKernels& kernel = *kernels_;
     const int64_t width = kernel.panel, panels = panels_of(pass.rows), hidden_size = model_.hidden_size;
+    const int64_t tile = kernel.rows_at_once(pass.rows);
     const int64_t queries = model_.heads * model_.head_size, key_values = model_.key_value_heads * model_.head_size;
     const auto in_panels = [&](float* data, int64_t rows) { return Panels{data, rows * width}; };
     const Panels residual = in_panels(member.residual.memory.get(), hidden_size);
@@ -205,12 +205,12 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     // total.
     const auto rows_of = [&](int64_t rows, int64_t before, int64_t all, const auto& do_rows) {
         const Share share(all, index, size);
-        const int64_t tiles = (rows + kernel.tile - 1) / kernel.tile;
+        const int64_t tiles = (rows + tile - 1) / tile;
         const int64_t begin = std::max<int64_t>(share.begin - before, 0), end = std::min(share.end - before, tiles);
-        if (begin < end) do_rows(begin * kernel.tile, std::min(end * kernel.tile, rows));
+        if (begin < end) do_rows(begin * tile, std::min(end * tile, rows));
         return before + tiles;
     };
-    const auto tiles = [&](int64_t rows) { return (rows + kernel.tile - 1) / kernel.tile; };
+    const auto tiles = [&](int64_t rows) { return (rows + tile - 1) / tile; };
 
     for (int64_t r = 0; r < panels * width; ++r) {
         const float* from = r < pass.rows ? model_.embedding + pass.tokens[r] * hidden_size : nullptr;
@@ -311,9 +311,10 @@ void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which,
             continue;
         }
         a.columns = columns_;
-        a.column_stride = key_values * width;
-        a.keys = cache(which, p, 0) + head * head_size * width;
-        a.values = cache(which, p, 1) + head * head_size * width;
+        a.column_stride = key_values * lanes_;
+        a.lanes = lanes_;
+        a.keys = cache(which, p, 0) + head * head_size * lanes_;
+        a.values = cache(which, p, 1) + head * head_size * lanes_;
         a.first = first_.data() + p * width;
         a.lowest_first = *std::min_element(a.first, a.first + members);
         a.highest_first = *std::max_element(a.first, a.first + members);
@@ -331,14 +332,15 @@ void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int ind
     for (int64_t unit = share.begin; unit < share.end; ++unit) {
         const Run& run = pass.runs[size_t(unit / heads)];
         const int64_t head = unit % heads, panel = run.sequence / width;
-        const int64_t at = (first_[size_t(run.sequence)] * heads + head) * head_size * width + run.sequence % width;
+        const int64_t at = (first_[size_t(run.sequence)] * heads + head) * head_size * lanes_ + run.sequence % width;
         HeadPrefill a{};
         a.head_size = head_size;
         a.group = group;
         a.row = run.row;
         a.count = run.count;
         a.begin = run.begin;
-        a.column_stride = key_values * width;
+        a.column_stride = key_values * lanes_;
+        a.lanes = lanes_;
         a.query = {qkv_.memory.get() + head * group * head_size * width, stride};
         a.key = {qkv_.memory.get() + (queries + head * head_size) * width, stride};
         a.value = {qkv_.memory.get() + (queries + key_values + head * head_size) * width, stride};

@@ -87,7 +87,8 @@ class Decoder {
     DecoderModel model_;
     const DecoderKernels* kernels_;
     int64_t batch_ = 0, capacity_ = 0, columns_ = 0, positions_ = 0;
-    int64_t room_ = 0;  // panels that the cache holds
+    int64_t room_ = 0,
+            lanes_ = 0;  // panels that the cache holds, and lanes of each: of few sequences, no more than count
     std::vector<int32_t> first_;
     std::vector<float> cos_, sin_;
     std::vector<Member> members_;

@@ -7,7 +7,7 @@
 // Never in memory: a mask, gate x and up x, scores of more than one head.
 #include "decoder_kernels.h"
 
-#include "vectors.h"
+#include "panel_product.h"
 
 namespace bandit_rft::cpu {
 namespace BRFT_ISA {
@@ -17,6 +17,15 @@ constexpr int kScores = 4;                         // columns scored at once
 
 int lanes_of(int members) { return computed_lanes(members); }
 
+// Calls each(lane) for the first `lanes` of a panel, kFew at a time: so many that they are vectors without a rest.
+template <class Each>
+BRFT_INLINE void every_lane(int lanes, const Each& each) {
+    for (int first = 0; first < lanes; first += kFew) {
+#pragma omp simd
+        for (int l = first; l < first + kFew; ++l) each(l);
+    }
+}
+
 BRFT_INLINE int members_of(int64_t panel, int64_t batch) {
     const int64_t left = batch - panel * kPanel;
     return int(left < kPanel ? left : kPanel);
@@ -24,37 +33,39 @@ BRFT_INLINE int members_of(int64_t panel, int64_t batch) {
 
 void product(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in, int64_t batch,
              Panels out) {
-    for (int64_t r = begin; r < end; r += kTile) {
-        const int rows = int(end - r < kTile ? end - r : kTile);
+    const int tile = rows_at_once(batch);
+    for (int64_t r = begin; r < end; r += tile) {
+        const int rows = int(end - r < tile ? end - r : tile);
         for (int64_t p = 0; p * kPanel < batch; ++p) {
             const int members = members_of(p, batch), lanes = computed_lanes(members);
             float* to = out.data + p * out.stride + r * kPanel;
             rows_product(rows, weight + r * size, size, in.data + p * in.stride, size, members, to);
             if (bias)
-                for (int i = 0; i < rows; ++i)
-                    for (int l = 0; l < lanes; ++l) to[i * kPanel + l] += bias[r + i];
+                for (int i = 0; i < rows; ++i) every_lane(lanes, [&](int l) { to[i * kPanel + l] += bias[r + i]; });
         }
     }
 }
 
 void gated_product(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in,
                    int64_t batch, Panels out) {
-    alignas(64) float gates[kTile * kPanel], ups[kTile * kPanel];
-    for (int64_t r = begin; r < end; r += kTile) {
-        const int rows = int(end - r < kTile ? end - r : kTile);
+    alignas(64) float gates[kMostRows * kPanel], ups[kMostRows * kPanel];
+    const int tile = rows_at_once(batch);
+    for (int64_t r = begin; r < end; r += tile) {
+        const int rows = int(end - r < tile ? end - r : tile);
         for (int64_t p = 0; p * kPanel < batch; ++p) {
             const int members = members_of(p, batch), lanes = computed_lanes(members);
             const float* x = in.data + p * in.stride;
             float* to = out.data + p * out.stride + r * kPanel;
             rows_product(rows, gate + r * size, size, x, size, members, gates);
             rows_product(rows, up + r * size, size, x, size, members, ups);
-            for (int i = 0; i < rows * kPanel; i += kPanel) {
+            for (int i = 0; i < rows * kPanel; i += kPanel)
+                for (int first = i; first < i + lanes; first += kFew) {
 #pragma omp simd
-                for (int l = 0; l < lanes; ++l) {
-                    const float g = gates[i + l];
-                    to[i + l] = g / (1.0f + exp_fast(g < -88.0f ? 88.0f : -g)) * ups[i + l];
+                    for (int l = first; l < first + kFew; ++l) {
+                        const float g = gates[l];
+                        to[l] = g / (1.0f + exp_fast(g < -88.0f ? 88.0f : -g)) * ups[l];
+                    }
                 }
-            }
         }
     }
 }
@@ -62,10 +73,8 @@ void gated_product(const float* gate, const float* up, int64_t size, int64_t beg
 void inverse_rms(const float* x, float eps, int64_t size, int members, float* out) {
     const int lanes = computed_lanes(members);
     alignas(64) float squares[kPanel] = {};
-    for (int64_t k = 0; k < size; ++k) {
-#pragma omp simd
-        for (int l = 0; l < lanes; ++l) squares[l] += x[k * kPanel + l] * x[k * kPanel + l];
-    }
+    for (int64_t k = 0; k < size; ++k)
+        every_lane(lanes, [&](int l) { squares[l] += x[k * kPanel + l] * x[k * kPanel + l]; });
     for (int l = 0; l < lanes; ++l) out[l] = 1.0f / sqrtf(squares[l] / float(size) + eps);
 }
 
@@ -75,23 +84,19 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t size, int 
     inverse_rms(x, eps, size, members, inverse);
     for (int64_t k = 0; k < size; ++k) {
         const float w = weight[k];
-#pragma omp simd
-        for (int l = 0; l < lanes; ++l) out[k * kPanel + l] = x[k * kPanel + l] * inverse[l] * w;
+        every_lane(lanes, [&](int l) { out[k * kPanel + l] = x[k * kPanel + l] * inverse[l] * w; });
     }
 }
 
 void add(float* x, const float* y, int64_t size, int members) {
     const int lanes = computed_lanes(members);
-    for (int64_t k = 0; k < size; ++k) {
-#pragma omp simd
-        for (int l = 0; l < lanes; ++l) x[k * kPanel + l] += y[k * kPanel + l];
-    }
+    for (int64_t k = 0; k < size; ++k) every_lane(lanes, [&](int l) { x[k * kPanel + l] += y[k * kPanel + l]; });
 }
 
-// One head of the new token, normalized if there are weights, rotated, times `factor`.
+// One head of the new token, normalized if there are weights, rotated, times `factor`; to out [head_size, out_lanes].
 template <int Lanes>
 BRFT_INLINE void rotated(const HeadAttention& a, const float* x, const float* weight, const float* given_inverse,
-                         float factor, float* out) {
+                         float factor, float* out, int64_t out_lanes = kPanel) {
     alignas(64) float inverse[kPanel];
     if (weight && !given_inverse) inverse_rms(x, a.norm_eps, a.head_size, a.members, inverse);
     const float* scale = given_inverse ? given_inverse : inverse;
@@ -106,22 +111,22 @@ BRFT_INLINE void rotated(const HeadAttention& a, const float* x, const float* we
                 u *= scale[l] * low_weight;
                 v *= scale[l] * high_weight;
             }
-            out[low + l] = (u * a.cos[low + l] - v * a.sin[low + l]) * factor;
-            out[high + l] = (v * a.cos[high + l] + u * a.sin[high + l]) * factor;
+            out[d * out_lanes + l] = (u * a.cos[low + l] - v * a.sin[low + l]) * factor;
+            out[(d + half) * out_lanes + l] = (v * a.cos[high + l] + u * a.sin[high + l]) * factor;
         }
     }
 }
 
-// Element d of column t, of keys or values: each lane's own in [columns, head_size, panel], or one for all lanes in
+// Element d of column t, of keys or values: each lane's own in [columns, head_size, lanes], or one for all lanes in
 // [columns, head_size].
 template <bool Shared>
 struct Cached {
     const float* data;
-    int64_t stride;
+    int64_t stride, lanes;
 };
 template <class G>
 BRFT_INLINE typename G::Vector element(const Cached<false>& x, int64_t t, int64_t d, int lane) {
-    return G::load(x.data + t * x.stride + d * kPanel + lane);
+    return G::load(x.data + t * x.stride + d * x.lanes + lane);
 }
 template <class G>
 BRFT_INLINE float element(const Cached<true>& x, int64_t t, int64_t d, int) {
@@ -216,9 +221,10 @@ BRFT_INLINE const float* query_weight(const HeadAttention& a, int64_t head) {
 template <int Lanes>
 BRFT_INLINE void attend_lanes(const HeadAttention& a) {
     const int64_t newest = (a.columns - 1) * a.column_stride;
-    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest);
-    memcpy(a.values + newest, a.value, sizeof(float) * size_t(a.head_size * kPanel));
-    const Cached<false> keys{a.keys, a.column_stride}, values{a.values, a.column_stride};
+    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest, a.lanes);
+    for (int64_t d = 0; d < a.head_size; ++d)
+        memcpy(a.values + newest + d * a.lanes, a.value + d * kPanel, sizeof(float) * Lanes);
+    const Cached<false> keys{a.keys, a.column_stride, a.lanes}, values{a.values, a.column_stride, a.lanes};
     float *q = a.scratch, *scores = a.scratch + a.head_size * kPanel;
     for (int64_t head = 0; head < a.group; ++head) {
         const int64_t at = head * a.head_size * kPanel;
@@ -289,7 +295,7 @@ void prefill(const HeadPrefill& a) {
           *values = keys + columns * size;
     for (int64_t t = 0; t < columns; ++t)
         for (int64_t d = 0; d < size; ++d) {
-            const int64_t at = t * a.column_stride + d * kPanel;
+            const int64_t at = t * a.column_stride + d * a.lanes;
             if (t >= a.begin) {
                 a.keys[at] = *lane(a.key, a.row + t - a.begin, d);
                 a.values[at] = *lane(a.value, a.row + t - a.begin, d);
@@ -304,7 +310,8 @@ void prefill(const HeadPrefill& a) {
                 for (int l = 0; l < kPanel; ++l)
                     q[d * kPanel + l] = l < members ? *lane(a.query, a.row + i + l, head * size + d) : 0.0f;
             const auto attend = [&](auto lanes) {
-                attend_to_one<lanes.kLanes>({keys, size}, {values, size}, q, size, a.begin + i, members, scores, q);
+                attend_to_one<lanes.kLanes>({keys, size, 0}, {values, size, 0}, q, size, a.begin + i, members, scores,
+                                            q);
             };
             switch (computed_lanes(members)) {
                 case kPanel:
@@ -324,9 +331,9 @@ void prefill(const HeadPrefill& a) {
 }  // namespace BRFT_ISA
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
-    BRFT_ISA::kPanel,        BRFT_ISA::kTile,    BRFT_ISA::lanes_of,    BRFT_ISA::product,
-    BRFT_ISA::gated_product, BRFT_ISA::rms_norm, BRFT_ISA::inverse_rms, BRFT_ISA::add,
-    BRFT_ISA::attend,        BRFT_ISA::rotate,   BRFT_ISA::prefill,
+    BRFT_ISA::kPanel,        BRFT_ISA::rows_at_once, BRFT_ISA::lanes_of,    BRFT_ISA::product,
+    BRFT_ISA::gated_product, BRFT_ISA::rms_norm,     BRFT_ISA::inverse_rms, BRFT_ISA::add,
+    BRFT_ISA::attend,        BRFT_ISA::rotate,       BRFT_ISA::prefill,
 };
 
 }  // namespace bandit_rft::cpu

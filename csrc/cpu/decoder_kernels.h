@@ -26,7 +26,8 @@ struct HeadAttention {
     // null, otherwise over all heads, whose 1 / rms [panel] are given and whose weights differ from head to head.
     const float *query_norm, *key_norm, *query_inverse, *key_inverse;
     const float *cos, *sin;  // of each lane's position, [head_size, panel]
-    float *keys, *values;    // the cache: column t at t * column_stride, [head_size, panel]
+    float *keys, *values;    // the cache: column t at t * column_stride, [head_size, lanes]
+    int64_t lanes;           // that the cache has of a panel
     const int32_t* first;    // [panel] the first column that a lane sees
     int32_t lowest_first, highest_first;
     float* scratch;  // [head_size + columns, panel]
@@ -41,12 +42,13 @@ struct HeadPrefill {
     int64_t column_stride;
     Panels query, key, value, out;  // of this head, rotated
     float *keys, *values;           // the cache, from the sequence's first column on, in its lane
+    int64_t lanes;                  // that the cache has of a panel
     float* scratch;                 // [head_size + columns, panel], and twice [columns, head_size]
 };
 
 struct DecoderKernels {
     int panel;                           // sequences side by side
-    int tile;                            // rows of a weight handled at a time
+    int (*rows_at_once)(int64_t batch);  // rows of a weight handled at a time where so many are multiplied
     int (*computed_lanes)(int members);  // lanes of a panel that are computed where so many count
     // out[r] = sum_k weight[r, k] in[k] + bias[r] for rows [begin, end) of weight [rows, size]; bias may be null
     void (*product)(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in,

@@ -10,7 +10,7 @@
 // 2).
 #include "kernels.h"
 
-#include "vectors.h"
+#include "panel_product.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -307,15 +307,16 @@ SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) 
     return state;
 }
 
-// The head, in panels of batch rows (vectors.h).
+// The head, in panels of batch rows (panel_product.h).
 static_assert(kBlock % kTile == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and Philox counters");
 
 void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
                  int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride,
                  float* scratch) {
-    alignas(64) float sums[kTile * kPanel];
-    for (int64_t v = begin; v < end; v += kTile) {
-        const int rows = int(end - v < kTile ? end - v : kTile);
+    alignas(64) float sums[kMostRows * kPanel];
+    const int at_once = rows_at_once(batch);
+    for (int64_t v = begin; v < end; v += at_once) {
+        const int rows = int(end - v < at_once ? end - v : at_once);
         const float* tile;
         int64_t tile_stride;
         if (weight_dtype == DType::f32) {
@@ -359,8 +360,8 @@ void pack_hidden(const void* hidden, DType dtype, int64_t stride, int64_t batch,
 const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
     BRFT_STRING(BRFT_ISA),
     BRFT_LANES,
-    BRFT_ISA::kTile,
     BRFT_ISA::kPanel,
+    BRFT_ISA::rows_at_once,
     BRFT_ISA::row_state,
     BRFT_ISA::row_logit,
     BRFT_ISA::row_scaled,

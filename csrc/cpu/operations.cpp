@@ -158,8 +158,9 @@ void head_logits(const Head& head, float* out, int threads) {
     std::vector<float> packed(size_t(panels * k.head_panel * head.hidden_size));
     k.pack_hidden(head.hidden, head.hidden_dtype, head.hidden_stride, head.batch, head.hidden_size, packed.data());
     const int64_t work = panels * k.head_panel * head.hidden_size / 16 * head.vocabulary;
-    parallel(head.vocabulary, k.head_tile, work, threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(head.weight_dtype == DType::f32 ? 0 : size_t(k.head_tile * head.hidden_size));
+    const int rows = k.rows_at_once(head.batch);
+    parallel(head.vocabulary, rows, work, threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(head.weight_dtype == DType::f32 ? 0 : size_t(rows * head.hidden_size));
         k.head_logits(packed.data(), head.batch, head.hidden_size, head.weight, head.weight_dtype, head.weight_stride,
                       head.bias, begin, end, out, head.vocabulary, scratch.data());
     });

@@ -1,5 +1,5 @@
-// What the kernels of one instruction set are written with: exponentials, and products of a few rows of weights with a
-// panel of vectors. Included by the files that are compiled once for each instruction set (BRFT_ISA, BRFT_LANES).
+// What the kernels of one instruction set are written with: exponentials, and panels of vectors. Included by the files
+// that are compiled once for each instruction set (BRFT_ISA, BRFT_LANES).
 //
 // Loops are written for the compiler's vectorizer; nothing here may instantiate a template of the standard library,
 // since the linker keeps one copy of those for all instruction sets.
@@ -103,82 +103,6 @@ struct Group {
     BRFT_INLINE Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
     BRFT_INLINE void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
 };
-
-// sums[r, l] += sum_k weight[r, k] panel[k, l] for `Steps` of k: a row's weights from one pointer.
-template <int Rows, int Steps, class G>
-BRFT_INLINE void add_steps(const float* weight, int64_t weight_stride, const float* panel,
-                           typename G::Vector (&sum)[Rows][G::kVectors]) {
-    typename G::Vector x[Steps][G::kVectors];
-    BRFT_UNROLL
-    for (int i = 0; i < Steps; ++i) {
-        BRFT_UNROLL
-        for (int c = 0; c < G::kVectors; ++c) x[i][c] = G::load(panel + i * kPanel + c * G::kWidth);
-    }
-    BRFT_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-        const float* row = weight + r * weight_stride;
-        BRFT_UNROLL
-        for (int i = 0; i < Steps; ++i) {
-            BRFT_UNROLL
-            for (int c = 0; c < G::kVectors; ++c) sum[r][c] += row[i] * x[i][c];
-        }
-    }
-}
-
-// sums[r, l] = sum_k weight[r, k] panel[k, l] for the first `Lanes` lanes of the panel.
-//
-// Rows are read side by side, which no processor foresees; those of the next tile, which follow where rows are
-// contiguous, are asked for in the order they lie in: a cache line of each row while one is multiplied.
-template <int Rows, int Lanes>
-BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
-                              float* sums) {
-    using G = Group<Lanes>;
-    constexpr int kSteps = BRFT_LANES < 16 ? 1 : G::kVectors == 1 ? 8 : 4;  // as there are registers
-    for (int64_t start = 0; start == 0 || start < size; start += kStretch) {
-        const int64_t stop = start + kStretch < size ? start + kStretch : size;
-        typename G::Vector sum[Rows][G::kVectors] = {};
-        int64_t k = start;
-        for (; k + kLine <= stop; k += kLine) {
-            const float* next = weight + Rows * weight_stride + k * Rows;
-            BRFT_UNROLL
-            for (int r = 0; r < Rows; ++r) __builtin_prefetch(next + r * kLine, 0, 2);
-            for (int i = 0; i < kLine; i += kSteps)
-                add_steps<Rows, kSteps, G>(weight + k + i, weight_stride, panel + (k + i) * kPanel, sum);
-        }
-        for (; k < stop; ++k) add_steps<Rows, 1, G>(weight + k, weight_stride, panel + k * kPanel, sum);
-        BRFT_UNROLL
-        for (int r = 0; r < Rows; ++r) {
-            BRFT_UNROLL
-            for (int c = 0; c < G::kVectors; ++c) {
-                float* to = sums + r * kPanel + c * G::kWidth;
-                G::store(to, start == 0 ? sum[r][c] : G::load(to) + sum[r][c]);
-            }
-        }
-    }
-}
-
-// The same for up to kTile rows and the first `width` lanes of the panel (all that are computed at least).
-template <int Lanes>
-BRFT_INLINE void some_rows(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
-                           float* sums) {
-    if (rows == kTile) return tile_product<kTile, Lanes>(weight, weight_stride, panel, size, sums);
-    int r = 0;
-    for (; r + kPart <= rows; r += kPart)
-        tile_product<kPart, Lanes>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
-    for (; r < rows; ++r)
-        tile_product<1, Lanes>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
-}
-BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
-                              int width, float* sums) {
-    switch (computed_lanes(width)) {
-        case kPanel:
-            return some_rows<kPanel>(rows, weight, weight_stride, panel, size, sums);
-        case kFew:
-            return some_rows<kFew>(rows, weight, weight_stride, panel, size, sums);
-        default:
-            return some_rows<BRFT_LANES>(rows, weight, weight_stride, panel, size, sums);
-    }
-}
 
 }  // namespace BRFT_ISA
 }  // namespace bandit_rft::cpu

@@ -12,6 +12,7 @@
 
 #include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/decoder.h"
+#include "../../csrc/cpu/drawing.h"
 #include "../../csrc/cpu/filter.h"
 #include "../../csrc/cpu/operations.h"
 #include "../../csrc/philox.h"
@@ -373,6 +374,38 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
         check(alone == decode(everyone, 1, false), "decoder: in a batch", b, head_size);
         check(alone == decode(everyone, 3, true), "decoder: others leave", b, head_size);
     }
+
+    // Eight tokens of `size` sequences, drawn in one call.
+    const auto draw_some = [&](int64_t size, int64_t rows, int threads) {
+        Decoder decoder(model);
+        const std::vector<int64_t> lengths(size_t(size), 2), positions_of(size_t(size), 0), places(size_t(size), 2);
+        std::vector<int64_t> ids, going(size_t(size), 1), drawn(size_t(8 * size));
+        for (int64_t b = 0; b < size; ++b) ids.push_back(b);
+        std::vector<float> hidden(size_t(size * hidden_size)), logits(size_t(rows * vocabulary)), logp(drawn.size()),
+            entropy(drawn.size());
+        decoder.prefill(tokens.data(), lengths.data(), size, size, 16, cos, sin, 16, hidden.data(), threads);
+        const Drawing drawing{{hidden.data(), model.embedding, DType::f32, DType::f32, size, hidden_size, vocabulary,
+                               hidden_size, hidden_size, nullptr},
+                              Scaling{},
+                              1.0f,
+                              {7, ids.data(), positions_of.data(), 0, 1.0, 0.0},
+                              places.data(),
+                              {0},
+                              going.data(),
+                              logits.data(),
+                              rows};
+        const int64_t steps =
+            draw(decoder, drawing, hidden.data(), 8, {drawn.data(), logp.data(), entropy.data()}, threads);
+        drawn.resize(size_t(steps * size));
+        for (int64_t token : drawn) check(token >= 0 && token < vocabulary, "draw: a token", size, rows);
+        std::vector<int64_t> of_first;
+        for (int64_t t = 0; t < steps; ++t) of_first.push_back(drawn[size_t(t * size)]);
+        return of_first;
+    };
+    std::vector<int64_t> one = draw_some(1, 1, 1), many = draw_some(2 + batch / 4, 4, 3);
+    const size_t both = std::min(one.size(), many.size());
+    one.resize(both), many.resize(both);
+    check(both > 0 && one == many, "draw: in a batch", int64_t(both), head_size);
 }
 
 // A single row is contiguous whatever stride its exporter gives: torch 2.8 gives 1.

@@ -104,6 +104,8 @@ def test_a_row_is_the_same_in_any_batch(filters: dict[str, float], dtype: torch.
     try:
         for index in (
             torch.tensor([13]),
+            torch.tensor([40, 3]),
+            torch.arange(60, 63),
             torch.arange(5),
             torch.randperm(rows),
             torch.arange(33, 70),

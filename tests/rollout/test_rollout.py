@@ -229,10 +229,11 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     lengths = torch.tensor([len(p) for p in prompts])
     tokens = torch.randint(0, 97, (8, 600), generator=torch.Generator().manual_seed(1))
     everyone, some, last = torch.arange(600), torch.tensor([3, 4, 66]), torch.tensor([599])
+    pair = torch.tensor([7, 311])
     dozen = torch.arange(70, 82)
     default = torch.get_num_threads()
     try:
-        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2), (dozen, 2)):
+        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2), (pair, 2), (dozen, 2)):
             torch.set_num_threads(threads)
             out = native.prefill([prompts[i] for i in chosen], len(chosen), 15)
             for t in range(9):

@@ -18,6 +18,8 @@ from bandit_rft.checkpoint import list_checkpoints
 from bandit_rft.config import Config, build_config
 from bandit_rft.gates import GateError, SpotCheck, logprob_gaps
 from bandit_rft.metrics import read_metrics
+from bandit_rft.rollout import RolloutEngine
+from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout_batch import RolloutBatch
 from bandit_rft.tasks import Task
 from bandit_rft.trainer import Trainer
@@ -183,11 +185,29 @@ def test_a_wrong_sampler_is_found(
         return drawn._replace(logprobs=drawn.sampling_logprobs) if wrong == "logprobs" else drawn
 
     monkeypatch.setattr(ops, "linear_sample", sample)
+    # The compiled core's loop does not ask for the operation: the next test is of it.
+    monkeypatch.setattr(RolloutEngine, "_probe_native", lambda engine: None)
     filters = {"rollout.top_p": 0.9} if wrong == "logprobs" else {}
     trainer = make(configure(**filters))
     with pytest.raises(GateError, match="the sampler and the trainer are two policies"):
         trainer.run()
     assert trainer.round == 0
+
+
+def test_a_wrong_sampler_in_the_core_is_found(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, drawn = NativeDecoder.draw, []
+
+    def draw(native: Any, hidden: Any, batch: Any, source: Any, steps: int) -> Any:
+        drawn.append(steps)
+        options = source.options | {"temperature": 0.9 * source.options["temperature"]}
+        return honest(native, hidden, batch, source._replace(options=options), steps)
+
+    monkeypatch.setattr(NativeDecoder, "draw", draw)
+    with pytest.raises(GateError, match="the sampler and the trainer are two policies"):
+        make(configure()).run()
+    assert drawn
 
 
 def test_a_lack_of_memory_ends_the_checks_and_not_the_run(
