@@ -201,6 +201,15 @@ class Page:
             rows.append([f"**{name}**" if name == OURS else name, *cells, duration(whole), over])
         return rows
 
+    def profile(self) -> list[list[str]]:
+        """A row a kind of work: its milliseconds of a round, and their share."""
+        return [
+            [kind, f"{ms:.1f} ms", f"{ms / sum(found.values()):.2f}"]
+            for case in self.group("profile").values()
+            for found in [case["sides"][OURS]["figures"]]
+            for kind, ms in found.items()
+        ]
+
     def decoding(self, model: str) -> tuple[list[str], list[list[str]]]:
         """(sides, a row a number of sequences: tokens a second of each)."""
         cases = [case for case in self.group("decoding").values() if case["model"] == model]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import models, record
+from comparison import models, record, round_profile
 from comparison.record import OURS
 from reference_loop import Loop
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -49,10 +49,7 @@ def thirty_percent(completions: list[str], **columns: Any) -> list[float]:
     return [float(i % 10 in (0, 3, 6)) for i in range(len(completions))]  # 10 of 32: 22 earn nothing, 69%
 
 
-def ours(
-    folder: Path, output: Path, reward: Callable[..., list[float]], rounds: int = 24, skip: int = 8
-) -> list[dict[str, float]]:
-    """Seconds of each phase of each round after the first `skip`."""
+def our_trainer(folder: Path, output: Path, reward: Callable[..., list[float]], rounds: int) -> Trainer:
     task = Task("words", {"train": [Example(PROMPT, {"answer": str(i)}) for i in range(64)]}, [reward])
     config = build_config(
         {
@@ -62,7 +59,14 @@ def ours(
             "evaluation.max_queries": 1, "resume": "never",
         }
     )  # fmt: skip
-    Trainer(config, task=task).run()
+    return Trainer(config, task=task)
+
+
+def ours(
+    folder: Path, output: Path, reward: Callable[..., list[float]], rounds: int = 24, skip: int = 8
+) -> list[dict[str, float]]:
+    """Seconds of each phase of each round after the first `skip`."""
+    our_trainer(folder, output, reward, rounds).run()
     lines = [line for line in read_metrics(output) if line["round"] > skip]
     return [
         {k.removeprefix("seconds/"): v for k, v in line.items() if k.startswith("seconds/") and v} for line in lines
@@ -181,6 +185,17 @@ def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callabl
     flop = 4 * models.flop(config, 32 * 47, 32 * 32)  # once to draw, three times to learn; the last token is not read
     case = {"group": "round", "sides": sides, "bars": bars, "missing": missing, "shape": [32, 16, 32], "flop": flop}
     keep("a round of 32 x (16 + 32) tokens, 1.1M parameters", case, summary(sides))
+
+
+def test_profile(
+    model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = our_trainer(model_folder, tmp_path / "profiled", always, 28)
+    found = round_profile.by_kind(trainer, 28, 8, monkeypatch.setattr)
+    benchmark.pedantic(lambda: None)
+    case = {"group": "profile", "sides": {OURS: {"role": "ours", "figures": found}}}
+    keep("a round by kind of work", case, "".join(f"\n    {kind:<55} {ms:6.2f} ms" for kind, ms in found.items()))
+    assert all(ms > 0 for ms in found.values()), found
 
 
 def test_update_with_zero_rewards(

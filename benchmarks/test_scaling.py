@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ import pytest
 import torch
 from comparison import fresh, models, peers
 from comparison.batch import Batch
-from comparison.peers import CCE, LOSS, PLAIN, TORCH
+from comparison.peers import CCE, DRAWS, LOSS, PLAIN, TORCH
 from comparison.record import OURS
 from transformers import AutoModelForCausalLM
 
-from bandit_rft import linear_sample
 from bandit_rft.model import Policy
 from bandit_rft.ops import backends
 from bandit_rft.rollout import RolloutEngine, sequence_ids
@@ -40,9 +40,15 @@ LOSS_CURVES: dict[str, tuple[str, Sequence[float], Callable[[Any], tuple[tuple[i
         lambda z: ((2 * K, 512, 16000), z),
     ),
 }
+SAMPLER_HEAD, SAMPLER_ROWS = (896, 32000), (1, 4, 16, 64, 256, 1024)
+THREADS_SHAPE = (K, 512, 16000)
 COMPARED = (OURS, PLAIN, TORCH, CCE)
 #: F.linear_cross_entropy takes 73 s at 128K: beyond, a curve of it is not worth the minutes.
 MOST_ENTRIES = {TORCH: 128 * K}
+
+
+def every_number_of_threads() -> range:
+    return range(1, torch.multiprocessing.cpu_count() + 1)
 
 
 def sides_for(shape: tuple[int, int, int]) -> list[str]:
@@ -79,42 +85,41 @@ def test_loss(curve: str, benchmark: Any, keep: Keep) -> None:
     benchmark.pedantic(lambda: None)
 
 
-@pytest.mark.parametrize("curve", ["tokens", "vocabulary"])
+def test_sampler_batch(benchmark: Any, keep: Keep) -> None:
+    for rows in SAMPLER_ROWS:
+        works, missing, _ = peers.working(DRAWS, Batch(rows, *SAMPLER_HEAD))
+        point(keep, "sampler batch", "rows drawn", rows, in_turns(works, 1.0), missing)
+    benchmark.pedantic(lambda: None)
+
+
+@pytest.mark.parametrize("curve", [*LOSS_CURVES, "sampler batch", "threads"])
 def test_peak(curve: str, benchmark: Any, keep: Keep) -> None:
-    axis, values, shape_of = LOSS_CURVES[curve]
-    for x in values:
-        shape, zero = shape_of(x)
+    for axis, x, measure in peaks_of(curve):
         sides = {}
-        for name in sides_for(shape):
-            found = fresh.measure("loss", name, shape, zero)
-            if "missing" not in found:
-                sides[name] = {"role": peers.role(name), "peak_mib": found["peak_mib"]}
+        for name, found in measure.items():
+            peak = found()
+            if "missing" not in peak:
+                sides[name] = {"role": peers.role(name), "peak_mib": peak["peak_mib"]}
         line = "  ".join(f"{name} {one['peak_mib']:.0f} MiB" for name, one in sides.items())
         case = {"group": "scaling", "curve": curve, "axis": axis, "x": x, "sides": sides}
         keep(f"scaling: {curve}, {axis} = {x}", case, f"\n    {line}")
     benchmark.pedantic(lambda: None)
 
 
-@torch.no_grad()
-def test_sampler_batch(benchmark: Any, keep: Keep) -> None:
-    weight = torch.randn(32000, 896) * 0.03
-    for rows in (1, 4, 16, 64, 256, 1024):
-        hidden = torch.randn(rows, 896)
-        stream = {"seed": 1, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
-
-        def plain(hidden: torch.Tensor = hidden) -> Any:
-            logits = hidden @ weight.T
-            token = torch.multinomial(logits.softmax(-1), 1)
-            return logits.log_softmax(-1).gather(1, token)
-
-        def ours(hidden: torch.Tensor = hidden, stream: Any = stream) -> Any:
-            return linear_sample(hidden, weight, **stream)
-
-        works = {OURS: ours, PLAIN: plain}
-        for work in works.values():
-            work()
-        point(keep, "sampler batch", "rows drawn", rows, in_turns(works, 1.0))
-    benchmark.pedantic(lambda: None)
+def peaks_of(curve: str) -> Iterator[tuple[str, float, dict[str, Callable[[], Any]]]]:
+    """(axis, x, what measures the peak of each side) of every point."""
+    if curve in LOSS_CURVES:
+        axis, values, shape_of = LOSS_CURVES[curve]
+        for x in values:
+            shape, zero = shape_of(x)
+            yield axis, x, {n: partial(fresh.measure, "loss", n, shape, zero) for n in sides_for(shape)}
+    elif curve == "threads":
+        for threads in every_number_of_threads():
+            of = {n: partial(fresh.measure, "loss", n, THREADS_SHAPE, threads=threads) for n in COMPARED}
+            yield "threads", threads, of
+    else:
+        for rows in SAMPLER_ROWS:
+            yield "rows drawn", rows, {n: partial(fresh.measure, "draws", n, (rows, *SAMPLER_HEAD)) for n in DRAWS}
 
 
 def test_response_length(tmp_path: Path, benchmark: Any, keep: Keep) -> None:
@@ -136,9 +141,9 @@ def test_response_length(tmp_path: Path, benchmark: Any, keep: Keep) -> None:
 
 
 def test_threads(benchmark: Any, keep: Keep) -> None:
-    batch = Batch(K, 512, 16000)
+    batch = Batch(*THREADS_SHAPE)
     try:
-        for threads in range(1, (torch.multiprocessing.cpu_count() or 1) + 1):
+        for threads in every_number_of_threads():
             torch.set_num_threads(threads)
             works, missing, _ = peers.working({name: LOSS[name] for name in COMPARED}, batch)
             point(keep, "threads", "threads", threads, in_turns(works), missing)

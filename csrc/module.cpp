@@ -2,6 +2,7 @@
 #include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <numeric>
 
 #include "capsules.h"
@@ -334,6 +335,21 @@ void decoder_step(cpu::Decoder& self, const py::capsule& tokens, const py::capsu
     self.step(t, p, h, threads);
 }
 
+// Lets Python handle what was signalled (Ctrl-C), some times a second; called without the GIL.
+class LookForSignals {
+  public:
+    void operator()() {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - last_ < std::chrono::milliseconds(200)) return;
+        last_ = now;
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+
+  private:
+    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
 int64_t decoder_draw(cpu::Decoder& self, const py::capsule& hidden, const py::capsule& weight,
                      const OptionalCapsule& bias, float temperature, float softcap, float logit_scale, uint64_t seed,
                      const py::capsule& sequence_ids, const py::capsule& positions, int64_t top_k, double top_p,
@@ -364,7 +380,7 @@ int64_t decoder_draw(cpu::Decoder& self, const py::capsule& hidden, const py::ca
                                z.shape[0]};
     const cpu::Drawn drawn{t.as<int64_t>(), whole(logprobs, "logprobs"), whole(entropy, "entropy")};
     py::gil_scoped_release release;
-    return cpu::draw(self, drawing, h, steps, drawn, threads);
+    return cpu::draw(self, drawing, h, steps, drawn, threads, LookForSignals());
 }
 
 void decoder_select(cpu::Decoder& self, const py::capsule& which) {

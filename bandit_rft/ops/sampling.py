@@ -65,7 +65,7 @@ def linear_sample(
     """
     checks.head(hidden, weight, bias, "B")
     checks.scaling(temperature, softcap, logit_scale, hidden.shape[0], "B", hidden)
-    stream = _stream(seed, sequence_ids, positions, hidden)
+    stream = stream_of(seed, sequence_ids, positions, hidden)
     checks.filters(top_k, top_p, min_p)
     of = Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
     filters = Filters(top_k, float(top_p), float(min_p))
@@ -110,14 +110,15 @@ def sample_from_logits(
     """
     checks.logits(logits, "B")
     checks.scaling(temperature, softcap, logit_scale, logits.shape[0], "B", logits)
-    stream = _stream(seed, sequence_ids, positions, logits)
+    stream = stream_of(seed, sequence_ids, positions, logits)
     checks.filters(top_k, top_p, min_p)
     filters = Filters(top_k, float(top_p), float(min_p))
     scaling = Scaling.of(temperature, softcap, logit_scale, computing_dtype(logits))
     return Sample(*_logits_sample(logits.detach(), *stream, *scaling, *filters))
 
 
-def _stream(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: Tensor) -> Stream:
+def stream_of(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor, like: Tensor) -> Stream:
+    """The checked random streams of the rows of `like`; the seed is a tensor on their device."""
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed.dtype} {checks.shape_of(seed)}")

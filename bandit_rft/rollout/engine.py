@@ -1,4 +1,4 @@
-"""The embedded rollout engine: batched decoding over the model's own KV cache, each token drawn by `ops.linear_sample`.
+"""The embedded rollout engine: batched decoding over the model's own KV cache, drawing as `ops.linear_sample` does.
 
 What makes it fast: one pass of the head gives token, log-probability and entropy; the KV cache is allocated once and
 written in place; a query's prompt is read once however many rollouts it gets; finished sequences leave the batch.

@@ -20,13 +20,14 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from bandit_rft.model import Policy
 from bandit_rft.ops import backends, checks, head
+from bandit_rft.ops.sampling import stream_of
 from bandit_rft.rollout.decoding import Batch, Drawn, Source
 
 #: Models whose layers are what the core computes (config.model_type).
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 #: Rotary embeddings that are a table of the position: others change with the length of the text.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-#: Tokens of a sequence that are drawn in one call: none of them can be interrupted.
+#: Tokens of a sequence that are drawn in one call, at most: memory for so many is set aside.
 AT_ONCE = 32
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -42,8 +43,6 @@ class NativeDecoder:
         base: Any = policy.base
         config = policy.model.config.get_text_config()
         _refuse_unless(config.model_type in MODEL_TYPES, f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")
-        served = policy.weight.dtype == torch.float32 and backends.select(policy.device, torch.float32) == "cpu"
-        _refuse_unless(served, f"it is {policy.weight.dtype} on {policy.device}, or another backend is forced")
         _refuse_unless(config.hidden_act == "silu", f"its activation is {config.hidden_act}")
         rope = getattr(config, "rope_parameters", None) or {}
         _refuse_unless(rope.get("rope_type", "default") in STATIC_ROPE, f"its rotary embedding is {rope}")
@@ -52,7 +51,7 @@ class NativeDecoder:
         scalings = {layer.self_attn.scaling for layer in base.layers}
         _refuse_unless(len(scalings) == 1, f"its layers scale attention differently: {scalings}")
         attention = base.layers[0].self_attn
-        self._base, self._head_size = base, attention.head_dim
+        self._policy, self._base, self._head_size = policy, base, attention.head_dim
         over_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != self._head_size
         self._sizes = (
             config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
@@ -63,7 +62,7 @@ class NativeDecoder:
         self._refresh()
 
     def computed(self, sequences: int) -> int:
-        """How many are computed where so many are decoded: whole SIMD vectors of them, or halves."""
+        """How many are computed where so many are decoded: a few, or whole SIMD vectors of them, or halves."""
         computed: int = self._core.computed(sequences)
         return computed
 
@@ -101,17 +100,22 @@ class NativeDecoder:
         As `ModelDecoder.draw`, by which the arguments are explained; hidden is overwritten.
         """
         steps, count, options = min(steps, AT_ONCE), len(hidden), source.options
+        checks.scaling(options["temperature"], options["softcap"], options["logit_scale"], count, "b", hidden)
+        checks.filters(options["top_k"], options["top_p"], options["min_p"])
+        stream = stream_of(source.seed, batch.ids, batch.positions, hidden)
         weight, bias = source.weight.detach(), options["bias"]
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         rows = head.chunks(count, len(weight), hidden, copies=1)[0].stop
+        logits, going = head.workspace(rows, len(weight), hidden), batch.alive.long()
         tokens = torch.empty((steps, count), dtype=torch.int64)
         logprobs, entropy = torch.empty((2, steps, count))
-        going = batch.alive.long()
         steps = self._core.draw(
-            _dl(hidden), _dl(weight), None if bias is None else _dl(bias.detach()), float(options["temperature"]),
-            options["softcap"] or 0.0, options["logit_scale"], source.seed % 2**64, _dl(batch.ids),
-            _dl(batch.positions), options["top_k"], float(options["top_p"]), float(options["min_p"]), _dl(batch.places),
-            source.stop.nonzero()[:, 0].tolist(), _dl(going), _dl(head.workspace(rows, len(weight), hidden)),
-            *map(_dl, (tokens, logprobs, entropy)), torch.get_num_threads(),
+            _dl(hidden), _dl(weight), None if bias is None else _dl(bias), float(options["temperature"]),
+            options["softcap"] or 0.0, options["logit_scale"], int(stream.seed) % 2**64, _dl(stream.sequence_ids),
+            _dl(stream.positions), options["top_k"], float(options["top_p"]), float(options["min_p"]),
+            _dl(batch.places), source.stop.nonzero()[:, 0].tolist(),
+            *map(_dl, (going, logits, tokens, logprobs, entropy)), torch.get_num_threads(),
         )  # fmt: skip
         if backends.is_checked():
             for of_step in logprobs[:steps]:
@@ -124,6 +128,9 @@ class NativeDecoder:
         self._core.select(_dl(which))
 
     def _refresh(self) -> None:
+        weight, device = self._policy.weight, self._policy.device
+        served = weight.dtype == torch.float32 and backends.select(device, torch.float32) == "cpu"
+        _refuse_unless(served, f"it is {weight.dtype} on {device}, or another backend is forced")
         modules = list(self._base.modules())
         hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
         if hooked:

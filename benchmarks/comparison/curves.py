@@ -36,8 +36,17 @@ def short(x: float) -> str:
     return f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}"
 
 
-def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """One curve, a file: medians, with quartiles as bars."""
+def described(machine: dict[str, Any], points: list[dict[str, Any]]) -> str:
+    """One line: where these points are from."""
+    commits = sorted({case[key] for case in points for key in ("commit", "peaks_commit") if key in case})
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, float32, torch {machine['versions']['torch']}; "
+        f"{max(case['date'] for case in points)}, {', '.join(commits)}"
+    )
+
+
+def draw(points: list[dict[str, Any]], path: Path, machine: dict[str, Any]) -> None:
+    """One curve, a file: medians, with quartiles as bars; below, the machine."""
     names = list(dict.fromkeys(name for case in points for name in case["sides"]))
     with_memory = any("peak_mib" in side for case in points for side in case["sides"].values())
     panels = ["seconds", "peak_mib"] if with_memory else ["seconds"]
@@ -66,6 +75,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         ax.set_title("median ms" if what == "seconds" else "peak MiB beyond inputs and gradients", fontsize=10)
         ax.grid(alpha=0.25)
     axes[0][0].legend(fontsize=8, frameon=False)
+    figure.supxlabel(described(machine, points), fontsize=7, color="#666666", x=0.01, ha="left", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -81,5 +91,5 @@ def draw_all(data: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for curve, points in curves_of(data).items():
         paths.append(folder / file_of(curve))
-        draw(points, paths[-1])
+        draw(points, paths[-1], data["machine"])
     return paths

@@ -30,7 +30,9 @@ def resident_peak(reset: bool = False) -> float:
     return int(found[1]) / 1024
 
 
-def run(operation: str, side: str, shape: tuple[int, ...], zero: float, once: bool = False) -> dict[str, Any]:
+def run(
+    operation: str, side: str, shape: tuple[int, ...], zero: float, once: bool = False, threads: int = 2
+) -> dict[str, Any]:
     """Measure here. `once`: the first call is what is measured (and timed), not the second."""
     import torch
 
@@ -38,9 +40,9 @@ def run(operation: str, side: str, shape: tuple[int, ...], zero: float, once: bo
     from comparison import peers
     from comparison.batch import Batch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     warm = Batch(64, 64, 512)
-    sides = {"loss": peers.LOSS, "logprobs": peers.LOGPROBS}[operation]
+    sides = {"loss": peers.LOSS, "logprobs": peers.LOGPROBS, "draws": peers.DRAWS}[operation]
     try:
         sides[side](warm)()  # threads, imports
         batch = Batch(*shape, zero=zero)
@@ -62,9 +64,12 @@ def run(operation: str, side: str, shape: tuple[int, ...], zero: float, once: bo
     return {"peak_mib": max(0.0, peak - before - gradients), "process_mib": peak, "seconds": seconds}
 
 
-def measure(operation: str, side: str, shape: tuple[int, ...], zero: float = 0.0, once: bool = False) -> dict[str, Any]:
+def measure(
+    operation: str, side: str, shape: tuple[int, ...], zero: float = 0.0, once: bool = False, threads: int = 2
+) -> dict[str, Any]:
     """Measure in a fresh process: {"peak_mib", "process_mib", "seconds"} or {"missing"}."""
     command = [sys.executable, str(HERE), operation, side, ",".join(map(str, shape)), "--zero", str(zero)]
+    command += ["--threads", str(threads)]
     done = subprocess.run(command + ["--once"] * once, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -75,10 +80,11 @@ def measure(operation: str, side: str, shape: tuple[int, ...], zero: float = 0.0
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("operation", choices=("loss", "logprobs"))
+    parser.add_argument("operation", choices=("loss", "logprobs", "draws"))
     parser.add_argument("side")
     parser.add_argument("shape", type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--zero", type=float, default=0.0)
     parser.add_argument("--once", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    print("RESULT" + json.dumps(run(given.operation, given.side, given.shape, given.zero, given.once)))
+    print("RESULT" + json.dumps(run(**vars(given))))

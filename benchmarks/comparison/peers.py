@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bandit_rft import PolicyObjective, linear_logprobs, linear_policy_loss
+from bandit_rft import PolicyObjective, linear_logprobs, linear_policy_loss, linear_sample
 
 from .batch import Batch
 from .record import OURS
@@ -204,6 +204,24 @@ LOGPROBS: dict[str, Callable[[Batch], Work]] = {
     CCE: lambda batch: forward(lambda: -cce_nll(batch)),
     PRODUCT: lambda batch: forward(lambda: batch.hidden @ batch.weight.T),
 }
+
+
+def our_draws(batch: Batch) -> Work:
+    rows = torch.arange(len(batch.hidden))
+    stream: dict[str, Any] = {"seed": 1, "sequence_ids": rows, "positions": rows * 0}
+    return forward(lambda: linear_sample(batch.hidden, batch.weight, **stream).tokens)
+
+
+def plain_draws(batch: Batch) -> Work:
+    def draw() -> Tensor:
+        logits = batch.hidden @ batch.weight.T
+        token = torch.multinomial(logits.softmax(-1), 1)
+        return logits.log_softmax(-1).gather(1, token)
+
+    return forward(draw)
+
+
+DRAWS: dict[str, Callable[[Batch], Work]] = {OURS: our_draws, PLAIN: plain_draws}
 LIMITS = (PRODUCTS, PRODUCT)
 
 

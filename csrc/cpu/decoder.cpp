@@ -135,6 +135,7 @@ void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidde
 }
 
 int64_t Decoder::computed(int64_t sequences) const {
+    if (sequences <= kernels_->few) return sequences;
     const int64_t panel = kernels_->panel, rest = sequences % panel;
     return sequences - rest + (rest ? kernels_->computed_lanes(int(rest)) : 0);
 }
@@ -150,7 +151,8 @@ void Decoder::run(const Pass& pass, int threads) {
                   key_values = model_.key_value_heads * head_size;
     const int64_t weights =
         int64_t(model_.layers.size()) * hidden_size * (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
-    const int64_t worthwhile = computed(pass.rows) * weights / kWorthAThread;
+    const int64_t worthwhile =
+        std::max<int64_t>(computed(pass.rows), kernels_->computed_lanes(1)) * weights / kWorthAThread;
     const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, worthwhile)));
     const auto in_panels = [&](int64_t size) { return size_t(panels * size * width); };
     qkv_.of(in_panels(queries + 2 * key_values));

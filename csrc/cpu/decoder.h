@@ -49,7 +49,7 @@ class Decoder {
 
     int64_t batch() const { return batch_; }
     const DecoderModel& model() const { return model_; }
-    // Sequences that are computed where so many count: whole SIMD vectors of them, or halves (vectors.h).
+    // Sequences that are computed where so many count: a few, or whole SIMD vectors of them, or halves (vectors.h).
     int64_t computed(int64_t sequences) const;
 
   private:
@@ -87,8 +87,7 @@ class Decoder {
     DecoderModel model_;
     const DecoderKernels* kernels_;
     int64_t batch_ = 0, capacity_ = 0, columns_ = 0, positions_ = 0;
-    int64_t room_ = 0,
-            lanes_ = 0;  // panels that the cache holds, and lanes of each: of few sequences, no more than count
+    int64_t room_ = 0, lanes_ = 0;  // panels that the cache holds, and lanes of each: a whole panel's of several panels
     std::vector<int32_t> first_;
     std::vector<float> cos_, sin_;
     std::vector<Member> members_;

@@ -331,9 +331,9 @@ void prefill(const HeadPrefill& a) {
 }  // namespace BRFT_ISA
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
-    BRFT_ISA::kPanel,        BRFT_ISA::rows_at_once, BRFT_ISA::lanes_of,    BRFT_ISA::product,
-    BRFT_ISA::gated_product, BRFT_ISA::rms_norm,     BRFT_ISA::inverse_rms, BRFT_ISA::add,
-    BRFT_ISA::attend,        BRFT_ISA::rotate,       BRFT_ISA::prefill,
+    BRFT_ISA::kPanel,  BRFT_ISA::rows_at_once,  BRFT_ISA::lanes_of, BRFT_ISA::kFewVectors,
+    BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm, BRFT_ISA::inverse_rms,
+    BRFT_ISA::add,     BRFT_ISA::attend,        BRFT_ISA::rotate,   BRFT_ISA::prefill,
 };
 
 }  // namespace bandit_rft::cpu

@@ -50,6 +50,7 @@ struct DecoderKernels {
     int panel;                           // sequences side by side
     int (*rows_at_once)(int64_t batch);  // rows of a weight handled at a time where so many are multiplied
     int (*computed_lanes)(int members);  // lanes of a panel that are computed where so many count
+    int few;                             // vectors of which products compute no more than there are
     // out[r] = sum_k weight[r, k] in[k] + bias[r] for rows [begin, end) of weight [rows, size]; bias may be null
     void (*product)(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in,
                     int64_t batch, Panels out);

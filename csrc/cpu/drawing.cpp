@@ -28,7 +28,8 @@ void draw_once(const Drawing& d, const float* hidden, const std::vector<int64_t>
 
 }  // namespace
 
-int64_t draw(Decoder& decoder, const Drawing& d, float* hidden, int64_t steps, const Drawn& drawn, int threads) {
+int64_t draw(Decoder& decoder, const Drawing& d, float* hidden, int64_t steps, const Drawn& drawn, int threads,
+             const std::function<void()>& between) {
     const int64_t batch = d.head.batch;
     std::vector<int64_t> positions(d.stream.positions, d.stream.positions + batch), places(d.places, d.places + batch);
     std::vector<float> unused(size_t(2 * batch));
@@ -41,6 +42,7 @@ int64_t draw(Decoder& decoder, const Drawing& d, float* hidden, int64_t steps, c
             left += d.going[b];
         }
         if (step + 1 == steps || 4 * decoder.computed(left) <= 3 * decoder.computed(batch)) return step + 1;
+        between();
         decoder.step(now.tokens, places.data(), hidden, threads);
         for (int64_t b = 0; b < batch; ++b) ++positions[size_t(b)], ++places[size_t(b)];
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "decoder.h"
@@ -29,6 +30,8 @@ struct Drawn {  // [steps, batch]
 
 // Draws up to `steps` tokens of every sequence, with a decoding step after each but the last: fewer, where so many
 // sequences have ended that the decoder would compute three quarters of the batch, or less, without them. How many.
-int64_t draw(Decoder&, const Drawing&, float* hidden, int64_t steps, const Drawn&, int threads);
+// `between` is called before each step, and may throw.
+int64_t draw(Decoder&, const Drawing&, float* hidden, int64_t steps, const Drawn&, int threads,
+             const std::function<void()>& between);
 
 }  // namespace bandit_rft::cpu

@@ -308,7 +308,7 @@ SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) 
 }
 
 // The head, in panels of batch rows (panel_product.h).
-static_assert(kBlock % kTile == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and Philox counters");
+static_assert(kBlock % kMostRows == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and counters");
 
 void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
                  int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride,

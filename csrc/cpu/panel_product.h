@@ -173,9 +173,9 @@ BRFT_INLINE void few_vectors(const float* weight, int64_t weight_stride, const f
                 k + kAhead < size ? weight + k + kAhead : weight + kRowsOfFew * weight_stride + k + kAhead - size;
             BRFT_UNROLL
             for (int r = 0; r < kRowsOfFew; ++r) __builtin_prefetch(next + r * weight_stride, 0, 2);
-            for (int i = 0; i < kLine; i += BRFT_LANES) {
-                BRFT_UNROLL
-                for (int s = 0; s < kSquares; ++s) {
+            BRFT_UNROLL
+            for (int s = 0; s < kSquares; ++s) {
+                for (int i = 0; i < kLine; i += BRFT_LANES) {  // all of a line, before the next rows take its place
                     Whole x[BRFT_LANES];
                     BRFT_UNROLL
                     for (int r = 0; r < BRFT_LANES; ++r)

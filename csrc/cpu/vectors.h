@@ -82,7 +82,7 @@ BRFT_INLINE float tanh_fast(float x) {
 // is computed beside it: a vector's product has the same bits in any batch.
 constexpr int kPanel = 2 * BRFT_LANES;  // two SIMD vectors
 // Weight rows whose sums stay in registers; no more than 8, which is how many lines a set of the first cache holds:
-// rows of 1024 floats lie in the same sets.
+// rows of 1024 floats lie in the same sets, and each line is read several times.
 constexpr int kTile = BRFT_LANES == 16 ? 8 : 6;
 constexpr int kPart = 2;  // and those of the remainder
 constexpr int kStretch = 256;

@@ -395,7 +395,7 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
                               logits.data(),
                               rows};
         const int64_t steps =
-            draw(decoder, drawing, hidden.data(), 8, {drawn.data(), logp.data(), entropy.data()}, threads);
+            draw(decoder, drawing, hidden.data(), 8, {drawn.data(), logp.data(), entropy.data()}, threads, [] {});
         drawn.resize(size_t(steps * size));
         for (int64_t token : drawn) check(token >= 0 && token < vocabulary, "draw: a token", size, rows);
         std::vector<int64_t> of_first;

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from tiny_models import tiny_llama
 from bandit_rft import _C
 from bandit_rft.model import Policy
 from bandit_rft.ops import backends, head
+from bandit_rft.rollout import RolloutEngine, Sampling
 from bandit_rft.rollout.decoding import Batch, Drawn, ModelDecoder, Source
 from bandit_rft.rollout.native import AT_ONCE, NativeDecoder
 
@@ -111,6 +116,93 @@ def test_checked_mode_names_the_row(policy: Policy) -> None:
     native, hidden, batch = start(broken, 3, 4)
     with backends.checked(), pytest.raises(ValueError, match="the logits must be finite; row 1 is nan"):
         native.draw(hidden, batch, source(broken, []), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": 0.0}, ValueError, "temperature must be"),
+        ({"temperature": -1.0}, ValueError, "temperature must be"),
+        ({"top_p": 1.5}, ValueError, "top_p must"),
+        ({"min_p": 2.0}, ValueError, "min_p must"),
+        ({"top_k": -1}, ValueError, "top_k must"),
+        ({"seed": 2**64}, ValueError, "seed must fit 64 bits"),
+        ({"seed": True}, TypeError, "seed must be an int"),
+    ],
+    ids=str,
+)
+def test_numbers_are_checked_as_the_operation_checks_them(
+    policy: Policy, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    seed = options.pop("seed", 1)
+    engine = RolloutEngine(policy, max_completion_length=3)
+    assert engine._native is not None
+    with pytest.raises(error, match=message):
+        engine.generate([[1, 5]], torch.tensor([1]), seed=seed, sampling=Sampling(**options))
+
+
+def test_a_tensor_and_a_negative_number_are_seeds(policy: Policy) -> None:
+    native, hidden, batch = start(policy, 3, 4)
+    expected = native.draw(hidden, batch, source(policy, [])._replace(seed=2**64 - 5), 4)
+    for seed in (-5, torch.tensor(-5)):
+        native, hidden, batch = start(policy, 3, 4)
+        assert torch.equal(native.draw(hidden, batch, source(policy, [])._replace(seed=seed), 4)[0], expected[0])
+
+
+def test_another_backend_is_asked_for_later(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, drawn = RolloutEngine(policy, max_completion_length=3), []
+    monkeypatch.setattr(NativeDecoder, "draw", lambda *arguments: drawn.append(1))
+    with backends.use_backend("torch"):
+        engine.generate([[1, 5]], torch.tensor([1]), seed=1)
+    assert not drawn
+
+
+def test_a_head_that_is_not_contiguous(policy: Policy) -> None:
+    expected, _ = both(policy, 3, 6, source(policy, [], bias=torch.linspace(-1, 1, 45)))
+    of = source(policy, [], bias=torch.linspace(-1, 1, 45).double().repeat_interleave(2)[::2])
+    native, hidden, batch = start(policy, 3, 6)
+    strided = of._replace(weight=policy.weight.detach().T.contiguous().T)
+    equal((native.draw(hidden, batch, strided, 6), batch), expected)
+
+
+def test_a_signal_ends_a_long_call(policy: Policy) -> None:
+    """Ctrl-C is heard within a fraction of a second, not after all tokens of the call."""
+    script = """
+import signal, time, torch
+from tiny_models import tiny_llama
+from bandit_rft.model import Policy
+from bandit_rft.rollout import RolloutEngine
+policy = Policy(tiny_llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4))
+engine = RolloutEngine(policy, max_completion_length=32)
+policy.stop_tokens = []
+engine._stop.zero_()
+prompts, ids = [[1, 5]] * 100, torch.arange(100)
+assert engine._native is not None
+signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+seen = []
+draw = engine._native.draw
+def timed(*arguments):
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    start = time.perf_counter()
+    try:
+        return draw(*arguments)
+    finally:
+        seen.append(time.perf_counter() - start)
+engine._native.draw = timed
+try:
+    engine.generate(prompts, ids, seed=1)
+except KeyboardInterrupt:
+    start = time.perf_counter()
+    engine._native.step(ids % 40, ids * 0 + 2)
+    print("HEARD", seen[0], time.perf_counter() - start)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")},
+    )  # fmt: skip
+    assert done.stdout.startswith("HEARD"), done.stderr[-2000:]
+    heard, step = map(float, done.stdout.split()[1:])
+    assert heard < 16 * step, "the call is of 32"
 
 
 @pytest.mark.parametrize(
