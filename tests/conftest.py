@@ -56,6 +56,19 @@ def pytest_runtest_call() -> Iterator[None]:
         raise
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The compiled core's kernels of every instruction set that this processor has, one after another."""
+    core = pytest.importorskip("bandit_rft._C", reason="needs the compiled core")
+    before = core.instruction_set()
+    try:
+        core.use_instruction_set(request.param)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    yield
+    core.use_instruction_set(before)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data sets and models, or a visible skip."""

@@ -39,8 +39,9 @@ def short(x: float) -> str:
 def described(machine: dict[str, Any], points: list[dict[str, Any]]) -> str:
     """One line: where these points are from."""
     commits = sorted({case[key] for case in points for key in ("commit", "peaks_commit") if key in case})
+    threads = "" if points[0]["curve"] == "threads" else f"{machine['threads']} threads, "
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, float32, torch {machine['versions']['torch']}; "
+        f"{machine['cpu']}, {threads}float32, torch {machine['versions']['torch']}; "
         f"{max(case['date'] for case in points)}, {', '.join(commits)}"
     )
 

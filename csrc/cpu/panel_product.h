@@ -3,13 +3,20 @@
 //   sums[r, l] = sum_k weight[r, k] panel[k, l]
 //
 // Weights are read as they lie, once for a panel. Every sum is one chain of fused multiply-adds over k, in stretches of
-// 256 that are summed in order, whatever is computed beside it.
+// 256 that are summed in order, whatever is computed beside it: a vector's product has the same bits in any batch.
 #pragma once
 
 #include "vectors.h"
 
 namespace bandit_rft::cpu {
 namespace BRFT_ISA {
+
+// Weight rows whose sums stay in registers; no more than 8, which is how many lines a set of the first cache holds:
+// rows of 1024 floats lie in the same sets, and each line is read several times.
+constexpr int kTile = BRFT_LANES == 16 ? 8 : 6;
+constexpr int kPart = 2;  // and those of the remainder
+constexpr int kStretch = 256;
+constexpr int kLine = 16;  // floats of a cache line
 
 // sums[r, l] += sum_k weight[r, k] panel[k, l] for `Steps` of k: a row's weights from one pointer.
 template <int Rows, int Steps, class G>
@@ -224,16 +231,12 @@ BRFT_INLINE int rows_at_once(int64_t vectors) { return vectors <= kFewVectors ? 
 BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
                               int width, float* sums) {
 #if defined(BRFT_TRANSPOSES)
-    if (rows == kRowsOfFew && width <= kFewVectors) switch (width) {
-            case 1:
-                return few_vectors<1>(weight, weight_stride, panel, size, sums);
-            case 2:
-                return few_vectors<2>(weight, weight_stride, panel, size, sums);
-            case 3:
-                return few_vectors<3>(weight, weight_stride, panel, size, sums);
-            case 4:
-                return few_vectors<4>(weight, weight_stride, panel, size, sums);
-        }
+    if (rows == kRowsOfFew) {
+        if (width == 1) return few_vectors<1>(weight, weight_stride, panel, size, sums);
+        if (width == 2) return few_vectors<2>(weight, weight_stride, panel, size, sums);
+        if (width == 3) return few_vectors<3>(weight, weight_stride, panel, size, sums);
+        if (width == kFewVectors) return few_vectors<kFewVectors>(weight, weight_stride, panel, size, sums);
+    }
 #endif
     switch (computed_lanes(width)) {
         case kPanel:

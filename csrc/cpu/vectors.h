@@ -77,16 +77,8 @@ BRFT_INLINE float tanh_fast(float x) {
     return magnitude < 0.625f ? near : (x < 0 ? -far : far);
 }
 
-// A panel is kPanel vectors side by side, [size, kPanel]: lanes run over the batch. So weights are read once, as they
-// lie, and every output is one chain of fused multiply-adds over k (in stretches of 256, summed in order) whatever else
-// is computed beside it: a vector's product has the same bits in any batch.
+// A panel is kPanel vectors side by side, [size, kPanel]: lanes run over the batch (panel_product.h).
 constexpr int kPanel = 2 * BRFT_LANES;  // two SIMD vectors
-// Weight rows whose sums stay in registers; no more than 8, which is how many lines a set of the first cache holds:
-// rows of 1024 floats lie in the same sets, and each line is read several times.
-constexpr int kTile = BRFT_LANES == 16 ? 8 : 6;
-constexpr int kPart = 2;  // and those of the remainder
-constexpr int kStretch = 256;
-constexpr int kLine = 16;  // floats of a cache line
 // The fewest lanes that are computed: half a vector of 512 bits, which some processors multiply in two halves anyway.
 constexpr int kFew = BRFT_LANES == 16 ? 8 : BRFT_LANES;
 

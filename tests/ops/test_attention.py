@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import tiny_llama
 from torch import Tensor
 
-from bandit_rft import _C
 from bandit_rft.model import Policy
 from bandit_rft.ops import attention
 
@@ -22,17 +19,6 @@ SHAPES = [  # lengths, query heads, key and value heads, head size
     ([3, 31, 32, 33], 2, 1, 6),
     ([129], 2, 2, 1),
 ]
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    best = _C.instruction_set()
-    try:
-        _C.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield
-    _C.use_instruction_set(best)
 
 
 def inputs(lengths: list[int], heads: int, key_value_heads: int, size: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -59,7 +45,7 @@ def reference(qkv: list[Tensor], grad: Tensor, cu_seqlens: Tensor, scaling: floa
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-@pytest.mark.usefixtures("_isa")
+@pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_at_most_twice_pytorchs(shape: tuple[list[int], int, int, int]) -> None:
     qkv, grad, cu_seqlens = inputs(*shape)
@@ -71,7 +57,7 @@ def test_error_is_at_most_twice_pytorchs(shape: tuple[list[int], int, int, int])
         assert error <= allowed, name
 
 
-@pytest.mark.usefixtures("_isa")
+@pytest.mark.usefixtures("each_instruction_set")
 def test_large_scores_neither_overflow_nor_lose_the_softmax() -> None:
     qkv, grad, cu_seqlens = inputs([50, 20], 2, 1, 16)
     qkv[0] *= 300

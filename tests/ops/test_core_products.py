@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,17 +30,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def _instruction_set(request: Any) -> Iterator[None]:
-    before = core.instruction_set()
-    try:
-        core.use_instruction_set(request.param)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    yield
-    core.use_instruction_set(before)
-
-
 def near(got: Tensor, want: Tensor) -> bool:
     return bool((got.double() - want).norm() <= 1e-6 * want.norm())
 
@@ -56,7 +44,7 @@ def nothing_between(rows: Tensor) -> bool:
     return bool(rows.as_strided((len(rows), 5), (rows.stride(0), 1), rows.shape[1]).isnan().all())
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_right(shape: tuple[int, int, int], threads: int) -> None:
@@ -74,7 +62,7 @@ def test_products_are_right(shape: tuple[int, int, int], threads: int) -> None:
     assert all(map(nothing_between, (z, of_hidden, of_weight)))
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("shape", [(3, 0, 5), (0, 4, 5), (3, 4, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("threads", [0, 2])
 def test_nothing_to_multiply(shape: tuple[int, int, int], threads: int) -> None:
@@ -89,7 +77,7 @@ def test_nothing_to_multiply(shape: tuple[int, int, int], threads: int) -> None:
     assert torch.equal(of_weight, 2 + z.T @ hidden)
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("each_instruction_set")
 def test_a_row_has_the_same_bits_beside_any_others_and_on_any_threads() -> None:
     hidden, weight = torch.randn(77, 900), torch.randn(333, 900)
     whole, alone = torch.empty(77, 333), torch.empty(1, 333)

@@ -215,21 +215,11 @@ def test_gradcheck_of_the_operation() -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled core")
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(instruction_set: str) -> None:
-    from bandit_rft.ops import backends
-
-    before = backends.native.instruction_set()
-    try:
-        backends.native.use_instruction_set(instruction_set)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    try:
-        for name in ("everything", "confident", "one-word"):
-            test_values_and_gradients(name, "cpu", torch.float32)
-            test_values_and_gradients(name, "cpu", torch.bfloat16)
-    finally:
-        backends.native.use_instruction_set(before)
+@pytest.mark.usefixtures("each_instruction_set")
+def test_every_instruction_set() -> None:
+    for name in ("everything", "confident", "one-word"):
+        test_values_and_gradients(name, "cpu", torch.float32)
+        test_values_and_gradients(name, "cpu", torch.bfloat16)
 
 
 def test_more_rows_than_a_grid_dimension() -> None:

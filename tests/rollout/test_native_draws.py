@@ -13,7 +13,6 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from bandit_rft import _C
 from bandit_rft.model import Policy
 from bandit_rft.ops import backends, head
 from bandit_rft.rollout import RolloutEngine, Sampling
@@ -33,17 +32,6 @@ SEED = 2**63 + 11
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return Policy(tiny_llama())
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Any:
-    best = _C.instruction_set()
-    try:
-        _C.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield
-    _C.use_instruction_set(best)
 
 
 def start(policy: Policy, size: int, steps: int) -> tuple[NativeDecoder, torch.Tensor, Batch]:
@@ -74,9 +62,9 @@ def equal(a: tuple[Drawn, Batch], b: tuple[Drawn, Batch]) -> None:
         assert torch.equal(x, vars(b[1])[name]), name
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9, 40])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.usefixtures("each_instruction_set")
 def test_one_call_draws_the_same_bits(policy: Policy, options: str, size: int) -> None:
     at_once, one_by_one = both(policy, size, 12, source(policy, [], **OPTIONS[options]))
     assert at_once[0].tokens.shape == (12, size) and len(at_once[0].tokens.unique()) > (1 if size == 1 else 4)

@@ -12,7 +12,7 @@ from packaging.version import Version
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig
 
-from bandit_rft import _C, ops
+from bandit_rft import ops
 from bandit_rft.config import Config
 from bandit_rft.model import Policy, UnsupportedModelError
 from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
@@ -196,29 +196,21 @@ def native_engine(name: str, **options: int) -> RolloutEngine:
     return engine
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("name", NATIVE)
-def test_native_decoding_is_the_models_own(name: str, isa: str) -> None:
-    best = _C.instruction_set()
-    try:
-        _C.use_instruction_set(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        engine = native_engine(name, max_completion_length=70)
-        for size in (5, 45, 1):  # ragged prompts; one panel, several, and less than a SIMD vector
-            prompts = (PROMPTS * 9)[:size]
-            ids = sequence_ids(0, 1, list(range(size)), 0)
-            native = engine.generate(prompts, ids, seed=1)
-            engine._native, kept = None, engine._native
-            model = engine.generate(prompts, ids, seed=1)
-            engine._native = kept
-            assert native.token_lists() == model.token_lists() and torch.equal(native.truncated, model.truncated)
-            torch.testing.assert_close(native.logprobs, model.logprobs, atol=5e-5, rtol=0)
-            torch.testing.assert_close(native.entropy, model.entropy, atol=5e-5, rtol=0)
-            torch.testing.assert_close(trainer_logprobs(engine.policy, native), native.logprobs, atol=1e-4, rtol=0)
-    finally:
-        _C.use_instruction_set(best)
+def test_native_decoding_is_the_models_own(name: str) -> None:
+    engine = native_engine(name, max_completion_length=70)
+    for size in (5, 45, 1):  # ragged prompts; one panel, several, and less than a SIMD vector
+        prompts = (PROMPTS * 9)[:size]
+        ids = sequence_ids(0, 1, list(range(size)), 0)
+        native = engine.generate(prompts, ids, seed=1)
+        engine._native, kept = None, engine._native
+        model = engine.generate(prompts, ids, seed=1)
+        engine._native = kept
+        assert native.token_lists() == model.token_lists() and torch.equal(native.truncated, model.truncated)
+        torch.testing.assert_close(native.logprobs, model.logprobs, atol=5e-5, rtol=0)
+        torch.testing.assert_close(native.entropy, model.entropy, atol=5e-5, rtol=0)
+        torch.testing.assert_close(trainer_logprobs(engine.policy, native), native.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -229,11 +221,11 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     lengths = torch.tensor([len(p) for p in prompts])
     tokens = torch.randint(0, 97, (8, 600), generator=torch.Generator().manual_seed(1))
     everyone, some, last = torch.arange(600), torch.tensor([3, 4, 66]), torch.tensor([599])
-    pair = torch.tensor([7, 311])
+    pair, four = torch.tensor([7, 311]), torch.arange(300, 304)
     dozen = torch.arange(70, 82)
     default = torch.get_num_threads()
     try:
-        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2), (pair, 2), (dozen, 2)):
+        for chosen, threads in ((everyone, 1), (everyone, 3), (some, 1), (last, 2), (pair, 2), (four, 2), (dozen, 2)):
             torch.set_num_threads(threads)
             out = native.prefill([prompts[i] for i in chosen], len(chosen), 15)
             for t in range(9):
