@@ -210,6 +210,13 @@ class Page:
             for kind, ms in found.items()
         ]
 
+    def distances(self) -> list[list[str]]:
+        """A row a model: how far its policy is from that of its weights in bfloat16."""
+        return [
+            [title, *(significant(value, 2) for value in case["sides"][OURS]["figures"].values())]
+            for title, case in self.group("bfloat16 distance").items()
+        ]
+
     def decoding(self, model: str) -> tuple[list[str], list[list[str]]]:
         """(sides, a row a number of sequences: tokens a second of each)."""
         cases = [case for case in self.group("decoding").values() if case["model"] == model]
