@@ -25,7 +25,7 @@ OPERATIONS = {"aten::mm": PRODUCTS, "aten::addmm": PRODUCTS, "aten::bmm": PRODUC
 
 
 def by_kind(trainer: Trainer, rounds: int, skip: int, patch: Callable[..., None]) -> dict[str, float]:
-    """Milliseconds a round of each kind, of the rounds after the first `skip`.
+    """Milliseconds a round of each kind, of the rounds after the first `skip` but the last, which evaluates and saves.
 
     Args:
         trainer: of so many rounds, not yet run.
@@ -41,7 +41,7 @@ def by_kind(trainer: Trainer, rounds: int, skip: int, patch: Callable[..., None]
             record.__enter__()
         with record_function(ROUND):
             whole(self)
-        if seen[0] == rounds:
+        if seen[0] == rounds - 1:
             record.__exit__(None, None, None)
 
     patch(Trainer, "train_round", train_round)
@@ -54,7 +54,7 @@ def by_kind(trainer: Trainer, rounds: int, skip: int, patch: Callable[..., None]
     found = Counter(dict.fromkeys(KINDS, 0.0))
     for event in record.events():
         if (work := _kind_of(event)) is not None:
-            found[work] += event.self_cpu_time_total / 1e3 / (rounds - skip)
+            found[work] += event.self_cpu_time_total / 1e3 / (rounds - 1 - skip)
     return dict(found)
 
 
