@@ -44,8 +44,8 @@ BRFT_INLINE void add_steps(const float* weight, int64_t weight_stride, const flo
 // Rows are read side by side, which no processor foresees; those of the next tile, which follow where rows are
 // contiguous, are asked for in the order they lie in: a cache line of each row while one is multiplied.
 template <int Rows, int Lanes>
-BRFT_INLINE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
-                              float* sums) {
+BRFT_ALONE void tile_product(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
+                             float* sums) {
     using G = Group<Lanes>;
     constexpr int kSteps = BRFT_LANES < 16 ? 1 : G::kVectors == 1 ? 8 : 4;  // as there are registers
     for (int64_t start = 0; start == 0 || start < size; start += kStretch) {
@@ -166,8 +166,7 @@ BRFT_INLINE void transpose(Whole (&x)[8]) {
 // sums[r, v] = sum_k weight[r, k] panel[k, v] for kRowsOfFew rows and the first `Vectors` lanes; 0 in the other lanes
 // that others compute.
 template <int Vectors>
-BRFT_INLINE void few_vectors(const float* weight, int64_t weight_stride, const float* panel, int64_t size,
-                             float* sums) {
+BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const float* panel, int64_t size, float* sums) {
     using G = Group<BRFT_LANES>;
     constexpr int kSquares = kRowsOfFew / BRFT_LANES;
     alignas(64) float total[Vectors][kRowsOfFew];
@@ -231,12 +230,16 @@ BRFT_INLINE int rows_at_once(int64_t vectors) { return vectors <= kFewVectors ? 
 BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
                               int width, float* sums) {
 #if defined(BRFT_TRANSPOSES)
-    if (rows == kRowsOfFew) {
-        if (width == 1) return few_vectors<1>(weight, weight_stride, panel, size, sums);
-        if (width == 2) return few_vectors<2>(weight, weight_stride, panel, size, sums);
-        if (width == 3) return few_vectors<3>(weight, weight_stride, panel, size, sums);
-        if (width == kFewVectors) return few_vectors<kFewVectors>(weight, weight_stride, panel, size, sums);
-    }
+    if (rows == kRowsOfFew) switch (width) {
+            case 1:
+                return few_vectors<1>(weight, weight_stride, panel, size, sums);
+            case 2:
+                return few_vectors<2>(weight, weight_stride, panel, size, sums);
+            case 3:
+                return few_vectors<3>(weight, weight_stride, panel, size, sums);
+            case kFewVectors:
+                return few_vectors<kFewVectors>(weight, weight_stride, panel, size, sums);
+        }
 #endif
     switch (computed_lanes(width)) {
         case kPanel:
