@@ -208,7 +208,7 @@ class PolicyUpdater:
         micro, reference = micro.to(policy.device), None
         if self.reference is not None:
             reference = _score(self.reference, micro, inputs, self.temperature)
-        hidden = policy.hidden_states(inputs.input_ids, inputs.lengths).index_select(0, inputs.predicting)
+        hidden = policy.hidden_states(inputs.input_ids, inputs.lengths, inputs.predicting)
         advantages = micro.advantage
         if micro.importance is not None:
             advantages = micro.per_token(advantages) * micro.importance
@@ -376,7 +376,7 @@ def _runs(sizes: NDArray[np.int64], limit: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _score(policy: Policy, batch: RolloutBatch, inputs: TrainingInputs, temperature: float) -> Tensor:
-    hidden = policy.hidden_states(inputs.input_ids, inputs.lengths).index_select(0, inputs.predicting)
+    hidden = policy.hidden_states(inputs.input_ids, inputs.lengths, inputs.predicting)
     options: dict[str, Any] = policy.head_options
     logprobs: Tensor = ops.linear_logprobs(hidden, policy.weight, batch.tokens, temperature=temperature, **options)
     return logprobs

@@ -9,6 +9,7 @@
 #include "cpu/attention.h"
 #include "cpu/decoder.h"
 #include "cpu/drawing.h"
+#include "cpu/layers.h"
 #include "cpu/operations.h"
 #include "cpu/products.h"
 #include "cpu/threads.h"
@@ -179,9 +180,10 @@ void logits_product(const py::capsule& hidden, const py::capsule& weight, const 
              threads, "out [n, V] = hidden [n, H] . weight [V, H]^T");
 }
 
-void hidden_gradient_product(const py::capsule& dz, const py::capsule& weight, const py::capsule& out, int threads) {
-    multiply(cpu::product_of_few_rows, matrix(dz, "dz"), matrix(weight, "weight"), out, false, threads,
-             "out [n, H] = dz [n, V] . weight [V, H]");
+void hidden_gradient_product(const py::capsule& dz, const py::capsule& weight, const py::capsule& out, bool accumulate,
+                             int threads) {
+    multiply(cpu::product_of_few_rows, matrix(dz, "dz"), matrix(weight, "weight"), out, accumulate, threads,
+             "out [n, H] (+)= dz [n, V] . weight [V, H]");
 }
 
 void weight_gradient_product(const py::capsule& dz, const py::capsule& hidden, const py::capsule& out, bool accumulate,
@@ -244,6 +246,62 @@ void attention_backward(const py::capsule& query, const py::capsule& key, const 
                                     writable(grad_value, "grad_value", tokens, a.key_values())};
     py::gil_scoped_release release;
     cpu::attention_backward(a, g, threads);
+}
+
+cpu::Norm norm_of(const py::capsule& x, const py::capsule& weight, float eps) {
+    const TensorView given = memory.view(x, "x", 2);
+    const int64_t rows = given.shape[0], size = given.shape[1];
+    return {contiguous(given, "x", rows, size), memory.vector(weight, "weight", DType::f32, size).as<float>(), rows,
+            size, eps};
+}
+
+void norm_forward(const py::capsule& x, const py::capsule& weight, float eps, const py::capsule& out, int threads) {
+    const cpu::Norm norm = norm_of(x, weight, eps);
+    float* to = writable(out, "out", norm.rows, norm.size);
+    py::gil_scoped_release release;
+    cpu::norm_forward(norm, to, threads);
+}
+
+void norm_backward(const py::capsule& x, const py::capsule& weight, float eps, const py::capsule& dy,
+                   const OptionalCapsule& add, const py::capsule& dx, const OptionalCapsule& dweight, int threads) {
+    const cpu::Norm norm = norm_of(x, weight, eps);
+    const float *d = writable(dy, "dy", norm.rows, norm.size),
+                *more = add ? writable(*add, "add", norm.rows, norm.size) : nullptr;
+    float *to = writable(dx, "dx", norm.rows, norm.size),
+          *w = dweight ? memory.vector(*dweight, "dweight", DType::f32, norm.size).as<float>() : nullptr;
+    py::gil_scoped_release release;
+    cpu::norm_backward(norm, d, more, to, w, threads);
+}
+
+void rotate(const py::capsule& x, const py::capsule& cos, const py::capsule& sin, bool back, int threads) {
+    const TensorView given = memory.view(x, "x", 2), angles = memory.view(cos, "cos", 2);
+    const int64_t rows = given.shape[0], width = given.shape[1], size = angles.shape[1];
+    require(size > 0 && size % 2 == 0 && width % size == 0, "x must have whole heads of cos's width, an even number");
+    float* to = writable(x, "x", rows, width);
+    const float *c = contiguous(angles, "cos", rows, size), *s = writable(sin, "sin", rows, size);
+    py::gil_scoped_release release;
+    cpu::rotate(to, c, s, rows, width / size, size, back, threads);
+}
+
+void gated_silu_forward(const py::capsule& gate, const py::capsule& up, const py::capsule& out, int threads) {
+    const TensorView given = memory.view(gate, "gate", 2);
+    const int64_t rows = given.shape[0], size = given.shape[1];
+    const float *g = contiguous(given, "gate", rows, size), *u = writable(up, "up", rows, size);
+    float* to = writable(out, "out", rows, size);
+    py::gil_scoped_release release;
+    cpu::gated_silu_forward(g, u, rows * size, to, threads);
+}
+
+void gated_silu_backward(const py::capsule& gate, const py::capsule& up, const py::capsule& dy,
+                         const py::capsule& dgate, const py::capsule& dup, const py::capsule& out, int threads) {
+    const TensorView given = memory.view(gate, "gate", 2);
+    const int64_t rows = given.shape[0], size = given.shape[1];
+    const float *g = contiguous(given, "gate", rows, size), *u = writable(up, "up", rows, size),
+                *d = writable(dy, "dy", rows, size);
+    float *dg = writable(dgate, "dgate", rows, size), *du = writable(dup, "dup", rows, size),
+          *to = writable(out, "out", rows, size);
+    py::gil_scoped_release release;
+    cpu::gated_silu_backward(g, u, d, rows * size, dg, du, to, threads);
 }
 
 // The weights of a layer by the names they have in transformers; one that is missing or None is absent.
@@ -450,7 +508,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("head_logits", &head_logits, arg("hidden"), arg("weight"), arg("bias"), arg("out"), arg("threads"));
     m.def("products_pay", &cpu::products_pay);
     m.def("logits_product", &logits_product, arg("hidden"), arg("weight"), arg("out"), arg("threads"));
-    m.def("hidden_gradient_product", &hidden_gradient_product, arg("dz"), arg("weight"), arg("out"), arg("threads"));
+    m.def("hidden_gradient_product", &hidden_gradient_product, arg("dz"), arg("weight"), arg("out"), arg("accumulate"),
+          arg("threads"));
     m.def("weight_gradient_product", &weight_gradient_product, arg("dz"), arg("hidden"), arg("out"), arg("accumulate"),
           arg("threads"));
     m.def("attention_forward", &attention_forward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
@@ -458,6 +517,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("attention_backward", &attention_backward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
           arg("head_size"), arg("scaling"), arg("out"), arg("lse"), arg("grad_out"), arg("grad_query"), arg("grad_key"),
           arg("grad_value"), arg("threads"));
+    m.def("norm_forward", &norm_forward, arg("x"), arg("weight"), arg("eps"), arg("out"), arg("threads"));
+    m.def("norm_backward", &norm_backward, arg("x"), arg("weight"), arg("eps"), arg("dy"), arg("add"), arg("dx"),
+          arg("dweight"), arg("threads"));
+    m.def("rotate", &rotate, arg("x"), arg("cos"), arg("sin"), arg("back"), arg("threads"));
+    m.def("gated_silu_forward", &gated_silu_forward, arg("gate"), arg("up"), arg("out"), arg("threads"));
+    m.def("gated_silu_backward", &gated_silu_backward, arg("gate"), arg("up"), arg("dy"), arg("dgate"), arg("dup"),
+          arg("out"), arg("threads"));
     py::class_<cpu::Decoder>(m, "Decoder")
         .def(py::init(&decoder), arg("outside"), arg("layers"), arg("vocabulary"), arg("hidden_size"),
              arg("intermediate_size"), arg("heads"), arg("key_value_heads"), arg("head_size"), arg("norm_eps"),

@@ -175,7 +175,8 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     windowed = sliding_window is not None and sliding_window < length
     plain = softcap is None and sinks is None
-    if plain and not windowed and key.shape == value.shape and attention.serves(query):
+    alike = key.shape == value.shape and query.dtype == key.dtype == value.dtype  # autocast leaves them apart
+    if plain and not windowed and alike and attention.serves(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attention.packed_attention(q, k, v, packing.cu_seqlens, scale)[None]
     function, parameters = _varlen_attn()

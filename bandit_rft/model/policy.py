@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bandit_rft.model.adapters import find_adapter, load_adapter_weights, without_adapter
+from bandit_rft.model.llama_layers import LlamaLayers
 from bandit_rft.model.packing import PackingMode, PackingPlan
-from bandit_rft.model.probe import probe
+from bandit_rft.model.probe import in_core, probe
 from bandit_rft.model.split import Split, UnsupportedModelError
 from bandit_rft.model.surroundings import plain_surroundings
 
@@ -71,6 +72,7 @@ class Policy:
         self._padding_mask: Tensor | None = None
         self._checkpointed: list[GradientCheckpointingLayer] = []
         self.plan: PackingPlan = probe(model, causal_lm, split)
+        self._in_core: LlamaLayers | None = in_core(causal_lm, split, self.plan)
 
     @staticmethod
     def of(model: Policy | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
@@ -268,10 +270,16 @@ class Policy:
                 "and what is trained would be two policies. Call model.eval(); gradients flow all the same"
             )
 
-    def hidden_states(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, lengths: Sequence[int], rows: Tensor | None = None) -> Tensor:
         """Last hidden states [T, H] of packed token ids [T] made of sequences of the given lengths (host integers).
 
-        Sequences do not see each other. Differentiable; call under torch.no_grad() for scoring.
+        Sequences do not see each other. Differentiable; call under torch.no_grad() for scoring. On a CPU in float32 the
+        layers of a Llama-shaped model are computed in the core (llama_layers.py), the others' by transformers.
+
+        Args:
+            input_ids: int64 [T].
+            lengths: of the sequences, host integers that add up to T.
+            rows: int64 [N], which of the T tokens are wanted, none twice: [N, H] is returned. None: all.
 
         Raises:
             ValueError: for lengths that do not add up to T, a sequence longer than the model is served for, or dropout.
@@ -279,8 +287,12 @@ class Policy:
         self.refuse_dropout()
         if input_ids.ndim != 1 or input_ids.shape[0] != sum(lengths):
             raise ValueError(f"input_ids must be [{sum(lengths)}] to match lengths; got {list(input_ids.shape)}")
-        with _checkpointing(self._checkpointed if torch.is_grad_enabled() else []):
-            return self.plan.hidden_states(self.base, input_ids, lengths)
+        checkpointed = self._checkpointed if torch.is_grad_enabled() else []
+        if self._in_core is not None and not checkpointed and self._in_core.serves(self.base, lengths):
+            return self._in_core.hidden_states(self.base, input_ids, lengths, rows)
+        with _checkpointing(checkpointed):
+            hidden = self.plan.hidden_states(self.base, input_ids, lengths)
+        return hidden if rows is None else hidden.index_select(0, rows)
 
 
 def _drops_out(module: nn.Module) -> bool:

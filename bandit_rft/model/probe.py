@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bandit_rft import ops
+from bandit_rft.model.llama_layers import LlamaLayers
 from bandit_rft.model.packing import PackingMode, PackingPlan, use_own_attention, use_packed_attention
 from bandit_rft.model.split import Split, UnsupportedModelError
 from bandit_rft.model.twin import Twin, limits_of, twin_of
@@ -71,6 +72,25 @@ def probe(model: Any, causal_lm: PreTrainedModel, split: Split) -> PackingPlan:
     raise UnsupportedModelError(
         f"{name}: sequences cannot share a batch without seeing each other: " + "; ".join(problems[:6])
     )
+
+
+@torch.no_grad()
+def in_core(causal_lm: PreTrainedModel, split: Split, plan: PackingPlan) -> LlamaLayers | None:
+    """The model's layers in the compiled core, where it computes them, and gives what the model gives; else None."""
+    sequences = _sequences(causal_lm, split)
+    lengths, ids = [len(sequence) for sequence in sequences], torch.cat(sequences)
+    try:
+        layers = LlamaLayers(causal_lm, split.base)
+        if not layers.serves(split.base, lengths):
+            return None
+        own, found = plan.hidden_states(split.base, ids, lengths), layers.hidden_states(split.base, ids, lengths)
+        difference, scale = float((found - own).abs().max()), float(own.abs().max())
+        if not difference <= tolerance_of(own) * scale:
+            raise NotImplementedError(f"hidden states differ by {difference:.3g} (of {scale:.3g})")
+    except Exception as error:  # anything: the model's own forward remains
+        logger.debug("%s is left to its own forward: %s", type(causal_lm).__name__, error)
+        return None
+    return layers
 
 
 def describe(plan: PackingPlan) -> str:

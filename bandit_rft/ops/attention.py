@@ -43,9 +43,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
         query, key, value, cu_seqlens = (x.contiguous() for x in (query, key, value, cu_seqlens))
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-        inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
-        _native().attention_forward(*inputs, _flat(out), to_dlpack(lse), torch.get_num_threads())
+        out, lse = attend(query, key, value, cu_seqlens, scaling)
         ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
         ctx.scaling = scaling
         return out
@@ -53,13 +51,29 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
-        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], ctx.scaling]
-        _native().attention_backward(
-            *inputs, _flat(out), to_dlpack(lse), _flat(grad_out.contiguous()), *map(_flat, gradients),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        gradients = attend_backward(query, key, value, cu_seqlens, ctx.scaling, out, lse, grad_out.contiguous())
         return *once(gradients), None, None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(out [T, heads, head_size], lse [T, heads]: the logarithm of each softmax's denominator); contiguous tensors."""
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+    inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
+    _native().attention_forward(*inputs, _flat(out), to_dlpack(lse), torch.get_num_threads())
+    return out, lse
+
+
+def attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, out: Tensor, lse: Tensor,
+    grad_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What query, key and value are to get; contiguous tensors."""
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
+    _native().attention_backward(
+        *inputs, _flat(out), to_dlpack(lse), _flat(grad_out), *map(_flat, gradients), torch.get_num_threads()
+    )
+    return gradients
 
 
 def _flat(x: Tensor) -> Any:

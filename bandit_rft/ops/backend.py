@@ -132,9 +132,9 @@ class Backend(ABC):
         """`head.logits`, or a product of one's own."""
         return head.logits(hidden, weight, bias, out)
 
-    def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """`head.add_hidden_gradient`, or a product of one's own."""
-        head.add_hidden_gradient(dz, weight, out)
+        head.add_hidden_gradient(dz, weight, out, accumulate)
 
     def add_weight_gradient(self, dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """`head.add_weight_gradient`, or a product of one's own."""

@@ -58,11 +58,13 @@ class CpuBackend(Backend):
         self.native.logits_product(_matrix(hidden), _matrix(weight), _matrix(z), torch.get_num_threads())
         return z if bias is None else z.add_(bias)
 
-    def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    def add_hidden_gradient(self, dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """By the core's own product, or the vendor's."""
         if not self._multiplies(dz, weight, out):
-            return super().add_hidden_gradient(dz, weight, out)
-        self.native.hidden_gradient_product(_matrix(dz), _matrix(weight), _matrix(out), torch.get_num_threads())
+            return super().add_hidden_gradient(dz, weight, out, accumulate)
+        self.native.hidden_gradient_product(
+            _matrix(dz), _matrix(weight), _matrix(out), accumulate, torch.get_num_threads()
+        )
 
     def add_weight_gradient(self, dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """By the core's own product, or the vendor's."""

@@ -128,10 +128,15 @@ def columns_that_count(dz: Tensor, floor: float) -> Tensor | None:
     return columns[columns < vocabulary]
 
 
-def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [n, H] = dz [n, V] . weight [V, H]; out has weight's dtype, or for float16 may be float32."""
+def add_hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out [n, H] (+)= dz [n, V] . weight [V, H]; out has weight's dtype, or for float16 may be float32.
+
+    It is added up where all three have one dtype alone.
+    """
     if weight.dtype == dz.dtype == out.dtype:
-        torch.mm(dz, weight, out=out)
+        torch.addmm(out, dz, weight, out=out) if accumulate else torch.mm(dz, weight, out=out)
+    elif accumulate:
+        raise ValueError("add_hidden_gradient accumulates where all dtypes are the same")
     elif widens(weight):
         total = torch.zeros(out.shape, dtype=dz.dtype, device=out.device)
         for tile, wide_weight in _widened(weight, dz.dtype, len(weight)):

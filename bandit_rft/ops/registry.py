@@ -75,7 +75,7 @@ class Arguments:
         return call
 
 
-def _eager(arguments: Sequence[Any]) -> bool:
+def is_eager(arguments: Sequence[Any]) -> bool:
     """Whether a call is an ordinary one: nothing compiles, traces, fakes or transforms it."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -113,7 +113,7 @@ def operation(
         overload: Callable[..., Any] = getattr(torch.ops.bandit_rft, name).default
 
         def call(*flat: Any) -> Any:
-            if not _eager(flat):
+            if not is_eager(flat):
                 return overload(*flat)
             if name in _differentiable and torch.is_grad_enabled():
                 return _differentiable[name].apply(*flat)

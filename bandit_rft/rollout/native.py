@@ -15,21 +15,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from bandit_rft.model import Policy
+from bandit_rft.model.llama_layers import layer_weights, outside_weights, plain_modules, refuse_unless, shape_of
 from bandit_rft.ops import backends, checks, head
 from bandit_rft.ops.sampling import stream_of
 from bandit_rft.rollout.decoding import Batch, Drawn, Source
 
-#: Models whose layers are what the core computes (config.model_type).
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
-#: Rotary embeddings that are a table of the position: others change with the length of the text.
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 #: Tokens of a sequence that are drawn in one call, at most: memory for so many is set aside.
 AT_ONCE = 32
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class NativeDecoder:
@@ -40,23 +36,9 @@ class NativeDecoder:
     """
 
     def __init__(self, policy: Policy):
-        base: Any = policy.base
-        config = policy.model.config.get_text_config()
-        _refuse_unless(config.model_type in MODEL_TYPES, f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")
-        _refuse_unless(config.hidden_act == "silu", f"its activation is {config.hidden_act}")
-        rope = getattr(config, "rope_parameters", None) or {}
-        _refuse_unless(rope.get("rope_type", "default") in STATIC_ROPE, f"its rotary embedding is {rope}")
-        epsilons = {m.variance_epsilon for m in base.modules() if type(m).__name__.endswith("RMSNorm")}
-        _refuse_unless(len(epsilons) == 1, f"its norms have several epsilons: {epsilons}")
-        scalings = {layer.self_attn.scaling for layer in base.layers}
-        _refuse_unless(len(scalings) == 1, f"its layers scale attention differently: {scalings}")
-        attention = base.layers[0].self_attn
-        self._policy, self._base, self._head_size = policy, base, attention.head_dim
-        over_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != self._head_size
-        self._sizes = (
-            config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-            config.num_key_value_heads, self._head_size, epsilons.pop(), scalings.pop(), over_all_heads,
-        )  # fmt: skip
+        self._policy = policy
+        self._base: Any = policy.base
+        self._shape = shape_of(policy.model, policy.base)
         self._addresses: list[int] = []
         self._core: Any = None
         self._refresh()
@@ -83,14 +65,14 @@ class NativeDecoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         cos, sin = (x[0].contiguous() for x in self._base.rotary_emb(torch.zeros(1), torch.arange(capacity)[None]))
-        hidden = torch.empty(len(prompts), self._sizes[1])
+        hidden = torch.empty(len(prompts), self._shape.hidden_size)
         views = (_dl(x) for x in (cos, sin, hidden))
         self._core.prefill(_dl(tokens), _dl(lengths), room, capacity, *views, torch.get_num_threads())
         return hidden
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states [B, H] after one more token each; positions [B] are those in the whole text."""
-        hidden = torch.empty(len(tokens), self._sizes[1])
+        hidden = torch.empty(len(tokens), self._shape.hidden_size)
         self._core.step(_dl(tokens), _dl(positions), _dl(hidden), torch.get_num_threads())
         return hidden
 
@@ -130,51 +112,19 @@ class NativeDecoder:
     def _refresh(self) -> None:
         weight, device = self._policy.weight, self._policy.device
         served = weight.dtype == torch.float32 and backends.select(device, torch.float32) == "cpu"
-        _refuse_unless(served, f"it is {weight.dtype} on {device}, or another backend is forced")
-        modules = list(self._base.modules())
-        hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
-        if hooked:
-            names = [name for name, module in self._base.named_modules() if module in hooked]
-            raise NotImplementedError(f"modules {names} have hooks or another forward than their class")
+        refuse_unless(served, f"it is {weight.dtype} on {device}, or another backend is forced")
+        modules = plain_modules(self._base)
         addresses = [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
         if addresses == self._addresses:
             return
-        outside = {"embed_tokens": _weight(self._base.embed_tokens), "norm": _weight(self._base.norm)}
-        layers = [_layer_weights(layer) for layer in self._base.layers]
-        self._core = _native().Decoder(outside, layers, *self._sizes)
+        outside = _capsules(outside_weights(self._base))
+        layers = [_capsules(layer_weights(layer)) for layer in self._base.layers]
+        self._core = _native().Decoder(outside, layers, *self._shape)
         self._addresses = addresses
 
 
-def _layer_weights(layer: Any) -> dict[str, Any]:
-    """The layer's weights by the names that the core knows; norms by where they stand."""
-    weights = {name: _weight(getattr(layer.self_attn, name)) for name in PROJECTIONS}
-    weights |= {f"{name[0]}_bias": _bias(getattr(layer.self_attn, name)) for name in PROJECTIONS}
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        weights[name] = _weight(getattr(layer.mlp, name))
-        _refuse_unless(getattr(layer.mlp, name).bias is None, f"{name} has a bias")
-    for name in ("q_norm", "k_norm"):
-        if hasattr(layer.self_attn, name):
-            weights[name] = _weight(getattr(layer.self_attn, name))
-    if hasattr(layer, "input_layernorm"):
-        places = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
-    else:  # OLMo-2 normalizes what comes out
-        places = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
-    return weights | {place: _weight(getattr(layer, name)) for place, name in places.items()}
-
-
-def _weight(module: Any) -> Any:
-    plain = type(module) in (nn.Linear, nn.Embedding) or type(module).__name__.endswith("RMSNorm")
-    _refuse_unless(plain, f"{type(module).__name__} is not a plain module")
-    return _dl(module.weight.detach())
-
-
-def _bias(module: nn.Linear) -> Any:
-    return None if module.bias is None else _dl(module.bias.detach())
-
-
-def _refuse_unless(condition: bool, reason: str) -> None:
-    if not condition:
-        raise NotImplementedError(reason)
+def _capsules(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if weight is None else _dl(weight.detach()) for name, weight in weights.items()}
 
 
 def _native() -> Any:

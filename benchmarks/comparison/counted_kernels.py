@@ -90,7 +90,11 @@ def product_kernels(core: Any) -> Iterator[Kernel]:
     hidden, weight, dz = normal(rows, HIDDEN), normal(V, HIDDEN, scale=0.05), normal(rows, V)
     z, to_hidden, to_weight = np.empty_like(dz), np.empty_like(hidden), np.empty_like(weight)
     yield "logits_product", rows, lambda: core.logits_product(dl(hidden), dl(weight), dl(z), 1)
-    yield "hidden_gradient_product", rows, lambda: core.hidden_gradient_product(dl(dz), dl(weight), dl(to_hidden), 1)
+    yield (
+        "hidden_gradient_product",
+        rows,
+        lambda: core.hidden_gradient_product(dl(dz), dl(weight), dl(to_hidden), False, 1),
+    )
     yield (
         "weight_gradient_product", rows,
         lambda: core.weight_gradient_product(dl(dz), dl(hidden), dl(to_weight), True, 1),
@@ -108,6 +112,47 @@ def attention_kernels(core: Any, sequences: int, length: int) -> Iterator[Kernel
 
     yield "attention_forward", tokens, lambda: core.attention_forward(*inputs(), 1)
     yield "attention_backward", tokens, lambda: core.attention_backward(*inputs(), dl(q), *map(dl, gradients), 1)
+
+
+def layer_kernels(core: Any, tokens: int) -> Iterator[Kernel]:
+    x, dy, weight, out = normal(tokens, HIDDEN), normal(tokens, HIDDEN), normal(HIDDEN), np.empty(HIDDEN, np.float32)
+    y, heads, angles = np.empty_like(x), normal(tokens, HEADS * SIZE), normal(tokens, SIZE)
+    gate, up, grad = (normal(tokens, INTERMEDIATE) for _ in range(3))
+    results = [np.empty_like(gate) for _ in range(3)]
+    yield "norm_forward", tokens, lambda: core.norm_forward(dl(x), dl(weight), 1e-6, dl(y), 1)
+    yield (
+        "norm_backward", tokens,
+        lambda: core.norm_backward(dl(x), dl(weight), 1e-6, dl(dy), dl(dy), dl(y), dl(out), 1),
+    )  # fmt: skip
+    yield "rotate", tokens, lambda: core.rotate(dl(heads), dl(angles), dl(angles), False, 1)
+    yield "gated_silu_forward", tokens, lambda: core.gated_silu_forward(dl(gate), dl(up), dl(results[0]), 1)
+    yield (
+        "gated_silu_backward", tokens,
+        lambda: core.gated_silu_backward(*map(dl, (gate, up, grad, *results)), 1),
+    )  # fmt: skip
+
+
+def layer_products(core: Any, tokens: int) -> Callable[[], None]:
+    """The products of a layer, forward and backward."""
+    q, kv = HEADS * SIZE, KV_HEADS * SIZE
+    shapes = [
+        (q, HIDDEN),
+        (kv, HIDDEN),
+        (kv, HIDDEN),
+        (HIDDEN, q),
+        *2 * [(INTERMEDIATE, HIDDEN)],
+        (HIDDEN, INTERMEDIATE),
+    ]
+    operands = [(normal(tokens, i), normal(o, i), normal(tokens, o)) for o, i in shapes]
+
+    def multiply() -> None:
+        for x, weight, z in operands:
+            to_x, to_weight = np.empty_like(x), np.empty_like(weight)
+            core.hidden_gradient_product(dl(z), dl(weight), dl(to_x), False, 1)
+            core.weight_gradient_product(dl(z), dl(x), dl(to_weight), False, 1)
+            core.logits_product(dl(x), dl(weight), dl(z), 1)
+
+    return multiply
 
 
 class Model:
@@ -160,6 +205,9 @@ def kernels(core: Any) -> Iterator[Kernel]:
     yield from product_kernels(core)
     update = list(attention_kernels(core, SEQUENCES, PROMPT + NEW - 1))
     yield from update
+    parts = list(layer_kernels(core, SEQUENCES * (PROMPT + NEW - 1)))
+    yield from parts
+    multiply = layer_products(core, SEQUENCES * (PROMPT + NEW - 1))
     model = Model(core)
     yield "decoder.prefill", SEQUENCES * PROMPT, lambda: model.prefill(SEQUENCES)
     for count in (1, SEQUENCES):
@@ -172,7 +220,8 @@ def kernels(core: Any) -> Iterator[Kernel]:
     def a_round() -> None:
         model.roll_out(SEQUENCES, NEW)
         for _ in range(LAYERS):
-            for _, _, call in update:
+            multiply()
+            for _, _, call in [*update, *parts, *parts[:3]]:  # norms and rotations are two a layer
                 call()
         policy[2]()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bandit_rft.ops import registry
+from bandit_rft.ops import decoder_layer, registry
 from bandit_rft.optimizer import PolicyOptimizer
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.trainer import Trainer
@@ -21,6 +21,12 @@ ATTENTION, PRODUCTS, OPTIMIZER = "attention", "products of the layers", "clippin
 ELEMENTS, REST = "norms, activations, rotations, residuals, copies", "autograd, rewards, metrics, Python"
 KINDS = (PROMPTS, TOKENS, PRODUCTS, ATTENTION, ELEMENTS, LOSS, OPTIMIZER, REST)
 ROUND = "a round"
+#: The parts of a layer in the core.
+PARTS = {
+    "_linear": PRODUCTS, "_input_gradient": PRODUCTS, "_weight_gradient": PRODUCTS, "attend": ATTENTION,
+    "attend_backward": ATTENTION, "_norm": ELEMENTS, "_norm_backward": ELEMENTS, "_rotate": ELEMENTS,
+    "_gated_silu": ELEMENTS, "_gated_silu_backward": ELEMENTS,
+}  # fmt: skip
 OPERATIONS = {"aten::mm": PRODUCTS, "aten::addmm": PRODUCTS, "aten::bmm": PRODUCTS}
 
 
@@ -48,6 +54,8 @@ def by_kind(trainer: Trainer, rounds: int, skip: int, patch: Callable[..., None]
     patch(PolicyOptimizer, "step", _named(OPTIMIZER, PolicyOptimizer.step))
     for name, kind in (("prefill", PROMPTS), ("draw", TOKENS), ("step", TOKENS)):
         patch(NativeDecoder, name, _named(kind, getattr(NativeDecoder, name)))
+    for name, kind in PARTS.items():
+        patch(decoder_layer, name, _named(kind, getattr(decoder_layer, name)))
     loss = "linear_policy_loss_into"
     patch(registry, "implementations", registry.implementations | {loss: _named(LOSS, registry.implementations[loss])})
     trainer.run()
@@ -74,7 +82,7 @@ def _kind_of(event: Any) -> str | None:
     if above[-1].name != ROUND:
         return None
     for outer in reversed(above):
-        if outer.name in (PROMPTS, TOKENS, LOSS, OPTIMIZER):
+        if outer.name in KINDS:
             return str(outer.name)
         if outer.name.startswith(("_PackedAttention", "autograd::engine::evaluate_function: _PackedAttention")):
             return ATTENTION

@@ -373,6 +373,7 @@ const Kernels BRFT_PASTE(kernels_, BRFT_ISA) = {
     BRFT_ISA::pack_hidden,
     &BRFT_PASTE(decoder_kernels_, BRFT_ISA),
     &BRFT_PASTE(attention_kernels_, BRFT_ISA),
+    &BRFT_PASTE(layer_kernels_, BRFT_ISA),
     &BRFT_PASTE(product_kernels_, BRFT_ISA),
 };
 

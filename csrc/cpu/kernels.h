@@ -10,6 +10,7 @@
 #include "../tensor_view.h"
 #include "attention.h"
 #include "decoder_kernels.h"
+#include "layers.h"
 #include "product_kernels.h"
 
 namespace bandit_rft::cpu {
@@ -68,6 +69,7 @@ struct Kernels {
 
     const DecoderKernels* decoder;
     const AttentionKernels* attention;
+    const LayerKernels* layer;
     const ProductKernels* product;
 };
 

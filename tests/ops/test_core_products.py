@@ -53,7 +53,7 @@ def test_products_are_right(shape: tuple[int, int, int], threads: int) -> None:
     z, of_hidden, of_weight = columns_of_wider(n, v), columns_of_wider(n, h), columns_of_wider(v, h)
     core.logits_product(to_dlpack(hidden), to_dlpack(weight), to_dlpack(z), threads)
     assert near(z, hidden.double() @ weight.double().T)
-    core.hidden_gradient_product(to_dlpack(z), to_dlpack(weight), to_dlpack(of_hidden), threads)
+    core.hidden_gradient_product(to_dlpack(z), to_dlpack(weight), to_dlpack(of_hidden), False, threads)
     assert near(of_hidden, z.double() @ weight.double())
     for accumulate in (False, True, True):
         before = of_weight.double() if accumulate else 0.0
@@ -71,7 +71,7 @@ def test_nothing_to_multiply(shape: tuple[int, int, int], threads: int) -> None:
     core.logits_product(to_dlpack(hidden), to_dlpack(weight), to_dlpack(z), threads)
     assert torch.equal(z, hidden @ weight.T)
     of_hidden, of_weight = torch.full_like(hidden, torch.nan), torch.full_like(weight, 2.0)
-    core.hidden_gradient_product(to_dlpack(z), to_dlpack(weight), to_dlpack(of_hidden), threads)
+    core.hidden_gradient_product(to_dlpack(z), to_dlpack(weight), to_dlpack(of_hidden), False, threads)
     assert torch.equal(of_hidden, z @ weight)
     core.weight_gradient_product(to_dlpack(z), to_dlpack(hidden), to_dlpack(of_weight), True, threads)
     assert torch.equal(of_weight, 2 + z.T @ hidden)

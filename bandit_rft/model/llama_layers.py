@@ -1,0 +1,169 @@
+"""Models whose layers are of the one kind that the compiled core knows: Llama's, and what differs little from it.
+
+    x += o(attention(rotate(q h), rotate(k h), v h)),  h = norm(x);    x += down(silu(gate h1) * up h1),  h1 = norm(x)
+
+with biases and norms of heads where a model has them. The core decodes such models (rollout/native.py); here it
+computes their hidden states for the update, a layer a node of autograd (ops/decoder_layer.py). A model is recognized by
+its class and its parts, each time anew, and what is computed is compared with its own before it is relied on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bandit_rft.ops.decoder_layer import LayerWeights, Layout, decoder_layer, rms_norm, serves
+
+#: Models whose layers are what the core computes (config.model_type).
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+#: Rotary embeddings that are a table of the position: others change with the length of the text.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Shape(NamedTuple):
+    """What the core has to know of a model beside its weights, in the order in which it takes it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    eps: float
+    scaling: float
+    norms_over_all_heads: bool
+
+
+def shape_of(model: PreTrainedModel, base: Any) -> Shape:
+    """The shape of a model whose layers the core computes.
+
+    Args:
+        model: the whole model.
+        base: the part that gives hidden states.
+
+    Raises:
+        NotImplementedError: saying why the core does not.
+    """
+    config = model.config.get_text_config()
+    refuse_unless(config.model_type in MODEL_TYPES, f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")
+    refuse_unless(config.hidden_act == "silu", f"its activation is {config.hidden_act}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    refuse_unless(rope.get("rope_type", "default") in STATIC_ROPE, f"its rotary embedding is {rope}")
+    epsilons = {m.variance_epsilon for m in base.modules() if type(m).__name__.endswith("RMSNorm")}
+    refuse_unless(len(epsilons) == 1, f"its norms have several epsilons: {epsilons}")
+    scalings = {layer.self_attn.scaling for layer in base.layers}
+    refuse_unless(len(scalings) == 1, f"its layers scale attention differently: {scalings}")
+    attention = base.layers[0].self_attn
+    size: int = attention.head_dim
+    over_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != size
+    return Shape(
+        config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
+        config.num_key_value_heads, size, epsilons.pop(), scalings.pop(), over_all_heads,
+    )  # fmt: skip
+
+
+def plain_modules(base: nn.Module) -> list[nn.Module]:
+    """All modules of a model that computes nothing but what its classes do.
+
+    Raises:
+        NotImplementedError: naming those with hooks or another forward.
+    """
+    modules = list(base.modules())
+    hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+    if hooked:
+        names = [name for name, module in base.named_modules() if module in hooked]
+        raise NotImplementedError(f"modules {names} have hooks or another forward than their class")
+    return modules
+
+
+def outside_weights(base: Any) -> dict[str, Tensor]:
+    """The weights that are in no layer, by the names that the core knows."""
+    return {"embed_tokens": _weight(base.embed_tokens), "norm": _weight(base.norm)}
+
+
+def layer_weights(layer: Any) -> dict[str, Tensor | None]:
+    """The layer's weights by the names that the core knows; norms by where they stand."""
+    attention = layer.self_attn
+    weights: dict[str, Tensor | None] = {name: _weight(getattr(attention, name)) for name in PROJECTIONS}
+    weights |= {f"{name[0]}_bias": getattr(attention, name).bias for name in PROJECTIONS}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        weights[name] = _weight(getattr(layer.mlp, name))
+        refuse_unless(getattr(layer.mlp, name).bias is None, f"{name} has a bias")
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            weights[name] = _weight(getattr(attention, name))
+    if hasattr(layer, "input_layernorm"):
+        places = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+    else:  # OLMo-2 normalizes what comes out
+        places = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
+    return weights | {place: _weight(getattr(layer, name)) for place, name in places.items()}
+
+
+class LlamaLayers:
+    """Hidden states of packed sequences, layer by layer in the core.
+
+    The base is given with each call: what was sharded or adapted since is another one, or not the same any more.
+
+    Raises:
+        NotImplementedError: saying why, for a model that it does not serve.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: Any):
+        self._shape = shape_of(model, base)
+        config = model.config.get_text_config()
+        windows = {getattr(layer.self_attn, "sliding_window", None) for layer in base.layers}
+        if config.model_type == "mistral":
+            windows.add(config.sliding_window)
+        self._window: int | None = min((w for w in windows if w is not None), default=None)
+        refuse_unless(self._shape.head_size % 2 == 0, "its heads cannot be cut in halves")
+        _weights_of_layers(base)
+
+    def serves(self, base: Any, lengths: Sequence[int]) -> bool:
+        """Whether these sequences can be computed here, with the model and the backends as they are now."""
+        if self._window is not None and max(lengths) > self._window:
+            return False
+        try:
+            layers, outside = _weights_of_layers(base), outside_weights(base)
+        except (NotImplementedError, AttributeError):  # parts that another kind of module does not have
+            return False
+        return serves(*outside.values(), *(weight for layer in layers for weight in layer))
+
+    def hidden_states(
+        self, base: Any, input_ids: Tensor, lengths: Sequence[int], rows: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Last hidden states [T, H] of packed token ids [T], or [N, H] of the tokens `rows`; differentiable."""
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        x: Tensor = base.embed_tokens(input_ids)
+        cos, sin = (angles[0].contiguous() for angles in base.rotary_emb(x[None], positions[None]))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        layout = Layout(cu_seqlens, cos, sin, self._shape.scaling, self._shape.eps)
+        layers = _weights_of_layers(base)
+        for i, weights in enumerate(layers):
+            x = decoder_layer(x, layout, weights, rows if i == len(layers) - 1 else None)
+        return rms_norm(x, base.norm.weight, self._shape.eps)
+
+
+def _weights_of_layers(base: Any) -> list[LayerWeights]:
+    plain_modules(base)
+    layers = [layer_weights(layer) for layer in base.layers]
+    others = {name for layer in layers for name in layer} - set(LayerWeights._fields)
+    refuse_unless(not others, f"it has {', '.join(sorted(others))}")
+    return [LayerWeights(**layer) for layer in layers]  # type: ignore[arg-type]
+
+
+def _weight(module: Any) -> Tensor:
+    plain = type(module) in (nn.Linear, nn.Embedding) or type(module).__name__.endswith("RMSNorm")
+    refuse_unless(plain, f"{type(module).__name__} is not a plain module")
+    weight: Tensor = module.weight
+    return weight
+
+
+def refuse_unless(condition: bool, reason: str) -> None:
+    """Raises NotImplementedError with a reason."""
+    if not condition:
+        raise NotImplementedError(reason)
