@@ -1,6 +1,7 @@
 // Every operation, instruction set and dtype of the CPU core over ragged shapes, under the sanitizers. `make sanitize`
 // builds and runs it.
 #include "core_cases.h"
+#include "layer_cases.h"
 #include "product_cases.h"
 
 int main() {
@@ -35,6 +36,15 @@ int main() {
                 decoder_case(head_size, group, false, false, false, random);
                 decoder_case(head_size, group, false, true, true, random);
             }
+        for (const int64_t size : {1, 7, 16, 33, 128})
+            for (const int64_t rows : {0, 1, 9, 300}) norm_case(rows, size, 3, random);
+        norm_case(3000, 96, 3, random);
+        norm_case(3, 20000, 3, random);
+        for (const int64_t size : {2, 6, 16, 40}) {
+            rotation_case(5, 3, size, 3, random);
+            rotation_case(2000, 2, size, 3, random);
+        }
+        for (const int64_t count : {0, 1, 15, 17, 8192, 100001}) gated_silu_case(count, 3, random);
         for (const int64_t m : {0, 1, 4, 5, 12, 13, 25, 130})
             for (const int64_t n : {1, 15, 32, 33})
                 for (const int64_t k : {0, 1, 16, 31, 385})
