@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparison import peers
 from comparison.batch import Batch
-from comparison.peers import COMPILED, LOGPROBS, LOSS, PLAIN, PRODUCT, PRODUCTS, role
+from comparison.peers import COMPILED, LOGPROBS, LOGPROBS_LEARNED, LOSS, PLAIN, PRODUCT, PRODUCTS, role
 from comparison.record import OURS
 
 from bandit_rft import PolicyObjective, linear_sample, logprobs_from_logits, policy_loss_from_logits, sample_from_logits
@@ -67,6 +67,17 @@ def test_logprobs(side_by_side: Measure, each_shape: Shape, backend: str | None)
         f"linear_logprobs, forward{through(backend)}, {dimensions(each_shape)}", works, group="logprobs", roles=role,
         rounds=9, bars=[{"over": OURS, "under": PRODUCT, "at_most": 1.05}], missing=missing, errors=errors,
         shape=each_shape,
+    )  # fmt: skip
+
+
+def test_logprobs_backward(side_by_side: Measure, shape: Shape, backend: str | None) -> None:
+    """Log-probabilities that somebody else's loss is made of: mean(A logp), whose gradients come from outside."""
+    batch = Batch(*shape)
+    answer = batch.answer()
+    works, missing, errors = peers.working(LOGPROBS_LEARNED, batch, lambda _: batch.gradient_error(answer))
+    side_by_side(
+        f"linear_logprobs, forward + backward{through(backend)}, {dimensions(shape)}", works, group="logprobs",
+        roles=role, rounds=5, missing=missing, errors=errors, shape=shape,
     )  # fmt: skip
 
 
@@ -220,14 +231,18 @@ class TestRows:
         name = "logprobs_from_logits, forward"
         self.measure(side_by_side, name, shape, logprobs_from_logits, plain, (logits, targets), self.count // 2)
 
-    def test_policy_rows(self, side_by_side: Measure, shape: Shape) -> None:
+    @pytest.mark.parametrize("operation", ["policy_loss_from_logits", "logprobs_from_logits"])
+    def test_backward(self, side_by_side: Measure, shape: Shape, operation: str) -> None:
         logits = torch.randn(self.count, shape[2], requires_grad=True)
         targets, advantages = torch.randint(shape[2], (self.count,)), torch.randn(self.count)
         bounds, objective = torch.arange(0, self.count + 1, 16, dtype=torch.int32), PolicyObjective()
 
         def ours(z: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> None:
             z.grad = None
-            policy_loss_from_logits(z, t, a, bounds, objective=objective).loss.backward()
+            if operation == "policy_loss_from_logits":
+                policy_loss_from_logits(z, t, a, bounds, objective=objective).loss.backward()
+            else:
+                (-(a * logprobs_from_logits(z, t)).mean()).backward()
 
         def loss(z: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
             return -(a * z.log_softmax(-1).gather(1, t[:, None])[:, 0]).mean()
@@ -253,7 +268,7 @@ class TestRows:
             Batch(32, 8, 64),
         )
         side_by_side(
-            f"policy_loss_from_logits, forward + backward, {self.count} rows of {shape[2]}", works, group="rows",
+            f"{operation}, forward + backward, {self.count} rows of {shape[2]}", works, group="rows",
             rounds=15, missing=missing, roles=lambda side: "limit" if side == self.COPY else role(side),
             bars=[{"over": OURS, "under": self.COPY, "at_most": 1 / 0.6}], shape=(self.count, shape[2]),
         )  # fmt: skip

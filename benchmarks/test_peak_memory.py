@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from comparison import fresh
-from comparison.peers import LIMITS, LOGPROBS, LOSS, role
+from comparison.peers import LIMITS, LOGPROBS, LOGPROBS_LEARNED, LOSS, role
 from comparison.record import OURS
 
 from bandit_rft.ops import backends
@@ -26,25 +26,43 @@ def dimensions(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-@pytest.mark.parametrize("operation", ["loss", "logprobs"])
-def test_peaks(operation: str, each_shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
-    name, names = {
-        "loss": ("linear_policy_loss, forward + backward", LOSS),
-        "logprobs": ("linear_logprobs, forward", LOGPROBS),
-    }[operation]
+ZERO = ", 70% of the sequences at advantage 0"
+#: name of the case in test_operations.py -> (operation of fresh.py, its sides, share of zeros, group)
+CASES: dict[str, tuple[str, dict[str, Any], float, str]] = {
+    "linear_policy_loss, forward + backward": ("loss", LOSS, 0.0, "loss"),
+    f"linear_policy_loss, forward + backward{ZERO}": ("loss", LOSS, 0.7, "loss"),
+    "linear_logprobs, forward": ("logprobs", LOGPROBS, 0.0, "logprobs"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peaks(name: str, each_shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
+    peaks(name, each_shape, CASES[name], benchmark, keep)
+
+
+def test_peaks_of_a_backward(shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
+    case = ("learned", LOGPROBS_LEARNED, 0.0, "logprobs")
+    peaks("linear_logprobs, forward + backward", shape, case, benchmark, keep)
+
+
+def peaks(
+    name: str, shape: tuple[int, int, int], case_of: tuple[str, dict[str, Any], float, str], benchmark: Any,
+    keep: Callable[..., None],
+) -> None:  # fmt: skip
+    """Of every side; ours is held."""
+    operation, names, zero, group = case_of
     sides: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for side in names:
         if side in LIMITS:
             continue
-        found = fresh.measure(operation, side, each_shape)
+        found = fresh.measure(operation, side, shape, zero)
         if "missing" in found:
             missing[side] = found["missing"]
         else:
             sides[side] = {"role": role(side), "peak_mib": found["peak_mib"]}
     lines = "".join(f"\n    {side:<40} {one['peak_mib']:8.0f} MiB" for side, one in sides.items())
-    case = {"group": operation, "sides": sides, "missing": missing, "shape": each_shape}
-    keep(f"{name}, {dimensions(each_shape)}", case, lines)
+    keep(f"{name}, {dimensions(shape)}", {"group": group, "sides": sides, "missing": missing, "shape": shape}, lines)
     benchmark.pedantic(lambda: None)
     assert sides[OURS]["peak_mib"] <= 64
 

@@ -14,15 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import fresh, models, peers
+from comparison import completions, fresh, peers
 from comparison.batch import Batch
 from comparison.peers import CCE, DRAWS, LOSS, PLAIN, TORCH
 from comparison.record import OURS
-from transformers import AutoModelForCausalLM
 
-from bandit_rft.model import Policy
 from bandit_rft.ops import backends
-from bandit_rft.rollout import RolloutEngine, sequence_ids
 
 pytestmark = [
     pytest.mark.skipif(backends.native is None, reason="measures the compiled core"),
@@ -41,6 +38,7 @@ LOSS_CURVES: dict[str, tuple[str, Sequence[float], Callable[[Any], tuple[tuple[i
     ),
 }
 SAMPLER_HEAD, SAMPLER_ROWS = (896, 32000), (1, 4, 16, 64, 256, 1024)
+DRAWN, LENGTHS = (16, 16), (16, 64, 256, 1024)  # sequences and tokens of a prompt; of a completion
 THREADS_SHAPE = (K, 512, 16000)
 COMPARED = (OURS, PLAIN, TORCH, CCE)
 #: F.linear_cross_entropy takes 73 s at 128K: beyond, a curve of it is not worth the minutes.
@@ -92,7 +90,7 @@ def test_sampler_batch(benchmark: Any, keep: Keep) -> None:
     benchmark.pedantic(lambda: None)
 
 
-@pytest.mark.parametrize("curve", [*LOSS_CURVES, "sampler batch", "threads"])
+@pytest.mark.parametrize("curve", [*LOSS_CURVES, "sampler batch", "threads", "response length"])
 def test_peak(curve: str, benchmark: Any, keep: Keep) -> None:
     for axis, x, measure in peaks_of(curve):
         sides = {}
@@ -117,6 +115,11 @@ def peaks_of(curve: str) -> Iterator[tuple[str, float, dict[str, Callable[[], An
         for threads in every_number_of_threads():
             of = {n: partial(fresh.measure, "loss", n, THREADS_SHAPE, threads=threads) for n in COMPARED}
             yield "threads", threads, of
+    elif curve == "response length":
+        for length in LENGTHS:
+            names = (OURS, completions.FORWARD)
+            of = {n: partial(fresh.measure, "completions", n, (*DRAWN, length)) for n in names}
+            yield "tokens a completion", length, of
     else:
         for rows in SAMPLER_ROWS:
             yield "rows drawn", rows, {n: partial(fresh.measure, "draws", n, (rows, *SAMPLER_HEAD)) for n in DRAWS}
@@ -124,18 +127,9 @@ def peaks_of(curve: str) -> Iterator[tuple[str, float, dict[str, Callable[[], An
 
 def test_response_length(tmp_path: Path, benchmark: Any, keep: Keep) -> None:
     """Decoding 16 sequences of the 1.1M model, beside the model's own forward."""
-    models.make("1.1M", tmp_path)
-    policy = Policy(AutoModelForCausalLM.from_pretrained(tmp_path))
-    policy.stop_tokens = []
-    prompts, ids = torch.randint(3, 1024, (16, 16)).tolist(), sequence_ids(0, 1, list(range(16)), 0)
-    for length in (16, 64, 256, 1024):
-        native, model = (RolloutEngine(policy, max_completion_length=length) for _ in range(2))
-        model._native = None
-        works = {
-            OURS: lambda native=native: native.generate(prompts, ids, seed=1),
-            "the model's own forward": lambda model=model: model.generate(prompts, ids, seed=1),
-        }
-        native.generate(prompts, ids, seed=1)
+    for length in LENGTHS:
+        works = completions.sides(tmp_path, *DRAWN, length)
+        works[OURS]()
         point(keep, "response length", "tokens a completion", length, in_turns(works, 1.0))
     benchmark.pedantic(lambda: None)
 

@@ -123,26 +123,30 @@ class LlamaLayers:
         refuse_unless(self._shape.head_size % 2 == 0, "its heads cannot be cut in halves")
         _weights_of_layers(base)
 
-    def serves(self, base: Any, lengths: Sequence[int]) -> bool:
-        """Whether these sequences can be computed here, with the model and the backends as they are now."""
+    def weights(self, base: Any, lengths: Sequence[int]) -> list[LayerWeights] | None:
+        """Of every layer; None where these sequences cannot be computed here, as model and backends are now."""
         if self._window is not None and max(lengths) > self._window:
-            return False
+            return None
         try:
             layers, outside = _weights_of_layers(base), outside_weights(base)
         except (NotImplementedError, AttributeError):  # parts that another kind of module does not have
-            return False
-        return serves(*outside.values(), *(weight for layer in layers for weight in layer))
+            return None
+        served = serves(*outside.values(), *(weight for layer in layers for weight in layer))
+        return layers if served else None
 
     def hidden_states(
-        self, base: Any, input_ids: Tensor, lengths: Sequence[int], rows: Tensor | None = None
+        self, base: Any, layers: Sequence[LayerWeights], input_ids: Tensor, lengths: Sequence[int],
+        rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Last hidden states [T, H] of packed token ids [T], or [N, H] of the tokens `rows`; differentiable."""
+        """Last hidden states [T, H] of packed token ids [T], or [N, H] of the tokens `rows`; differentiable.
+
+        `layers` are what `weights` gave for this base and these lengths.
+        """
         positions = torch.cat([torch.arange(n) for n in lengths])
         x: Tensor = base.embed_tokens(input_ids)
         cos, sin = (angles[0].contiguous() for angles in base.rotary_emb(x[None], positions[None]))
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         layout = Layout(cu_seqlens, cos, sin, self._shape.scaling, self._shape.eps)
-        layers = _weights_of_layers(base)
         for i, weights in enumerate(layers):
             x = decoder_layer(x, layout, weights, rows if i == len(layers) - 1 else None)
         return rms_norm(x, base.norm.weight, self._shape.eps)

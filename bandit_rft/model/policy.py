@@ -288,8 +288,10 @@ class Policy:
         if input_ids.ndim != 1 or input_ids.shape[0] != sum(lengths):
             raise ValueError(f"input_ids must be [{sum(lengths)}] to match lengths; got {list(input_ids.shape)}")
         checkpointed = self._checkpointed if torch.is_grad_enabled() else []
-        if self._in_core is not None and not checkpointed and self._in_core.serves(self.base, lengths):
-            return self._in_core.hidden_states(self.base, input_ids, lengths, rows)
+        if self._in_core is not None and not checkpointed:
+            layers = self._in_core.weights(self.base, lengths)
+            if layers is not None:
+                return self._in_core.hidden_states(self.base, layers, input_ids, lengths, rows)
         with _checkpointing(checkpointed):
             hidden = self.plan.hidden_states(self.base, input_ids, lengths)
         return hidden if rows is None else hidden.index_select(0, rows)

@@ -81,9 +81,11 @@ def in_core(causal_lm: PreTrainedModel, split: Split, plan: PackingPlan) -> Llam
     lengths, ids = [len(sequence) for sequence in sequences], torch.cat(sequences)
     try:
         layers = LlamaLayers(causal_lm, split.base)
-        if not layers.serves(split.base, lengths):
+        weights = layers.weights(split.base, lengths)
+        if weights is None:
             return None
-        own, found = plan.hidden_states(split.base, ids, lengths), layers.hidden_states(split.base, ids, lengths)
+        own = plan.hidden_states(split.base, ids, lengths)
+        found = layers.hidden_states(split.base, weights, ids, lengths)
         difference, scale = float((found - own).abs().max()), float(own.abs().max())
         if not difference <= tolerance_of(own) * scale:
             raise NotImplementedError(f"hidden states differ by {difference:.3g} (of {scale:.3g})")

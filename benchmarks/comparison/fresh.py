@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def run(
     operation: str, side: str, shape: tuple[int, ...], zero: float, once: bool = False, threads: int = 2
 ) -> dict[str, Any]:
     """Measure here. `once`: the first call is what is measured (and timed), not the second."""
+    if operation == "completions":
+        return run_completions(side, shape)
     import torch
 
     sys.path.insert(0, str(HERE.parents[1]))
@@ -42,7 +45,9 @@ def run(
 
     torch.set_num_threads(threads)
     warm = Batch(64, 64, 512)
-    sides = {"loss": peers.LOSS, "logprobs": peers.LOGPROBS, "draws": peers.DRAWS}[operation]
+    sides = {
+        "loss": peers.LOSS, "logprobs": peers.LOGPROBS, "learned": peers.LOGPROBS_LEARNED, "draws": peers.DRAWS
+    }[operation]  # fmt: skip
     try:
         sides[side](warm)()  # threads, imports
         batch = Batch(*shape, zero=zero)
@@ -59,9 +64,27 @@ def run(
         return {"missing": str(reason)}
     except Exception as error:
         return {"missing": f"{type(error).__name__}: {error}"[:300]}
-    gradients = batch.gradient_bytes() / 2**20 if operation == "loss" and peers.role(side) != "limit" else 0.0
+    gradients = (
+        batch.gradient_bytes() / 2**20 if operation in ("loss", "learned") and peers.role(side) != "limit" else 0.0
+    )
     peak = resident_peak()
     return {"peak_mib": max(0.0, peak - before - gradients), "process_mib": peak, "seconds": seconds}
+
+
+def run_completions(side: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Of drawing (sequences, tokens of a prompt, tokens of a completion) with the 1.1M model."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    from comparison import completions
+
+    with tempfile.TemporaryDirectory() as folder:
+        draw = completions.sides(Path(folder), *shape)[side]
+        completions.sides(Path(folder), 2, 4, 4)[side]()  # imports, threads
+        before = resident_peak(reset=True)
+        start = time.perf_counter()
+        draw()
+        seconds = time.perf_counter() - start
+    peak = resident_peak()
+    return {"peak_mib": max(0.0, peak - before), "process_mib": peak, "seconds": seconds}
 
 
 def measure(
@@ -80,7 +103,7 @@ def measure(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("operation", choices=("loss", "logprobs", "draws"))
+    parser.add_argument("operation", choices=("loss", "logprobs", "learned", "draws", "completions"))
     parser.add_argument("side")
     parser.add_argument("shape", type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--zero", type=float, default=0.0)

@@ -205,6 +205,14 @@ LOGPROBS: dict[str, Callable[[Batch], Work]] = {
     PRODUCT: lambda batch: forward(lambda: batch.hidden @ batch.weight.T),
 }
 
+#: The same where a loss is made of them, -mean(A logp): for the peers that is what they compute for LOSS, too.
+LOGPROBS_LEARNED: dict[str, Callable[[Batch], Work]] = {
+    OURS: lambda batch: trained(
+        batch, lambda: -(linear_logprobs(batch.hidden, batch.weight, batch.targets) * batch.of_token).mean()
+    ),
+    **{name: LOSS[name] for name in (PLAIN, COMPILED, TORCH, TRL, CCE, PRODUCTS)},
+}
+
 
 def our_draws(batch: Batch) -> Work:
     rows = torch.arange(len(batch.hidden))

@@ -187,4 +187,4 @@ def test_a_copy_with_another_base_is_computed_by_that(watched: Watched) -> None:
     assert watched.during(other) == 1
     assert not torch.allclose(other.hidden_states(IDS, LENGTHS), policy.hidden_states(IDS, LENGTHS), atol=1e-3)
     other.base = torch.nn.Sequential(policy.base)  # has no layers of this name
-    assert not policy._in_core.serves(other.base, LENGTHS)  # type: ignore[union-attr]
+    assert policy._in_core.weights(other.base, LENGTHS) is None  # type: ignore[union-attr]
