@@ -4,7 +4,8 @@
 
 with biases and norms of heads where a model has them. The core decodes such models (rollout/native.py); here it
 computes their hidden states for the update, a layer a node of autograd (ops/decoder_layer.py). A model is recognized by
-its class and its parts, each time anew, and what is computed is compared with its own before it is relied on.
+the classes of its modules and their numbers, each time anew: all must be transformers' own, for what a subclass does to
+longer texts no probe would see. Besides, what is computed is compared with the model's own before it is relied on.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bandit_rft.ops.decoder_layer import LayerWeights, Layout, decoder_layer, rms_norm, serves
 
-#: Models whose layers are what the core computes (config.model_type).
+#: Models whose layers are what the core computes (config.model_type); olmo2, which normalizes what comes out of its
+#: parts, only while it decodes.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 #: Rotary embeddings that are a table of the position: others change with the length of the text.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -39,21 +41,23 @@ class Shape(NamedTuple):
     norms_over_all_heads: bool
 
 
-def shape_of(model: PreTrainedModel, base: Any) -> Shape:
+def shape_of(base: Any) -> Shape:
     """The shape of a model whose layers the core computes.
 
     Args:
-        model: the whole model.
-        base: the part that gives hidden states.
+        base: the part of the model that gives hidden states.
 
     Raises:
         NotImplementedError: saying why the core does not.
     """
-    config = model.config.get_text_config()
+    config = base.config.get_text_config()
     refuse_unless(config.model_type in MODEL_TYPES, f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")
     refuse_unless(config.hidden_act == "silu", f"its activation is {config.hidden_act}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    refuse_unless(rope.get("rope_type", "default") in STATIC_ROPE, f"its rotary embedding is {rope}")
+    rope = base.rotary_emb.rope_type
+    refuse_unless(rope in STATIC_ROPE, f"its rotary embedding is {rope}")
+    refuse_unless(len(base.layers) == config.num_hidden_layers, "not all of its layers are computed")
+    activations = {type(layer.mlp.act_fn).__name__ for layer in base.layers}
+    refuse_unless(activations <= {"SiLU", "SiLUActivation"}, f"its activations are {', '.join(sorted(activations))}")
     epsilons = {m.variance_epsilon for m in base.modules() if type(m).__name__.endswith("RMSNorm")}
     refuse_unless(len(epsilons) == 1, f"its norms have several epsilons: {epsilons}")
     scalings = {layer.self_attn.scaling for layer in base.layers}
@@ -67,18 +71,27 @@ def shape_of(model: PreTrainedModel, base: Any) -> Shape:
     )  # fmt: skip
 
 
-def plain_modules(base: nn.Module) -> list[nn.Module]:
-    """All modules of a model that computes nothing but what its classes do.
+def plain_modules(base: Any) -> list[nn.Module]:
+    """All modules of a model that computes nothing but what transformers' classes do.
 
     Raises:
-        NotImplementedError: naming those with hooks or another forward.
+        NotImplementedError: naming those with hooks, of another class, or with another forward than their class.
     """
     modules = list(base.modules())
-    hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+    hooked = [m for m in modules if any(getattr(m, hooks) for hooks in HOOKS) or "forward" in vars(m)]
     if hooked:
         names = [name for name, module in base.named_modules() if module in hooked]
         raise NotImplementedError(f"modules {names} have hooks or another forward than their class")
+    refuse_unless(not nn.modules.module._has_any_global_hook(), "all modules have a hook")
+    kind = base.config.get_text_config().model_type
+    own = (f"transformers.models.{kind}.modeling_{kind}", "transformers.activations")
+    others = {type(m) for m in modules if type(m).__module__ not in own and not _is_torchs(type(m))}
+    refuse_unless(not others, f"it has modules of {', '.join(sorted(map(str, others)))}")
     return modules
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.")
 
 
 def outside_weights(base: Any) -> dict[str, Tensor]:
@@ -113,9 +126,10 @@ class LlamaLayers:
         NotImplementedError: saying why, for a model that it does not serve.
     """
 
-    def __init__(self, model: PreTrainedModel, base: Any):
-        self._shape = shape_of(model, base)
-        config = model.config.get_text_config()
+    def __init__(self, base: Any):
+        plain_modules(base)
+        self._shape = shape_of(base)
+        config = base.config.get_text_config()
         windows = {getattr(layer.self_attn, "sliding_window", None) for layer in base.layers}
         if config.model_type == "mistral":
             windows.add(config.sliding_window)
@@ -129,6 +143,7 @@ class LlamaLayers:
             return None
         try:
             layers, outside = _weights_of_layers(base), outside_weights(base)
+            refuse_unless(shape_of(base) == self._shape, "it was changed")
         except (NotImplementedError, AttributeError):  # parts that another kind of module does not have
             return None
         served = serves(*outside.values(), *(weight for layer in layers for weight in layer))

@@ -244,8 +244,9 @@ class Policy:
     def enable_gradient_checkpointing(self) -> None:
         """From now on keep no activations within a layer: the backward pass computes each layer again.
 
-        Memory for activations falls to one [T, H] a layer, an update computes a third more. Weights get the same
-        gradients: what is computed again is the same, packing included. transformers' own switch asks for train mode,
+        Memory for activations falls to one [T, H] a layer, an update computes a third more (and by the model's own
+        modules, where a CPU's update is computed in the core otherwise). Weights get the same gradients: what is
+        computed again is the same, packing included. transformers' own switch asks for train mode,
         which would turn dropout on.
 
         Raises:
@@ -279,7 +280,7 @@ class Policy:
         Args:
             input_ids: int64 [T].
             lengths: of the sequences, host integers that add up to T.
-            rows: int64 [N], which of the T tokens are wanted, none twice: [N, H] is returned. None: all.
+            rows: int64 [N], which of the T tokens are wanted: [N, H] is returned. None: all.
 
         Raises:
             ValueError: for lengths that do not add up to T, a sequence longer than the model is served for, or dropout.

@@ -76,11 +76,16 @@ def probe(model: Any, causal_lm: PreTrainedModel, split: Split) -> PackingPlan:
 
 @torch.no_grad()
 def in_core(causal_lm: PreTrainedModel, split: Split, plan: PackingPlan) -> LlamaLayers | None:
-    """The model's layers in the compiled core, where it computes them, and gives what the model gives; else None."""
+    """The model's layers in the compiled core, where it computes them, and gives what the model gives; else None.
+
+    What the plan has found of longer texts, that they go apart or not at all, the core does not know.
+    """
+    if plan != PackingPlan("varlen"):
+        return None
     sequences = _sequences(causal_lm, split)
     lengths, ids = [len(sequence) for sequence in sequences], torch.cat(sequences)
     try:
-        layers = LlamaLayers(causal_lm, split.base)
+        layers = LlamaLayers(split.base)
         weights = layers.weights(split.base, lengths)
         if weights is None:
             return None

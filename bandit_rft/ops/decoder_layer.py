@@ -44,7 +44,7 @@ class LayerWeights(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What all layers of a call share.
+    """What all layers of a call share: tensors, then numbers.
 
     Attributes:
         cu_seqlens: int64 [sequences + 1], where each sequence begins, and T.
@@ -77,7 +77,7 @@ def decoder_layer(x: Tensor, layout: Layout, weights: LayerWeights, rows: Tensor
         x: [T, H].
         layout: of the T tokens.
         weights: of the layer.
-        rows: int64 [N], the tokens that are wanted, in any order, none twice; None: all.
+        rows: integers [N], the tokens that are wanted, in any order; None: all.
 
     Returns:
         [T, H], or [N, H].
@@ -103,7 +103,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return *once(_norm_backward(x, weight, ctx.eps, grad.contiguous(), ctx.needs_input_grad[1])), None
+        with torch.no_grad():  # create_graph=True
+            found = _norm_backward(x, weight, ctx.eps, grad.contiguous(), ctx.needs_input_grad[1])
+        return *once(found), None
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -122,7 +124,8 @@ class _DecoderLayer(torch.autograd.Function):
         )  # fmt: skip
         mixed, residual = out.flatten(1), x
         if rows is not None:
-            mixed, residual = mixed[rows], x[rows]
+            rows = rows.long()
+            mixed, residual = mixed.index_select(0, rows), x.index_select(0, rows)
         x1 = _linear(mixed, w.o_proj, w.o_bias).add_(residual)
         h1 = _norm(x1, w.before_mlp, eps)
         gate, up = _linear(h1, w.gate_proj), _linear(h1, w.up_proj)
@@ -134,6 +137,13 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():  # create_graph=True
+            found = _DecoderLayer.gradients(ctx, grad)
+        return once(found)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of x and the weights, in their order."""
         x, h, q, k, v, plain_q, plain_k, out, lse, mixed, x1, h1, gate, up, rows, *more = ctx.saved_tensors
         layout, w = Layout(*more[:3], *ctx.numbers), LayerWeights(*more[3:])
         wanted: Any = LayerWeights(*ctx.needs_input_grad[3:])
@@ -156,7 +166,7 @@ class _DecoderLayer(torch.autograd.Function):
         of_weight("o", dx1, mixed)
         dmixed, dx = _input_gradient((dx1, w.o_proj)), dx1
         if rows is not None:
-            dmixed, dx = (t.new_zeros(len(x), t.shape[1]).index_copy_(0, rows, t) for t in (dmixed, dx1))
+            dmixed, dx = (t.new_zeros(len(x), t.shape[1]).index_add_(0, rows, t) for t in (dmixed, dx1))
         of_heads = attend_backward(
             _heads(q, layout), _heads(k, layout), _heads(v, layout), layout.cu_seqlens, layout.scaling, out, lse,
             dmixed.view_as(out),
@@ -172,7 +182,7 @@ class _DecoderLayer(torch.autograd.Function):
         dx, found["before_attention"] = _norm_backward(
             x, w.before_attention, layout.eps, dh, wanted.before_attention, add=dx
         )
-        return (*once((dx, None, None, *(found.get(name) for name in LayerWeights._fields))),)
+        return dx, None, None, *(found.get(name) for name in LayerWeights._fields)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class NativeDecoder:
     def __init__(self, policy: Policy):
         self._policy = policy
         self._base: Any = policy.base
-        self._shape = shape_of(policy.model, policy.base)
+        self._shape = shape_of(policy.base)
         self._addresses: list[int] = []
         self._core: Any = None
         self._refresh()

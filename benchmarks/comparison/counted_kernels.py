@@ -221,7 +221,7 @@ def kernels(core: Any) -> Iterator[Kernel]:
         model.roll_out(SEQUENCES, NEW)
         for _ in range(LAYERS):
             multiply()
-            for _, _, call in [*update, *parts, *parts[:3]]:  # norms and rotations are two a layer
+            for _, _, call in [*update, *parts, *parts[:3], *2 * parts[2:3]]:  # two norms; q and k, forth and back
                 call()
         policy[2]()
 

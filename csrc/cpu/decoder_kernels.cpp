@@ -62,8 +62,8 @@ void gated_product(const float* gate, const float* up, int64_t size, int64_t beg
                 for (int first = i; first < i + lanes; first += kFew) {
 #pragma omp simd
                     for (int l = first; l < first + kFew; ++l) {
-                        const float g = silu_domain(gates[l]);
-                        to[l] = g / (1.0f + exp_fast(-g)) * ups[l];
+                        const float g = gates[l];
+                        to[l] = g * sigmoid(g) * ups[l];
                     }
                 }
         }

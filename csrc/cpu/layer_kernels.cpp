@@ -72,21 +72,16 @@ void rotate(float* x, const float* cos, const float* sin, int64_t heads, int64_t
     }
 }
 
-BRFT_INLINE float sigmoid(float g) { return 1.0f / (1.0f + exp_fast(-g)); }
-
 void silu_forward(const float* gate, const float* up, int64_t count, float* out) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-        const float g = silu_domain(gate[i]);
-        out[i] = g * sigmoid(g) * up[i];
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
 void silu_backward(const float* gate, const float* up, const float* dy, int64_t count, float* dgate, float* dup,
                    float* out) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        const float g = silu_domain(gate[i]), u = up[i], d = dy[i], s = sigmoid(g);
+        const float g = gate[i], u = up[i], d = dy[i], s = sigmoid(g);
         out[i] = g * s * u;
         dup[i] = d * g * s;
         dgate[i] = d * u * s * (1.0f + g * (1.0f - s));

@@ -9,7 +9,8 @@
 namespace bandit_rft::cpu {
 namespace {
 
-constexpr int64_t kNumbers = 8192;       // of a block of rows, which one thread takes: they stay in its first cache
+constexpr int64_t kNumbers = 8192;  // of a block of rows, which one thread takes: they stay in its first cache
+constexpr int64_t kRowsASum = 64;   // at least, whose shares of a weight's gradient are added up before they are kept
 constexpr int64_t kNumbersPerLogit = 8;  // that are added and multiplied in the time of a logit (see `parallel`)
 constexpr int64_t kSigmoidsPerLogit = 2;
 
@@ -24,7 +25,7 @@ void norm_forward(const Norm& n, float* out, int threads) {
 
 void norm_backward(const Norm& n, const float* dy, const float* add, float* dx, float* dweight, int threads) {
     const LayerKernels& k = *kernels().layer;
-    const int64_t rows = rows_a_block(n.size), blocks = (n.rows + rows - 1) / rows;
+    const int64_t rows = std::max(kRowsASum, rows_a_block(n.size)), blocks = (n.rows + rows - 1) / rows;
     std::vector<float> sums(static_cast<size_t>(dweight ? blocks * n.size : 0));  // a block's own, whoever computes it
     parallel(blocks, 1, 3 * n.rows * n.size / kNumbersPerLogit, threads, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from architectures import CONFIGS
 from tiny_models import tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaModel
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel, LlamaRotaryEmbedding
 
 from bandit_rft.model import Policy
 from bandit_rft.model.llama_layers import LlamaLayers
@@ -105,6 +107,12 @@ def test_what_was_done_to_a_model_since_is_heeded(watched: Watched) -> None:
     assert watched.during(policy) == 0
     del layer.mlp.forward
     assert watched.during(policy) == 1
+    handle = layer.register_full_backward_hook(lambda module, inputs, outputs: None)
+    assert watched.during(policy) == 0
+    handle.remove()
+    handle = register_module_forward_hook(lambda module, inputs, output: None)
+    assert watched.during(policy) == 0
+    handle.remove()
     own = layer.mlp.up_proj
     layer.mlp.up_proj = torch.nn.Sequential(own)
     assert watched.during(policy) == 0
@@ -123,6 +131,75 @@ def test_what_was_done_to_a_model_since_is_heeded(watched: Watched) -> None:
     assert watched.during(policy) == 0
     with torch.no_grad():
         assert watched.during(policy) == 1  # nothing is kept there anyway
+
+
+class Halved(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2  # type: ignore[no-any-return]
+
+
+def shorter(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
+def another_mlp(model: Any) -> None:
+    model.model.layers[1].mlp = Halved(model.config)
+
+
+def another_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+
+
+def another_epsilon(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1.0
+
+
+def another_scaling(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+
+
+@pytest.mark.parametrize("change", [shorter, another_mlp, another_activation, another_epsilon, another_scaling])
+def test_numbers_and_parts_that_were_changed_are_heeded(change: Callable[[Any], None]) -> None:
+    policy = Policy(tiny_llama())
+    before = policy.hidden_states(IDS, LENGTHS)
+    change(policy.model)
+    after = policy.hidden_states(IDS, LENGTHS)
+    policy._in_core = None
+    assert torch.equal(after, policy.hidden_states(IDS, LENGTHS))
+    assert not torch.allclose(after, before, atol=1e-2)
+
+
+class Stretched(LlamaRotaryEmbedding):
+    """Turns otherwise where no probe of a short text comes to."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        factor = 1 + (position_ids // 30)[..., None].float().log1p()
+        return cos * factor, sin * factor
+
+
+def test_modules_of_another_class_are_left_to_themselves() -> None:
+    model: Any = tiny_llama()
+    model.model.rotary_emb = Stretched(model.config)
+    assert Policy(model)._in_core is None
+
+
+class TwoArguments(LlamaForCausalLM):
+    """No twin can be made of it, so it is served up to what its probe could see."""
+
+    def __init__(self, config: LlamaConfig, more: int) -> None:
+        super().__init__(config)
+
+
+def test_a_limit_of_the_plan_is_kept() -> None:
+    config = tiny_llama().config
+    policy = Policy(TwoArguments(config, 1))
+    assert policy.plan.max_length == 128 and policy._in_core is None
+    with pytest.raises(ValueError, match="served up to 128"):
+        policy.hidden_states(torch.zeros(129, dtype=torch.int64), [129])
 
 
 def test_weights_that_change_in_place_are_read_anew() -> None:

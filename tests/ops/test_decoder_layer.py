@@ -80,7 +80,7 @@ def by_pytorch(x: Tensor, layout: Layout, w: LayerWeights, rows: Tensor | None) 
     return y if rows is None else y[rows]
 
 
-def gradients(function: Any, name: str, dtype: torch.dtype, rows: Tensor | None, final: bool = False) -> list[Tensor]:
+def gradients(function: Any, name: str, dtype: torch.dtype, rows: Tensor | None) -> list[Tensor]:
     """What comes out, and the gradients of x and all weights."""
     hidden = SHAPES[name][0]
     generator = torch.Generator().manual_seed(1)
@@ -98,7 +98,7 @@ def distance(x: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("each_instruction_set")
-@pytest.mark.parametrize("rows", [None, [3, 40, 7, 55, 20, 21, 22, 23, 24, 25], [11]], ids=str)
+@pytest.mark.parametrize("rows", [None, [3, 40, 7, 55, 20, 21, 22, 23, 24, 25], [11, 5, 11]], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_is_at_most_twice_pytorchs(name: str, rows: list[int] | None) -> None:
     chosen = None if rows is None else torch.tensor(rows)
@@ -153,6 +153,21 @@ def test_large_numbers_do_not_overflow_in_the_gate() -> None:
         assert torch.allclose(out[2].double(), F.silu(g.double()), atol=1e-6 * max(1.0, gate))
 
 
+def test_a_gate_that_has_diverged_shows() -> None:
+    for gate in (-torch.inf, torch.nan):
+        out, ones = [torch.empty(1, 8) for _ in range(3)], torch.ones(1, 8)
+        g = torch.full((1, 8), gate)
+        backends.native.gated_silu_backward(*map(to_dlpack, (g, ones, ones, *out)), 1)
+        assert out[2].isnan().all() and F.silu(g).isnan().all()
+
+
+def test_rows_of_another_integer_type() -> None:
+    weights, x, rows = weights_of("llama"), torch.randn(TOKENS, 32, requires_grad=True), torch.tensor([3, 3, 9])
+    found = [decoder_layer(x, packed_of("llama"), weights, which) for which in (rows, rows.int())]
+    assert torch.equal(*found)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in found))
+
+
 def test_only_what_is_wanted_gets_gradients() -> None:
     weights = weights_of("qwen3")
     x = torch.randn(TOKENS, 24)
@@ -166,10 +181,15 @@ def test_only_what_is_wanted_gets_gradients() -> None:
     assert not decoder_layer(x, packed_of("qwen3"), weights).requires_grad
 
 
-def test_a_second_derivative_raises_and_a_changed_weight_too() -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["own products", "the vendor's"])
+def test_a_second_derivative_raises_and_a_changed_weight_too(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.named("cpu"), "_multiplies", lambda *operands: own)
     weights = LayerWeights(*(w if w is None else w.requires_grad_() for w in weights_of("llama")))
     x = torch.randn(TOKENS, 32, requires_grad=True)
     (first,) = torch.autograd.grad(decoder_layer(x, packed_of("llama"), weights).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        first.sum().backward()
+    (first,) = torch.autograd.grad(rms_norm(x, weights.before_mlp, 1e-5).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         first.sum().backward()
     y = decoder_layer(x, packed_of("llama"), weights).sum()
