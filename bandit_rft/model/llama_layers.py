@@ -71,6 +71,21 @@ def shape_of(base: Any) -> Shape:
     )  # fmt: skip
 
 
+def window_of(base: Any) -> int | None:
+    """How many tokens a token sees in the layer that sees fewest; None: all."""
+    config = base.config.get_text_config()
+    windows = {getattr(layer.self_attn, "sliding_window", None) for layer in base.layers}
+    if config.model_type == "mistral":
+        windows.add(config.sliding_window)
+    return min((w for w in windows if w is not None), default=None)
+
+
+def numbers_of(modules: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
+    """What `shape_of` and `layer_weights` read of modules: equal to an earlier answer, they need not look again."""
+    names = ("variance_epsilon", "scaling", "rope_type")
+    return [(type(m), len(m._modules), *map(vars(m).get, names)) for m in modules]
+
+
 def plain_modules(base: Any) -> list[nn.Module]:
     """All modules of a model that computes nothing but what transformers' classes do.
 
@@ -129,19 +144,14 @@ class LlamaLayers:
     def __init__(self, base: Any):
         plain_modules(base)
         self._shape = shape_of(base)
-        config = base.config.get_text_config()
-        windows = {getattr(layer.self_attn, "sliding_window", None) for layer in base.layers}
-        if config.model_type == "mistral":
-            windows.add(config.sliding_window)
-        self._window: int | None = min((w for w in windows if w is not None), default=None)
         refuse_unless(self._shape.head_size % 2 == 0, "its heads cannot be cut in halves")
         _weights_of_layers(base)
 
     def weights(self, base: Any, lengths: Sequence[int]) -> list[LayerWeights] | None:
         """Of every layer; None where these sequences cannot be computed here, as model and backends are now."""
-        if self._window is not None and max(lengths) > self._window:
-            return None
         try:
+            window = window_of(base)
+            refuse_unless(window is None or max(lengths) <= window, f"it sees {window} tokens")
             layers, outside = _weights_of_layers(base), outside_weights(base)
             refuse_unless(shape_of(base) == self._shape, "it was changed")
         except (NotImplementedError, AttributeError):  # parts that another kind of module does not have

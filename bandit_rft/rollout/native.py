@@ -19,8 +19,16 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from bandit_rft.model import Policy
-from bandit_rft.model.llama_layers import layer_weights, outside_weights, plain_modules, refuse_unless, shape_of
+from bandit_rft.model.llama_layers import (
+    layer_weights,
+    numbers_of,
+    outside_weights,
+    plain_modules,
+    refuse_unless,
+    shape_of,
+)
 from bandit_rft.ops import backends, checks, head
+from bandit_rft.ops.decoder_layer import serves
 from bandit_rft.ops.sampling import stream_of
 from bandit_rft.rollout.decoding import Batch, Drawn, Source
 
@@ -39,7 +47,7 @@ class NativeDecoder:
         self._policy = policy
         self._base: Any = policy.base
         self._shape = shape_of(policy.base)
-        self._addresses: list[int] = []
+        self._seen: Any = None
         self._core: Any = None
         self._refresh()
 
@@ -52,7 +60,7 @@ class NativeDecoder:
         """Whether the model still is what the core computes; reads the weights' addresses again if they have moved."""
         try:
             self._refresh()
-        except NotImplementedError:
+        except (NotImplementedError, AttributeError):  # parts that another kind of module does not have
             return False
         return True
 
@@ -115,12 +123,15 @@ class NativeDecoder:
         refuse_unless(served, f"it is {weight.dtype} on {device}, or another backend is forced")
         modules = plain_modules(self._base)
         addresses = [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
-        if addresses == self._addresses:
+        seen = addresses, numbers_of(modules), self._base.config.get_text_config().num_hidden_layers
+        if seen == self._seen:
             return
-        outside = _capsules(outside_weights(self._base))
-        layers = [_capsules(layer_weights(layer)) for layer in self._base.layers]
-        self._core = _native().Decoder(outside, layers, *self._shape)
-        self._addresses = addresses
+        refuse_unless(shape_of(self._base) == self._shape, "it was changed")
+        outside, layers = outside_weights(self._base), [layer_weights(layer) for layer in self._base.layers]
+        weights = [*outside.values(), *(weight for layer in layers for weight in layer.values())]
+        refuse_unless(serves(*weights), "its weights are not plain contiguous float32 in CPU memory")
+        self._core = _native().Decoder(_capsules(outside), [_capsules(layer) for layer in layers], *self._shape)
+        self._seen = seen
 
 
 def _capsules(weights: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ BRFT_INLINE float exp_inside(float x) {
 
 BRFT_INLINE float exp_fast(float x) { return exp_inside(exp_domain(x)); }
 
-// 1 / (1 + exp(-x)), 0 where exp(-x) is not finite; a NaN stays.
+// 1 / (1 + exp(-x)), 0 below -88; a NaN stays.
 BRFT_INLINE float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exp_fast(-x)); }
 
 // tanh(x) to a few ulp: odd polynomial near 0 (where 1 - 2/(e^2x + 1) cancels), the exponential form elsewhere.

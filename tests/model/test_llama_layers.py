@@ -19,6 +19,7 @@ from bandit_rft.model import Policy
 from bandit_rft.model.llama_layers import LlamaLayers
 from bandit_rft.model.twin import _spread
 from bandit_rft.ops import use_backend
+from bandit_rft.rollout.native import NativeDecoder
 
 LENGTHS = [9, 17, 2, 17]
 IDS = torch.randint(3, 45, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
@@ -93,6 +94,8 @@ def test_a_sequence_beyond_the_window_is_left_to_the_modules(watched: Watched) -
     config = CONFIGS["mistral"].__class__(**{**CONFIGS["mistral"].to_dict(), "sliding_window": 30})
     policy = policy_of(config)
     assert watched.during(policy) == 1 and watched.during(policy, [30, 5]) == 1 and watched.during(policy, [31, 5]) == 0
+    policy.model.config.sliding_window = 4
+    assert watched.during(policy) == 0
 
 
 def test_what_was_done_to_a_model_since_is_heeded(watched: Watched) -> None:
@@ -110,9 +113,14 @@ def test_what_was_done_to_a_model_since_is_heeded(watched: Watched) -> None:
     handle = layer.register_full_backward_hook(lambda module, inputs, outputs: None)
     assert watched.during(policy) == 0
     handle.remove()
-    handle = register_module_forward_hook(lambda module, inputs, output: None)
+    handle = layer.register_full_backward_pre_hook(lambda module, outputs: None)
     assert watched.during(policy) == 0
     handle.remove()
+    handle = register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        assert watched.during(policy) == 0
+    finally:
+        handle.remove()
     own = layer.mlp.up_proj
     layer.mlp.up_proj = torch.nn.Sequential(own)
     assert watched.during(policy) == 0
@@ -161,7 +169,40 @@ def another_scaling(model: Any) -> None:
         layer.self_attn.scaling *= 3
 
 
-@pytest.mark.parametrize("change", [shorter, another_mlp, another_activation, another_epsilon, another_scaling])
+def another_projection(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = torch.nn.Sequential(mlp.up_proj, torch.nn.ReLU())
+
+
+def no_mlp(model: Any) -> None:
+    model.model.layers[1].mlp = torch.nn.Identity()
+
+
+CHANGES = [
+    shorter, another_mlp, another_activation, another_epsilon, another_scaling, another_projection, no_mlp,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_numbers_and_parts_that_were_changed_are_heeded_in_decoding(change: Callable[[Any], None]) -> None:
+    policy = Policy(tiny_llama())
+    decoder = NativeDecoder(policy)
+    assert decoder.ready()
+    change(policy.model)
+    assert not decoder.ready()
+
+
+def test_a_rotary_embedding_that_changes_with_the_length_is_not_served() -> None:
+    policy = Policy(tiny_llama())
+    core: Any = policy._in_core
+    assert core.weights(policy.base, LENGTHS) is not None
+    policy.base.rotary_emb.rope_type = "dynamic"  # type: ignore[union-attr, assignment]
+    assert core.weights(policy.base, LENGTHS) is None
+    with pytest.raises(NotImplementedError, match="rotary embedding is dynamic"):
+        NativeDecoder(policy)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_numbers_and_parts_that_were_changed_are_heeded(change: Callable[[Any], None]) -> None:
     policy = Policy(tiny_llama())
     before = policy.hidden_states(IDS, LENGTHS)

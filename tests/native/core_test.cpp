@@ -39,6 +39,7 @@ int main() {
         for (const int64_t size : {1, 7, 16, 33, 128})
             for (const int64_t rows : {0, 1, 9, 300}) norm_case(rows, size, 3, random);
         norm_case(3000, 96, 3, random);
+        norm_case(200, 300, 3, random);
         norm_case(3, 20000, 3, random);
         for (const int64_t size : {2, 6, 16, 40}) {
             rotation_case(5, 3, size, 3, random);

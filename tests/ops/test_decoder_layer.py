@@ -158,7 +158,8 @@ def test_a_gate_that_has_diverged_shows() -> None:
         out, ones = [torch.empty(1, 8) for _ in range(3)], torch.ones(1, 8)
         g = torch.full((1, 8), gate)
         backends.native.gated_silu_backward(*map(to_dlpack, (g, ones, ones, *out)), 1)
-        assert out[2].isnan().all() and F.silu(g).isnan().all()
+        backends.native.gated_silu_forward(*map(to_dlpack, (g, ones, out[0])), 1)
+        assert out[0].isnan().all() and out[2].isnan().all() and F.silu(g).isnan().all()
 
 
 def test_rows_of_another_integer_type() -> None:
