@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +229,12 @@ def test_checks_come_in_the_first_round_and_then_every_so_many() -> None:
         assert SpotCheck(steps, None, 0, ops.PolicyObjective())(None, batch, 1.0, 1) == {}  # type: ignore[arg-type]
 
 
-def test_gradient_checkpointing_trains_the_same(configure: Callable[..., Config], tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", [True, False], ids=["bit for bit", "but for what the core rounds otherwise"])
+def test_gradient_checkpointing_trains_the_same(
+    configure: Callable[..., Config], tmp_path: Path, modules: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if modules:  # as layers that are checkpointed are computed
+        monkeypatch.setattr("bandit_rft.model.policy.in_core", lambda *arguments: None)
     weights = []
     for checkpointing in (False, True):
         folder = str(tmp_path / str(checkpointing))
@@ -236,7 +242,8 @@ def test_gradient_checkpointing_trains_the_same(configure: Callable[..., Config]
         trainer.run()
         assert trainer.policy.gradient_checkpointing == checkpointing
         weights.append([p.detach().clone() for p in trainer.policy.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    same = torch.equal if modules else functools.partial(torch.allclose, rtol=1e-4, atol=1e-5)
+    assert all(same(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_entries_of_the_head_without_a_token_are_never_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
