@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from .record import spread
 
@@ -72,6 +73,7 @@ def draw(points: list[dict[str, Any]], path: Path, machine: dict[str, Any]) -> N
         else:
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))  # where a decade is all there is
         ax.set_xlabel(points[0]["axis"])
         ax.set_title("median ms" if what == "seconds" else "peak MiB beyond inputs and gradients", fontsize=10)
         ax.grid(alpha=0.25)
