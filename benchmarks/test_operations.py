@@ -170,10 +170,10 @@ ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (50, 1.0), (1000, 0.9)])
-def test_filters(versus: Callable[..., float], top_k: int, top_p: float, kind: str) -> None:
+def test_filters(side_by_side: Measure, top_k: int, top_p: float, kind: str) -> None:
     logits, stream = ROWS[kind](torch.randn(8, 151936)), sampling(8)
 
-    def plain() -> Any:
+    def plain(logits: torch.Tensor) -> Any:
         z = logits
         if top_k:
             z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)
@@ -185,10 +185,17 @@ def test_filters(versus: Callable[..., float], top_k: int, top_p: float, kind: s
         token = torch.multinomial(z.softmax(-1), 1)
         return token, logits.log_softmax(-1).gather(1, token)
 
-    versus(
-        f"sample_from_logits, top_k {top_k}, top_p {top_p}, {kind} / topk, sort, cumsum, multinomial",
-        lambda: sample_from_logits(logits, top_k=top_k, top_p=top_p, **stream), plain, bar=0.5, rounds=9,
-        group="filters", shape=(8, 151936),
+    against, function = "topk, sort, cumsum, multinomial", peers.compiled(plain)
+    works = {
+        against: lambda: plain(logits),
+        COMPILED: lambda: function(logits),
+        OURS: lambda: sample_from_logits(logits, top_k=top_k, top_p=top_p, **stream),
+    }
+    for work in works.values():
+        work()
+    side_by_side(
+        f"sample_from_logits, top_k {top_k}, top_p {top_p}, {kind}", works, group="filters", roles=role, rounds=9,
+        bars=[{"over": OURS, "under": against, "at_most": 0.5}], shape=(8, 151936),
     )  # fmt: skip
 
 

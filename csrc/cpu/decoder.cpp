@@ -20,6 +20,8 @@ void require(bool condition, const std::string& what) {
     if (!condition) throw std::invalid_argument(what);
 }
 
+int64_t up_to(int64_t multiple, int64_t x) { return (x + multiple - 1) / multiple * multiple; }
+
 struct Share {
     int64_t begin, end;
     Share(int64_t count, int index, int size) : begin(count * index / size), end(count * (index + 1) / size) {}
@@ -44,10 +46,30 @@ Decoder::Decoder(const DecoderModel& model) : model_(model), kernels_(kernels().
             "heads must be a multiple of key_value_heads");
 }
 
-size_t Decoder::cache_block() const { return size_t(capacity_ * model_.key_value_heads * model_.head_size * lanes_); }
+Stride Decoder::stride(int which) const {
+    const int64_t head_size = model_.head_size;
+    if (!alone()) return {model_.key_value_heads * head_size * lanes_, lanes_, 1};
+    const int64_t next = block(0, 1, which) - block(0, 0, which);
+    return which == 0 ? Stride{1, up_to(kernels_->line, capacity_), next}
+                      : Stride{up_to(kernels_->line, head_size), 1, next};
+}
 
-float* Decoder::cache(int64_t layer, int64_t panel, int which) const {
-    return cache_.memory.get() + ((layer * room_ + panel) * 2 + which) * int64_t(cache_block());
+size_t Decoder::block_size() const {
+    const int64_t heads = model_.key_value_heads;
+    if (!alone()) return size_t(capacity_ * heads * model_.head_size * lanes_);
+    // A vector of columns may begin at any: a line more.
+    return size_t(up_to(kernels_->line, capacity_) * heads * up_to(kernels_->line, model_.head_size) + kernels_->line);
+}
+
+float* Decoder::block(int64_t layer, int64_t index, int which) const {
+    return cache_.memory.get() + ((layer * blocks_ + index) * 2 + which) * int64_t(block_size());
+}
+
+float* Decoder::cache(int64_t layer, int64_t sequence, int64_t head, int which) const {
+    const int64_t width = kernels_->panel, head_size = model_.head_size;
+    if (!alone()) return block(layer, sequence / width, which) + head * head_size * lanes_ + sequence % width;
+    const Stride at = stride(which);
+    return block(layer, sequence, which) + head * (which == 0 ? head_size * at.element : capacity_ * at.column);
 }
 
 void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t batch, int64_t room, int64_t capacity,
@@ -59,22 +81,23 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     require(width <= positions, "positions must lie in the table of rotations");
     require_tokens(tokens, std::accumulate(lengths, lengths + batch, int64_t(0)));
     batch_ = batch;
-    room_ = panels_of(room);
+    room_ = room;
+    blocks_ = alone() ? room : panels_of(room);
     lanes_ = kernels_->computed_lanes(int(std::min<int64_t>(room, kernels_->panel)));
     capacity_ = capacity;
     columns_ = width;  // all prompts end in the same column
-    first_.assign(size_t(room_ * kernels_->panel), 0);
+    first_.assign(size_t(panels_of(room) * kernels_->panel), 0);
     for (int64_t b = 0; b < batch; ++b) first_[size_t(b)] = int32_t(columns_ - lengths[b]);
     positions_ = positions;
     cos_.assign(cos, cos + positions * model_.head_size);
     sin_.assign(sin, sin + positions * model_.head_size);
-    cache_.of(model_.layers.size() * 2 * cache_block() * size_t(room_));
+    cache_.of(model_.layers.size() * 2 * block_size() * size_t(blocks_));
     // Columns before a sequence have the weight 0, and 0 times a NaN that an earlier batch left there would be NaN.
     const int64_t before = columns_ - *std::min_element(lengths, lengths + batch);
     const size_t floats = size_t(before * model_.key_value_heads * model_.head_size * lanes_);
-    for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
+    for (int64_t layer = 0; !alone() && layer < int64_t(model_.layers.size()); ++layer)
         for (int64_t panel = 0; panel < panels_of(batch); ++panel)
-            std::memset(cache(layer, panel, 1), 0, floats * sizeof(float));
+            std::memset(block(layer, panel, 1), 0, floats * sizeof(float));
 
     int64_t sequence = 0, begin = 0;
     std::vector<int64_t> places;
@@ -96,14 +119,13 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
 }
 
 void Decoder::select(const int64_t* which, int64_t count) {
-    require(count > 0 && count <= (room_ == 1 ? lanes_ : room_ * kernels_->panel),
-            "which must name a sequence, and no more than there is room for");
     bool back = true, forth = true;  // every sequence moves to an earlier lane, or every one to a later
     for (int64_t b = 0; b < count; ++b) {
         require(which[b] >= 0 && which[b] < batch_, "which names a sequence that is not there");
         back = back && which[b] >= b;
         forth = forth && which[b] <= b;
     }
+    require(count > 0 && count <= room_, "which must name a sequence, and no more than there is room for");
     require(std::is_sorted(which, which + count) && (back || forth),
             "which must be ascending, to leave some out or repeat some");
     // In that order no lane is overwritten that is still to be read.
@@ -114,8 +136,15 @@ void Decoder::select(const int64_t* which, int64_t count) {
     in_order([&](int64_t b) { first_[size_t(b)] = first_[size_t(which[b])]; });
     for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
         for (int kind = 0; kind < 2; ++kind) {
-            float* const base = cache(layer, 0, kind);
-            const int64_t stride = cache(layer, 1, kind) - base;
+            float* const base = block(layer, 0, kind);
+            const int64_t stride = block(layer, 1, kind) - base;
+            if (alone()) {
+                in_order([&](int64_t b) {
+                    if (which[b] != b)
+                        std::memcpy(base + b * stride, base + which[b] * stride, block_size() * sizeof(float));
+                });
+                continue;
+            }
             for (int64_t r = 0; r < rows; ++r)
                 in_order([&](int64_t b) {
                     base[b / panel * stride + r * lanes_ + b % panel] =
@@ -164,7 +193,9 @@ void Decoder::run(const Pass& pass, int threads) {
     for (Member& member : members_) {
         member.residual.of(in_panels(hidden_size));
         member.normed.of(in_panels(hidden_size));
-        member.scratch.of(size_t((2 + head_size + capacity_) * width + 2 * capacity_ * head_size));
+        const int64_t attention = (2 + head_size + capacity_) * width + 2 * (capacity_ + kernels_->line) * head_size;
+        const int64_t longest = std::max({hidden_size, queries, model_.intermediate_size});
+        member.scratch.of(size_t(std::max(attention, kernels_->few * longest)));
     }
     for (int64_t r = 0; r < panels * width; ++r) {  // cos and sin of each lane, [2 head_size, panel]
         float* to = rotation_.memory.get() + r / width * 2 * head_size * width + r % width;
@@ -190,6 +221,7 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     const Panels attended = in_panels(attended_.memory.get(), queries);
     const Panels projected = in_panels(projected_.memory.get(), hidden_size);
     const Panels activated = in_panels(activated_.memory.get(), model_.intermediate_size);
+    float* const scratch = member.scratch.memory.get();
     const auto members_of = [&](int64_t p) { return int(std::min(width, pass.rows - p * width)); };
 
     const auto norm = [&](const Panels& x, const float* weight) {
@@ -233,7 +265,7 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         for (const auto& m : products)
             before = rows_of(m.rows, before, all, [&](int64_t begin, int64_t end) {
                 kernel.product(m.weight, m.bias, hidden_size, begin, end, in, pass.rows,
-                               {qkv.data + m.at * width, qkv.stride});
+                               {qkv.data + m.at * width, qkv.stride}, scratch);
             });
         barrier_.wait(size);
         attend(pass, layer, int64_t(l), member, index, size);
@@ -243,17 +275,18 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
             barrier_.wait(size);
         }
         rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
-            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, pass.rows, projected);
+            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, pass.rows, projected, scratch);
         });
         barrier_.wait(size);
         add(norm(projected, layer.after_attention));
         in = norm(residual, layer.before_mlp);
         rows_of(model_.intermediate_size, 0, tiles(model_.intermediate_size), [&](int64_t begin, int64_t end) {
-            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, pass.rows, activated);
+            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, pass.rows, activated, scratch);
         });
         barrier_.wait(size);
         rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
-            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, pass.rows, projected);
+            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, pass.rows, projected,
+                           scratch);
         });
         barrier_.wait(size);
         add(norm(projected, layer.after_mlp));
@@ -313,42 +346,41 @@ void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which,
             continue;
         }
         a.columns = columns_;
-        a.column_stride = key_values * lanes_;
-        a.lanes = lanes_;
-        a.keys = cache(which, p, 0) + head * head_size * lanes_;
-        a.values = cache(which, p, 1) + head * head_size * lanes_;
+        a.keys = cache(which, p * width, head, 0);
+        a.values = cache(which, p * width, head, 1);
+        a.key_stride = stride(0);
+        a.value_stride = stride(1);
         a.first = first_.data() + p * width;
         a.lowest_first = *std::min_element(a.first, a.first + members);
         a.highest_first = *std::max_element(a.first, a.first + members);
         a.scratch = scratch;
         a.out = attended_.memory.get() + (p * model_.heads + head * group) * head_size * width;
-        kernels_->attend(a);
+        alone() ? kernels_->attend_alone(a) : kernels_->attend(a);
     }
 }
 
 void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int index, int size) {
     const int64_t width = kernels_->panel, head_size = model_.head_size, heads = model_.key_value_heads;
     const int64_t group = model_.heads / heads, queries = model_.heads * head_size, key_values = heads * head_size;
-    const int64_t stride = (queries + 2 * key_values) * width;
+    const int64_t between = (queries + 2 * key_values) * width;
     const Share share(int64_t(pass.runs.size()) * heads, index, size);
     for (int64_t unit = share.begin; unit < share.end; ++unit) {
         const Run& run = pass.runs[size_t(unit / heads)];
-        const int64_t head = unit % heads, panel = run.sequence / width;
-        const int64_t at = (first_[size_t(run.sequence)] * heads + head) * head_size * lanes_ + run.sequence % width;
+        const int64_t head = unit % heads, first = first_[size_t(run.sequence)];
         HeadPrefill a{};
         a.head_size = head_size;
         a.group = group;
         a.row = run.row;
         a.count = run.count;
         a.begin = run.begin;
-        a.column_stride = key_values * lanes_;
-        a.lanes = lanes_;
-        a.query = {qkv_.memory.get() + head * group * head_size * width, stride};
-        a.key = {qkv_.memory.get() + (queries + head * head_size) * width, stride};
-        a.value = {qkv_.memory.get() + (queries + key_values + head * head_size) * width, stride};
+        a.key_stride = stride(0);
+        a.value_stride = stride(1);
+        a.query = {qkv_.memory.get() + head * group * head_size * width, between};
+        a.key = {qkv_.memory.get() + (queries + head * head_size) * width, between};
+        a.value = {qkv_.memory.get() + (queries + key_values + head * head_size) * width, between};
         a.out = {attended_.memory.get() + head * group * head_size * width, queries * width};
-        a.keys = cache(which, panel, 0) + at;
-        a.values = cache(which, panel, 1) + at;
+        a.keys = cache(which, run.sequence, head, 0) + first * a.key_stride.column;
+        a.values = cache(which, run.sequence, head, 1) + first * a.value_stride.column;
         a.scratch = member.scratch.memory.get();
         kernels_->prefill(a);
     }

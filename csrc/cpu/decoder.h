@@ -81,13 +81,19 @@ class Decoder {
     void attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
     void read_runs(const Pass& pass, int64_t which, Member& member, int index, int size);
     int64_t panels_of(int64_t rows) const { return (rows + kernels_->panel - 1) / kernels_->panel; }
-    size_t cache_block() const;  // floats of the keys, or values, of one layer and panel
-    float* cache(int64_t layer, int64_t panel, int which) const;
+    // The cache is in blocks of the keys, or values, of one layer and panel, or of one sequence where each has its own.
+    bool alone() const { return room_ <= kernels_->few; }
+    Stride stride(int which) const;
+    size_t block_size() const;  // floats
+    float* block(int64_t layer, int64_t index, int which) const;
+    // A head's keys, or values, of the sequence, and those of its panel that follow.
+    float* cache(int64_t layer, int64_t sequence, int64_t head, int which) const;
 
     DecoderModel model_;
     const DecoderKernels* kernels_;
     int64_t batch_ = 0, capacity_ = 0, columns_ = 0, positions_ = 0;
-    int64_t room_ = 0, lanes_ = 0;  // panels that the cache holds, and lanes of each: a whole panel's of several panels
+    int64_t room_ = 0;                // sequences that the cache holds
+    int64_t blocks_ = 0, lanes_ = 0;  // of it for each layer, and lanes of each: a whole panel's of several panels
     std::vector<int32_t> first_;
     std::vector<float> cos_, sin_;
     std::vector<Member> members_;

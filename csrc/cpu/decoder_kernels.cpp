@@ -32,14 +32,15 @@ BRFT_INLINE int members_of(int64_t panel, int64_t batch) {
 }
 
 void product(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in, int64_t batch,
-             Panels out) {
+             Panels out, float* scratch) {
     const int tile = rows_at_once(batch);
+    const float* few = pack_few(in.data, size, batch, scratch);
     for (int64_t r = begin; r < end; r += tile) {
         const int rows = int(end - r < tile ? end - r : tile);
         for (int64_t p = 0; p * kPanel < batch; ++p) {
             const int members = members_of(p, batch), lanes = computed_lanes(members);
             float* to = out.data + p * out.stride + r * kPanel;
-            rows_product(rows, weight + r * size, size, in.data + p * in.stride, size, members, to);
+            rows_product(rows, weight + r * size, size, in.data + p * in.stride, few, size, members, to);
             if (bias)
                 for (int i = 0; i < rows; ++i) every_lane(lanes, [&](int l) { to[i * kPanel + l] += bias[r + i]; });
         }
@@ -47,17 +48,18 @@ void product(const float* weight, const float* bias, int64_t size, int64_t begin
 }
 
 void gated_product(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in,
-                   int64_t batch, Panels out) {
+                   int64_t batch, Panels out, float* scratch) {
     alignas(64) float gates[kMostRows * kPanel], ups[kMostRows * kPanel];
     const int tile = rows_at_once(batch);
+    const float* few = pack_few(in.data, size, batch, scratch);
     for (int64_t r = begin; r < end; r += tile) {
         const int rows = int(end - r < tile ? end - r : tile);
         for (int64_t p = 0; p * kPanel < batch; ++p) {
             const int members = members_of(p, batch), lanes = computed_lanes(members);
             const float* x = in.data + p * in.stride;
             float* to = out.data + p * out.stride + r * kPanel;
-            rows_product(rows, gate + r * size, size, x, size, members, gates);
-            rows_product(rows, up + r * size, size, x, size, members, ups);
+            rows_product(rows, gate + r * size, size, x, few, size, members, gates);
+            rows_product(rows, up + r * size, size, x, few, size, members, ups);
             for (int i = 0; i < rows * kPanel; i += kPanel)
                 for (int first = i; first < i + lanes; first += kFew) {
 #pragma omp simd
@@ -220,11 +222,11 @@ BRFT_INLINE const float* query_weight(const HeadAttention& a, int64_t head) {
 
 template <int Lanes>
 BRFT_INLINE void attend_lanes(const HeadAttention& a) {
-    const int64_t newest = (a.columns - 1) * a.column_stride;
-    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest, a.lanes);
+    const int64_t stride = a.key_stride.column, lanes = a.key_stride.element, newest = (a.columns - 1) * stride;
+    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest, lanes);
     for (int64_t d = 0; d < a.head_size; ++d)
-        memcpy(a.values + newest + d * a.lanes, a.value + d * kPanel, sizeof(float) * Lanes);
-    const Cached<false> keys{a.keys, a.column_stride, a.lanes}, values{a.values, a.column_stride, a.lanes};
+        memcpy(a.values + newest + d * lanes, a.value + d * kPanel, sizeof(float) * Lanes);
+    const Cached<false> keys{a.keys, stride, lanes}, values{a.values, stride, lanes};
     float *q = a.scratch, *scores = a.scratch + a.head_size * kPanel;
     for (int64_t head = 0; head < a.group; ++head) {
         const int64_t at = head * a.head_size * kPanel;
@@ -248,6 +250,77 @@ void attend(const HeadAttention& a) {
             return attend_lanes<kFew>(a);
         default:
             return attend_lanes<BRFT_LANES>(a);
+    }
+}
+
+// scores[t] = q . keys[t] for `Vectors` vectors of columns: of each, the sum that `score` computes in a lane.
+template <int Vectors>
+BRFT_INLINE void score_columns(const float* keys, int64_t stride, const float* q, int64_t head_size, float* scores) {
+    using G = Group<BRFT_LANES>;
+    typename G::Vector sum[Vectors] = {};
+    for (int64_t d = 0; d < head_size; ++d) {
+        BRFT_UNROLL
+        for (int i = 0; i < Vectors; ++i) sum[i] += q[d * kPanel] * G::load(keys + d * stride + i * BRFT_LANES);
+    }
+    BRFT_UNROLL
+    for (int i = 0; i < Vectors; ++i) G::store(scores + i * BRFT_LANES, sum[i]);
+}
+
+// exp(scores - largest), and their sum, in the order in which `exponentiate` has it.
+BRFT_INLINE float exponentiate_columns(float* scores, int64_t columns) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t t = 0; t < columns; ++t) largest = scores[t] > largest ? scores[t] : largest;
+#pragma omp simd
+    for (int64_t t = 0; t < columns; ++t) scores[t] = exp_fast(scores[t] - largest);
+    for (int64_t t = 0; t < columns; ++t) total += scores[t];
+    return total;
+}
+
+// out[d] = sum_t weights[t] values[t, d] / total for `Vectors` vectors of elements: the sums of `mix`.
+template <int Vectors>
+BRFT_INLINE void mix_elements(const float* values, int64_t stride, const float* weights, float total, int64_t columns,
+                              float* out) {
+    using G = Group<BRFT_LANES>;
+    typename G::Vector sum[Vectors] = {};
+    for (int64_t t = 0; t < columns; ++t) {
+        BRFT_UNROLL
+        for (int i = 0; i < Vectors; ++i) sum[i] += weights[t] * G::load(values + t * stride + i * BRFT_LANES);
+    }
+    BRFT_UNROLL
+    for (int i = 0; i < Vectors; ++i) G::store(out + i * BRFT_LANES, sum[i] / total);
+}
+
+// scratch: the rotated query [head_size, panel]; scores and the output of one sequence, up to whole lines.
+void attend_alone(const HeadAttention& a) {
+    constexpr int kVectors = 4;
+    const int64_t newest = a.columns - 1, elements = a.value_stride.column;
+    float *q = a.scratch, *out = q + a.head_size * kPanel, *scores = out + elements;
+    rotated<kFew>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.key);
+    for (int l = 0; l < a.members; ++l)
+        for (int64_t d = 0; d < a.head_size; ++d) {
+            a.keys[l * a.key_stride.sequence + newest + d * a.key_stride.element] = a.key[d * kPanel + l];
+            a.values[l * a.value_stride.sequence + newest * elements + d] = a.value[d * kPanel + l];
+        }
+    for (int64_t head = 0; head < a.group; ++head) {
+        const int64_t at = head * a.head_size * kPanel;
+        rotated<kFew>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
+        for (int l = 0; l < a.members; ++l) {
+            const int64_t first = a.first[l], columns = a.columns - first;
+            const float* keys = a.keys + l * a.key_stride.sequence + first;
+            const float* values = a.values + l * a.value_stride.sequence + first * elements;
+            int64_t t = 0;
+            for (; t + kVectors * BRFT_LANES <= columns; t += kVectors * BRFT_LANES)
+                score_columns<kVectors>(keys + t, a.key_stride.element, q + l, a.head_size, scores + t);
+            for (; t < columns; t += BRFT_LANES)
+                score_columns<1>(keys + t, a.key_stride.element, q + l, a.head_size, scores + t);
+            const float total = exponentiate_columns(scores, columns);
+            int64_t d = 0;
+            for (; d + kVectors * BRFT_LANES <= a.head_size; d += kVectors * BRFT_LANES)
+                mix_elements<kVectors>(values + d, elements, scores, total, columns, out + d);
+            for (; d < a.head_size; d += BRFT_LANES)
+                mix_elements<1>(values + d, elements, scores, total, columns, out + d);
+            for (d = 0; d < a.head_size; ++d) a.out[at + d * kPanel + l] = out[d];
+        }
     }
 }
 
@@ -295,13 +368,14 @@ void prefill(const HeadPrefill& a) {
           *values = keys + columns * size;
     for (int64_t t = 0; t < columns; ++t)
         for (int64_t d = 0; d < size; ++d) {
-            const int64_t at = t * a.column_stride + d * a.lanes;
+            float& key = a.keys[t * a.key_stride.column + d * a.key_stride.element];
+            float& value = a.values[t * a.value_stride.column + d * a.value_stride.element];
             if (t >= a.begin) {
-                a.keys[at] = *lane(a.key, a.row + t - a.begin, d);
-                a.values[at] = *lane(a.value, a.row + t - a.begin, d);
+                key = *lane(a.key, a.row + t - a.begin, d);
+                value = *lane(a.value, a.row + t - a.begin, d);
             }
-            keys[t * size + d] = a.keys[at];
-            values[t * size + d] = a.values[at];
+            keys[t * size + d] = key;
+            values[t * size + d] = value;
         }
     for (int64_t head = 0; head < a.group; ++head)
         for (int64_t i = 0; i < a.count; i += kPanel) {
@@ -331,9 +405,10 @@ void prefill(const HeadPrefill& a) {
 }  // namespace BRFT_ISA
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
-    BRFT_ISA::kPanel,  BRFT_ISA::rows_at_once,  BRFT_ISA::lanes_of, BRFT_ISA::kFewVectors,
-    BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm, BRFT_ISA::inverse_rms,
-    BRFT_ISA::add,     BRFT_ISA::attend,        BRFT_ISA::rotate,   BRFT_ISA::prefill,
+    BRFT_ISA::kPanel,  BRFT_ISA::rows_at_once,  BRFT_ISA::lanes_of,     BRFT_ISA::kFewVectors,
+    BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm,     BRFT_ISA::inverse_rms,
+    BRFT_ISA::add,     BRFT_ISA::attend,        BRFT_ISA::attend_alone, BRFT_LANES,
+    BRFT_ISA::rotate,  BRFT_ISA::prefill,
 };
 
 }  // namespace bandit_rft::cpu

@@ -315,6 +315,8 @@ void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const 
                  float* scratch) {
     alignas(64) float sums[kMostRows * kPanel];
     const int at_once = rows_at_once(batch);
+    const float* few = pack_few(packed, hidden_size, batch, scratch);
+    float* const wide = scratch + kFewVectors * hidden_size;
     for (int64_t v = begin; v < end; v += at_once) {
         const int rows = int(end - v < at_once ? end - v : at_once);
         const float* tile;
@@ -325,15 +327,15 @@ void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const 
         } else {
             for (int r = 0; r < rows; ++r) {
                 const uint16_t* narrow = static_cast<const uint16_t*>(weight) + (v + r) * weight_stride;
-                for (int64_t k = 0; k < hidden_size; ++k) scratch[r * hidden_size + k] = from_bf16(narrow[k]);
+                for (int64_t k = 0; k < hidden_size; ++k) wide[r * hidden_size + k] = from_bf16(narrow[k]);
             }
-            tile = scratch;
+            tile = wide;
             tile_stride = hidden_size;
         }
         for (int64_t first = 0; first < batch; first += kPanel) {
             const int members = int(batch - first < kPanel ? batch - first : kPanel);
             const float* panel = packed + first * hidden_size;
-            rows_product(rows, tile, tile_stride, panel, hidden_size, members, sums);
+            rows_product(rows, tile, tile_stride, panel, few, hidden_size, members, sums);
             for (int b = 0; b < members; ++b) {
                 float* to = out + (first + b) * out_stride + v;
                 for (int r = 0; r < rows; ++r) to[r] = sums[r * kPanel + b] + (bias ? bias[v + r] : 0.0f);

@@ -160,7 +160,8 @@ void head_logits(const Head& head, float* out, int threads) {
     const int64_t work = panels * k.head_panel * head.hidden_size / 16 * head.vocabulary;
     const int rows = k.rows_at_once(head.batch);
     parallel(head.vocabulary, rows, work, threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(head.weight_dtype == DType::f32 ? 0 : size_t(rows * head.hidden_size));
+        const int widened = head.weight_dtype == DType::f32 ? 0 : rows;
+        std::vector<float> scratch(size_t((k.decoder->few + widened) * head.hidden_size));
         k.head_logits(packed.data(), head.batch, head.hidden_size, head.weight, head.weight_dtype, head.weight_stride,
                       head.bias, begin, end, out, head.vocabulary, scratch.data());
     });

@@ -163,10 +163,9 @@ BRFT_INLINE void transpose(Whole (&x)[8]) {
 }
 #endif
 
-// sums[r, v] = sum_k weight[r, k] panel[k, v] for kRowsOfFew rows and the first `Vectors` lanes; 0 in the other lanes
-// that others compute.
+// sums[r, v] = sum_k weight[r, k] few[k, v] for kRowsOfFew rows; 0 in the other lanes that others compute.
 template <int Vectors>
-BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const float* panel, int64_t size, float* sums) {
+BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const float* few, int64_t size, float* sums) {
     using G = Group<BRFT_LANES>;
     constexpr int kSquares = kRowsOfFew / BRFT_LANES;
     alignas(64) float total[Vectors][kRowsOfFew];
@@ -190,7 +189,7 @@ BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const fl
                     BRFT_UNROLL
                     for (int j = 0; j < BRFT_LANES; ++j) {
                         BRFT_UNROLL
-                        for (int v = 0; v < Vectors; ++v) sum[s][v] += x[j] * panel[(k + i + j) * kPanel + v];
+                        for (int v = 0; v < Vectors; ++v) sum[s][v] += x[j] * few[(k + i + j) * Vectors + v];
                     }
                 }
             }
@@ -201,7 +200,7 @@ BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const fl
                 Whole x;
                 for (int r = 0; r < BRFT_LANES; ++r) x[r] = weight[(s * BRFT_LANES + r) * weight_stride + k];
                 BRFT_UNROLL
-                for (int v = 0; v < Vectors; ++v) sum[s][v] += x * panel[k * kPanel + v];
+                for (int v = 0; v < Vectors; ++v) sum[s][v] += x * few[k * Vectors + v];
             }
         }
         BRFT_UNROLL
@@ -226,19 +225,29 @@ constexpr int kMostRows = kRowsOfFew > kTile ? kRowsOfFew : kTile;
 // Rows of a weight that rows_product takes at a time where so many vectors are multiplied.
 BRFT_INLINE int rows_at_once(int64_t vectors) { return vectors <= kFewVectors ? kRowsOfFew : kTile; }
 
-// sums[r, l] = sum_k weight[r, k] panel[k, l] for up to kMostRows rows and the first `width` lanes of the panel.
-BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
-                              int width, float* sums) {
+// The first lanes of a panel where rows_product takes a few, [size, vectors] in `room`: a line of the cache has 16 of
+// them there, and only one or two of a panel, whose lines the weights would drive out. Otherwise nothing.
+BRFT_INLINE const float* pack_few(const float* panel, int64_t size, int64_t vectors, float* room) {
+    if (vectors > kFewVectors) return nullptr;
+    for (int64_t k = 0; k < size; ++k)
+        for (int64_t v = 0; v < vectors; ++v) room[k * vectors + v] = panel[k * kPanel + v];
+    return room;
+}
+
+// sums[r, l] = sum_k weight[r, k] panel[k, l] for up to kMostRows rows and the first `width` lanes of the panel, of
+// which `few` is what pack_few returned, or null.
+BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel,
+                              [[maybe_unused]] const float* few, int64_t size, int width, float* sums) {
 #if defined(BRFT_TRANSPOSES)
-    if (rows == kRowsOfFew) switch (width) {
+    if (few && rows == kRowsOfFew) switch (width) {
             case 1:
-                return few_vectors<1>(weight, weight_stride, panel, size, sums);
+                return few_vectors<1>(weight, weight_stride, few, size, sums);
             case 2:
-                return few_vectors<2>(weight, weight_stride, panel, size, sums);
+                return few_vectors<2>(weight, weight_stride, few, size, sums);
             case 3:
-                return few_vectors<3>(weight, weight_stride, panel, size, sums);
+                return few_vectors<3>(weight, weight_stride, few, size, sums);
             case kFewVectors:
-                return few_vectors<kFewVectors>(weight, weight_stride, panel, size, sums);
+                return few_vectors<kFewVectors>(weight, weight_stride, few, size, sums);
         }
 #endif
     switch (computed_lanes(width)) {

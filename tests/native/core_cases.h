@@ -373,6 +373,9 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
         const std::vector<float> alone = decode({b}, 1, false);
         check(alone == decode(everyone, 1, false), "decoder: in a batch", b, head_size);
         check(alone == decode(everyone, 3, true), "decoder: others leave", b, head_size);
+        // A few have caches of their own, of other lengths than a batch's.
+        check(alone == decode({2, 9, b}, 1, false), "decoder: among a few", b, head_size);
+        check(alone == decode({1, 12, 3, b}, 2, true), "decoder: a few leave", b, head_size);
     }
 
     // Eight tokens of `size` sequences, drawn in one call.
