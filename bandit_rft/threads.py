@@ -2,8 +2,8 @@
 
 torch's threads (GNU OpenMP) spin between two parallel regions, for up to some milliseconds, so that the next one starts
 at once. Beside other busy processes such a thread burns a time slice that the thread it waits for would have needed.
-So they spin for some microseconds, long enough for the gaps within a round, and then sleep. benchmarks/thread_wait.py
-measures what each costs.
+So they spin for some microseconds, long enough for the gaps within a round, and then sleep.
+benchmarks/test_thread_wait.py measures what each costs.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ Decoder::Decoder(const DecoderModel& model) : model_(model), kernels_(kernels().
 Stride Decoder::stride(int which) const {
     const int64_t head_size = model_.head_size;
     if (!alone()) return {model_.key_value_heads * head_size * lanes_, lanes_, 1};
-    const int64_t next = block(0, 1, which) - block(0, 0, which);
+    const int64_t next = 2 * int64_t(block_size());
     return which == 0 ? Stride{1, up_to(kernels_->line, capacity_), next}
                       : Stride{up_to(kernels_->line, head_size), 1, next};
 }
@@ -80,18 +80,19 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     require(width <= capacity, "the cache is full");
     require(width <= positions, "positions must lie in the table of rotations");
     require_tokens(tokens, std::accumulate(lengths, lengths + batch, int64_t(0)));
-    batch_ = batch;
+    batch_ = 0;  // until there is memory for it
     room_ = room;
     blocks_ = alone() ? room : panels_of(room);
     lanes_ = kernels_->computed_lanes(int(std::min<int64_t>(room, kernels_->panel)));
-    capacity_ = capacity;
+    columns_ = capacity_ = capacity;
+    cache_.of(model_.layers.size() * 2 * block_size() * size_t(blocks_));
+    batch_ = batch;
     columns_ = width;  // all prompts end in the same column
     first_.assign(size_t(panels_of(room) * kernels_->panel), 0);
     for (int64_t b = 0; b < batch; ++b) first_[size_t(b)] = int32_t(columns_ - lengths[b]);
     positions_ = positions;
     cos_.assign(cos, cos + positions * model_.head_size);
     sin_.assign(sin, sin + positions * model_.head_size);
-    cache_.of(model_.layers.size() * 2 * block_size() * size_t(blocks_));
     // Columns before a sequence have the weight 0, and 0 times a NaN that an earlier batch left there would be NaN.
     const int64_t before = columns_ - *std::min_element(lengths, lengths + batch);
     const size_t floats = size_t(before * model_.key_value_heads * model_.head_size * lanes_);
@@ -137,21 +138,28 @@ void Decoder::select(const int64_t* which, int64_t count) {
     for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
         for (int kind = 0; kind < 2; ++kind) {
             float* const base = block(layer, 0, kind);
-            const int64_t stride = block(layer, 1, kind) - base;
+            const int64_t next = 2 * int64_t(block_size());
             if (alone()) {
                 in_order([&](int64_t b) {
-                    if (which[b] != b)
-                        std::memcpy(base + b * stride, base + which[b] * stride, block_size() * sizeof(float));
+                    if (which[b] != b) copy_columns(kind, base + which[b] * next, base + b * next);
                 });
                 continue;
             }
             for (int64_t r = 0; r < rows; ++r)
                 in_order([&](int64_t b) {
-                    base[b / panel * stride + r * lanes_ + b % panel] =
-                        base[which[b] / panel * stride + r * lanes_ + which[b] % panel];
+                    base[b / panel * next + r * lanes_ + b % panel] =
+                        base[which[b] / panel * next + r * lanes_ + which[b] % panel];
                 });
         }
     batch_ = count;
+}
+
+void Decoder::copy_columns(int which, const float* from, float* to) const {
+    const int64_t heads = model_.key_value_heads, head_size = model_.head_size;
+    const Stride at = stride(which);
+    const int64_t runs = which == 0 ? heads * head_size : heads;
+    const int64_t apart = which == 0 ? at.element : capacity_ * at.column, count = columns_ * at.column;
+    for (int64_t r = 0; r < runs; ++r) std::memcpy(to + r * apart, from + r * apart, size_t(count) * sizeof(float));
 }
 
 void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidden, int threads) {
@@ -189,11 +197,12 @@ void Decoder::run(const Pass& pass, int threads) {
     projected_.of(in_panels(hidden_size));
     activated_.of(in_panels(model_.intermediate_size));
     rotation_.of(in_panels(2 * head_size));
+    inverses_.of(in_panels(2));
     if (members_.size() < size_t(team)) members_.resize(size_t(team));
     for (Member& member : members_) {
         member.residual.of(in_panels(hidden_size));
         member.normed.of(in_panels(hidden_size));
-        const int64_t attention = (2 + head_size + capacity_) * width + 2 * (capacity_ + kernels_->line) * head_size;
+        const int64_t attention = (head_size + capacity_) * width + 2 * (capacity_ + kernels_->line) * head_size;
         const int64_t longest = std::max({hidden_size, queries, model_.intermediate_size});
         member.scratch.of(size_t(std::max(attention, kernels_->few * longest)));
     }
@@ -268,6 +277,10 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
                                {qkv.data + m.at * width, qkv.stride}, scratch);
             });
         barrier_.wait(size);
+        if (model_.norms_over_all_heads) {  // which reads what others rotate where it is
+            inverses_of_heads(pass, layer, index, size);
+            barrier_.wait(size);
+        }
         attend(pass, layer, int64_t(l), member, index, size);
         barrier_.wait(size);
         if (!pass.runs.empty()) {
@@ -306,13 +319,26 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     }
 }
 
+// 1 / rms of each lane's queries and keys, for norms over all heads.
+void Decoder::inverses_of_heads(const Pass& pass, const DecoderLayer& layer, int index, int size) {
+    const int64_t width = kernels_->panel, queries = model_.heads * model_.head_size;
+    const int64_t key_values = model_.key_value_heads * model_.head_size;
+    const Share share(panels_of(pass.rows), index, size);
+    for (int64_t p = share.begin; p < share.end; ++p) {
+        const float* qkv = qkv_.memory.get() + p * (queries + 2 * key_values) * width;
+        float* to = inverses_.memory.get() + p * 2 * width;
+        const int members = int(std::min(width, pass.rows - p * width));
+        if (layer.q_norm) kernels_->inverse_rms(qkv, model_.norm_eps, queries, members, to);
+        if (layer.k_norm)
+            kernels_->inverse_rms(qkv + queries * width, model_.norm_eps, key_values, members, to + width);
+    }
+}
+
 // A step: attention of one new token each. Reading: the rotation only, for read_runs.
 void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
     const int64_t width = kernels_->panel, panels = panels_of(pass.rows), head_size = model_.head_size;
     const int64_t heads = model_.key_value_heads, group = model_.heads / heads;
     const int64_t queries = model_.heads * head_size, key_values = heads * head_size;
-    float *inverses = member.scratch.memory.get(), *scratch = inverses + 2 * width;
-    int64_t normed_panel = -1;
     const Share share(panels * heads, index, size);
     for (int64_t unit = share.begin; unit < share.end; ++unit) {
         const int64_t p = unit / heads, head = unit % heads;
@@ -320,12 +346,7 @@ void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which,
         const float* rotation = rotation_.memory.get() + p * 2 * head_size * width;
         const int members = int(std::min(width, pass.rows - p * width));
         const bool whole = model_.norms_over_all_heads;
-        if (whole && p != normed_panel) {
-            if (layer.q_norm) kernels_->inverse_rms(qkv, model_.norm_eps, queries, members, inverses);
-            if (layer.k_norm)
-                kernels_->inverse_rms(qkv + queries * width, model_.norm_eps, key_values, members, inverses + width);
-            normed_panel = p;
-        }
+        const float* inverses = inverses_.memory.get() + p * 2 * width;
         HeadAttention a{};
         a.members = members;
         a.head_size = head_size;
@@ -353,7 +374,7 @@ void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which,
         a.first = first_.data() + p * width;
         a.lowest_first = *std::min_element(a.first, a.first + members);
         a.highest_first = *std::max_element(a.first, a.first + members);
-        a.scratch = scratch;
+        a.scratch = member.scratch.memory.get();
         a.out = attended_.memory.get() + (p * model_.heads + head * group) * head_size * width;
         alone() ? kernels_->attend_alone(a) : kernels_->attend(a);
     }

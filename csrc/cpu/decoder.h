@@ -4,8 +4,8 @@
 //   x += [norm] down(silu(gate([norm] x)) * up([norm] x))                       each [norm] is there or not
 //
 // A small model's step is some 200 operations of a few microseconds, so what calls them costs more than they do. Here
-// it is one call: the threads meet five times a layer, and each keeps its own copy of the residual stream in between.
-// Prompts are read the same way, with tokens side by side in the lanes instead of sequences.
+// it is one call: the threads meet five or six times a layer, and each keeps its own copy of the residual stream in
+// between. Prompts are read the same way, with tokens side by side in the lanes instead of sequences.
 #pragma once
 
 #include <cstdint>
@@ -78,6 +78,7 @@ class Decoder {
     void require_tokens(const int64_t* tokens, int64_t count) const;
     void run(const Pass& pass, int threads);
     void work(const Pass& pass, Member& member, int index, int size);
+    void inverses_of_heads(const Pass& pass, const DecoderLayer& layer, int index, int size);
     void attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
     void read_runs(const Pass& pass, int64_t which, Member& member, int index, int size);
     int64_t panels_of(int64_t rows) const { return (rows + kernels_->panel - 1) / kernels_->panel; }
@@ -88,6 +89,8 @@ class Decoder {
     float* block(int64_t layer, int64_t index, int which) const;
     // A head's keys, or values, of the sequence, and those of its panel that follow.
     float* cache(int64_t layer, int64_t sequence, int64_t head, int which) const;
+    // The columns in use, from one sequence's block to another's, where each has its own.
+    void copy_columns(int which, const float* from, float* to) const;
 
     DecoderModel model_;
     const DecoderKernels* kernels_;
@@ -97,7 +100,7 @@ class Decoder {
     std::vector<int32_t> first_;
     std::vector<float> cos_, sin_;
     std::vector<Member> members_;
-    Buffer cache_, qkv_, attended_, projected_, activated_, rotation_;
+    Buffer cache_, qkv_, attended_, projected_, activated_, rotation_, inverses_;
     Barrier barrier_;
 };
 

@@ -268,10 +268,10 @@ void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_val
 
 // A decoder's step: a sequence has the same bits alone as in a batch, after others have left it, on any number of
 // threads.
-void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool over_all_heads, std::mt19937& random) {
+void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool over_all_heads, std::mt19937& random,
+                  int64_t hidden_size = 13, int64_t intermediate = 29) {
     const int64_t vocabulary = 7, key_value_heads = 3, heads = key_value_heads * group, queries = heads * head_size;
-    const int64_t key_values = key_value_heads * head_size, hidden_size = 13, intermediate = 29, positions = 304,
-                  batch = 37;
+    const int64_t key_values = key_value_heads * head_size, positions = 304, batch = 37;
     std::normal_distribution<float> normal(0, 0.4f);
     std::vector<std::vector<float>> kept;
     kept.reserve(100);

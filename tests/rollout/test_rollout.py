@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import transformers
-from architectures import CONFIGS
+from architectures import COMMON, CONFIGS
 from packaging.version import Version
 from tiny_models import tiny_llama
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, Olmo2Config
 
 from bandit_rft import ops
 from bandit_rft.config import Config
@@ -237,6 +237,25 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     assert len(hidden) == 9 * 600
 
 
+def test_norms_over_all_heads_are_of_no_head_that_another_thread_has_rotated() -> None:
+    """A model that is worth a second thread, and a prompt of several panels, so that two threads share one's heads."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 512}
+    torch.manual_seed(0)
+    config = Olmo2Config(**{**COMMON, **sizes, "max_position_embeddings": 128})
+    native = NativeDecoder(Policy(AutoModelForCausalLM.from_config(config)))
+    tokens = torch.randint(0, 97, (96,)).tolist()
+    default = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            read = native.prefill([tokens], 1, 100)
+            found.append([read, native.step(torch.ones(1, dtype=torch.int64), torch.tensor([96]))])
+    finally:
+        torch.set_num_threads(default)
+    assert all(torch.equal(*pair) for other in found for pair in zip(found[0], other, strict=True))
+
+
 def test_native_decoding_computes_whole_vectors() -> None:
     """What the engine goes by when it shrinks a batch: a few sequences must not cost what a whole panel does."""
     computed = native_engine("llama")._native.computed
@@ -280,18 +299,20 @@ def test_native_decoding_follows_the_weights() -> None:
                     parameter.mul_(1.1)
 
 
-def test_native_decoding_forgets_an_earlier_batch() -> None:
+@pytest.mark.parametrize("count", [5, 3])  # three have caches of their own
+def test_native_decoding_forgets_an_earlier_batch(count: int) -> None:
     """NaN, too: a column that a sequence does not see has the weight 0, and 0 * NaN is NaN."""
     engine = native_engine("llama")
-    native, token = engine._native, torch.ones(5, dtype=torch.int64)
-    lengths = torch.tensor([len(p) for p in PROMPTS])
-    expected = native.prefill(PROMPTS, 5, 12), native.step(token, lengths)
+    prompts = PROMPTS[:count]
+    native, token = engine._native, torch.ones(count, dtype=torch.int64)
+    lengths = torch.tensor([len(p) for p in prompts])
+    expected = native.prefill(prompts, count, 12), native.step(token, lengths)
     kept = engine.policy.base.embed_tokens.weight.detach().clone()
     with torch.no_grad():
         engine.policy.base.embed_tokens.weight.fill_(torch.nan)
-        assert native.prefill([[1] * 11] * 5, 5, 12).isnan().all()
+        assert native.prefill([[1] * 11] * count, count, 12).isnan().all()
         engine.policy.base.embed_tokens.weight.copy_(kept)
-    assert torch.equal(native.prefill(PROMPTS, 5, 12), expected[0])
+    assert torch.equal(native.prefill(prompts, count, 12), expected[0])
     assert torch.equal(native.step(token, lengths), expected[1])
 
 
