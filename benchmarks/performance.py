@@ -120,7 +120,7 @@ class Page:
         return rows + self._of_rates(groups)
 
     def _of_rates(self, groups: Sequence[str]) -> list[list[str]]:
-        """Rounds and decoding: beside the time that products and reading the weights take at this machine's rates."""
+        """Rounds and decoding: beside what multiply-adds take at this machine's rate, or reading the weights took."""
         rows = []
         for group in groups:
             for title, case in self.group(group).items():
@@ -135,15 +135,9 @@ class Page:
         product = self.limit_of("float32 multiply-adds", "GFLOP a second")
         if "flop" not in case or product is None:
             return None
-        a_step = case.get("bytes", 0.0) / case["shape"][-1]  # once the weights
-        where = "cache" if a_step < self.data["machine"]["last_level_cache_mib"] * 2**20 else "memory"
-        reading = self.limit_of(f"reading from {where}", "GB a second")
-        if reading is None:
-            return None
-        of_product, of_reading = case["flop"] / product / 1e9, case.get("bytes", 0.0) / reading / 1e9
-        if of_reading > of_product:
-            return f"reading the weights from {where}", of_reading
-        return "multiply-adds", of_product
+        of_product, reading = case["flop"] / product / 1e9, case["sides"].get(record.READING)
+        of_reading = statistics.median(reading["seconds"]) if reading else 0.0
+        return (record.READING, of_reading) if of_reading > of_product else ("multiply-adds", of_product)
 
     def asked(self, *groups: str) -> list[list[str]]:
         """A row for each bar that is missed and has a limit: the seconds it asks for, the limit, their quotient."""
@@ -169,6 +163,15 @@ class Page:
         case = self.group("limits").get(name)
         return None if case is None else float(case["sides"]["torch"]["figures"][figure])
 
+    def waits(self) -> list[list[str]]:
+        """A row a `thread_wait`: the seconds of a round of every case."""
+        rows: dict[str, list[str]] = {}
+        for case in self.group("thread wait").values():
+            for policy, side in case["sides"].items():
+                middle, low, high = (significant(seconds) for seconds in record.spread(side["seconds"]))
+                rows.setdefault(policy, [policy]).append(f"{middle} ({low}-{high})")
+        return list(rows.values())
+
     def limits(self) -> list[list[str]]:
         """A row a limit."""
         rows = []
@@ -179,6 +182,10 @@ class Page:
             rows.append([title, f"{significant(value)} ({significant(value * middle / high)}-"
                                 f"{significant(value * middle / low)})", figure])  # fmt: skip
         return rows
+
+    def beside(self, group: str) -> list[list[str]]:
+        """A row a side of every case: case, then as `sides` has it."""
+        return [[title, *row] for title, case in self.group(group).items() for row in self.sides(case)]
 
     def versus(self, *groups: str) -> list[list[str]]:
         """A row a case of two sides: case, against, the ratio."""
@@ -217,10 +224,27 @@ class Page:
             for title, case in self.group("bfloat16 distance").items()
         ]
 
+    def left_of_a_round(self) -> dict[str, str]:
+        """Where a bar of the round is missed: the seconds it asks for, and what products and rollouts leave of them."""
+        for case in self.group("round").values():
+            products, ours = case["sides"].get(record.UPDATE_PRODUCTS), case["sides"][OURS]
+            for bar in case.get("bars", []):
+                under = self._under(case, bar)
+                if not products or not under or record.ratio(case, bar["over"], under).median <= bar["at_most"]:
+                    continue
+                asked, fixed = bar["at_most"] * _median(case, under), _median(case, record.UPDATE_PRODUCTS)
+                rollout = ours["phases"]["rollout"]
+                seconds = {
+                    "asked": asked, "products": fixed, "rollout": rollout, "left": max(0.0, asked - fixed - rollout),
+                    "rest": _median(case, OURS) - fixed - rollout,
+                }  # fmt: skip
+                return {"under": under} | {name: duration(value) for name, value in seconds.items()}
+        return {}
+
     def decoding(self, model: str) -> tuple[list[str], list[list[str]]]:
         """(sides, a row a number of sequences: tokens a second of each)."""
         cases = [case for case in self.group("decoding").values() if case["model"] == model]
-        names = list(dict.fromkeys(name for case in cases for name in case["sides"]))
+        names = [n for n in dict.fromkeys(name for case in cases for name in case["sides"]) if n != record.READING]
         rows = []
         for case in cases:
             speeds = [case["sides"].get(name, {}).get("figures", {}).get("tokens a second") for name in names]
@@ -234,7 +258,7 @@ class Page:
             for name, side in case["sides"].items():
                 if name != OURS and "version" in side:
                     versions[name] = f"{name} {side['version']}"
-                if not side["figures"]["same greedy tokens"]:
+                if not side.get("figures", {}).get("same greedy tokens", True):
                     differ[name] = None
         told = [f"Measured: {', '.join(versions.values())}."] if versions else []
         if differ:
@@ -286,6 +310,10 @@ class Page:
         return [[name, f"{instructions.a_token(one):,.0f}"] for name, one in self.counts["kernels"].items()]
 
 
+def _median(case: dict[str, Any], side: str) -> float:
+    return statistics.median(case["sides"][side]["seconds"])
+
+
 def table(rows: Sequence[Sequence[str]], *header: str) -> str:
     """Markdown; a table without rows says so."""
     if not rows:
@@ -293,12 +321,6 @@ def table(rows: Sequence[Sequence[str]], *header: str) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(line.replace("|  |", "| |") for line in lines)
-
-
-def thread_wait() -> str:
-    """What benchmarks/results/thread_wait.md says, where it is committed."""
-    path = RESULTS / "thread_wait.md"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def gpu_tables() -> str:
@@ -328,10 +350,13 @@ def render(run: Path = RUN) -> str:
     page = Page(data, counts)
     return template.render(
         page=page, machine=data["machine"], table=table, gpu_tables=gpu_tables(), counts=counts,
-        thread_wait=thread_wait(), duration=duration, significant=significant,
+        duration=duration, significant=significant,
         dates=sorted({case["date"] for case in data["cases"].values()}),
         commits=sorted({c[of] for c in data["cases"].values() for of in ("commit", "peaks_commit") if of in c}),
-        loads=sorted(case["load"] for case in data["cases"].values() if case.get("load") is not None),
+        loads=sorted(
+            case["load"] for case in data["cases"].values()
+            if case.get("load") is not None and case["group"] != "thread wait"  # which is busy on purpose
+        ),
     )  # fmt: skip
 
 

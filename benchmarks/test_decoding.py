@@ -6,11 +6,13 @@ llama.cpp: `pip install gguf llama-cpp-python` (it compiles for minutes). vllm-c
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comparison import models, record
 from comparison.decoders import LLAMA, OURS, SIDES, VLLM, Decoder, Task
 from transformers import AutoConfig
@@ -30,6 +32,8 @@ def test_decoding(size: str, tmp_path: Path, benchmark: Any, keep: Callable[...,
     parameters = models.make(size, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     task = Task(tmp_path, PROMPT, NEW, max(SEQUENCES))
+    read = parameters - config.vocab_size * config.hidden_size  # weights: a step reads no embedding
+    weights = torch.ones(read)
     decoders: dict[str, Decoder] = {}
     missing: dict[str, str] = {}
     try:
@@ -45,10 +49,14 @@ def test_decoding(size: str, tmp_path: Path, benchmark: Any, keep: Callable[...,
             seconds: dict[str, list[float]] = {side: [decoder.seconds(count)] for side, decoder in decoders.items()}
             longest = max(found[0] for found in seconds.values())
             turns = min(9, max(TURNS, round(SECONDS / longest)))
-            seconds = {side: [] for side in decoders}  # the first of each warmed it up
+            seconds = {side: [] for side in (*decoders, record.READING)}  # the first of each warmed it up
             for _ in range(turns):
                 for side, decoder in decoders.items():
                     seconds[side].append(decoder.seconds(count))
+                start = time.perf_counter()
+                for _ in range(NEW):
+                    torch.dot(weights, weights)  # PyTorch's fastest way to read
+                seconds[record.READING].append(time.perf_counter() - start)
             sides = {
                 side: {
                     "role": "ours" if side == OURS else "peer", "seconds": found, "version": decoders[side].version,
@@ -57,19 +65,20 @@ def test_decoding(size: str, tmp_path: Path, benchmark: Any, keep: Callable[...,
                         "same greedy tokens": tokens[side] == tokens[OURS],
                     },
                 }
-                for side, found in seconds.items()
-            }  # fmt: skip
-            bar = {"over": OURS, "under": "fastest peer", "among": RIVALS[size], "at_most": BARS[size][count]}
-            read = 4.0 * (parameters - config.vocab_size * config.hidden_size)  # a step reads no embedding
-            case = {
-                "group": "decoding", "sides": sides, "missing": missing, "bars": [bar], "model": size,
-                "shape": [count, PROMPT, NEW], "parameters": parameters, "bytes": read * NEW,
-                "flop": models.flop(config, count * (PROMPT + NEW - 1), count * NEW),
+                for side, found in seconds.items() if side != record.READING
             }  # fmt: skip
             lines = "".join(
                 f"\n    {side:<24} {found['figures']['tokens a second']:10.0f} tokens a second, ours / it "
-                f"{record.ratio(case, OURS, side).median:.2f} of its seconds" for side, found in sides.items()
+                f"{record.ratio({'sides': sides}, OURS, side).median:.2f} of its seconds"
+                for side, found in sides.items()
             )  # fmt: skip
+            sides[record.READING] = {"role": "reference", "seconds": seconds[record.READING]}
+            bar = {"over": OURS, "under": "fastest peer", "among": RIVALS[size], "at_most": BARS[size][count]}
+            case = {
+                "group": "decoding", "sides": sides, "missing": missing, "bars": [bar], "model": size,
+                "shape": [count, PROMPT, NEW], "parameters": parameters,
+                "flop": models.flop(config, count * (PROMPT + NEW - 1), count * NEW),
+            }  # fmt: skip
             keep(f"decoding, {count} sequences, {size} parameters", case, lines)
     finally:
         for decoder in decoders.values():

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from comparison import fresh
-from comparison.peers import LIMITS, LOGPROBS, LOGPROBS_LEARNED, LOSS, role
+from comparison.logit_rows import FILTERS, ROWS
+from comparison.peers import DRAWS, LIMITS, LOGPROBS, LOGPROBS_LEARNED, LOSS, role
 from comparison.record import OURS
 
 from bandit_rft.ops import backends
@@ -37,16 +38,33 @@ CASES: dict[str, tuple[str, dict[str, Any], float, str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_peaks(name: str, each_shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
-    peaks(name, each_shape, CASES[name], benchmark, keep)
+    peaks(f"{name}, {dimensions(each_shape)}", each_shape, CASES[name], benchmark, keep)
 
 
 def test_peaks_of_a_backward(shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
     case = ("learned", LOGPROBS_LEARNED, 0.0, "logprobs")
-    peaks("linear_logprobs, forward + backward", shape, case, benchmark, keep)
+    peaks(f"linear_logprobs, forward + backward, {dimensions(shape)}", shape, case, benchmark, keep)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+def test_peaks_of_a_draw(rows: int, shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
+    title = f"linear_sample, {rows} rows, {dimensions(shape[1:])}"
+    peaks(title, (rows, *shape[1:]), ("draws", DRAWS, 0.0, "sampling"), benchmark, keep)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_peaks_of_rows(name: str, shape: tuple[int, int, int], benchmark: Any, keep: Callable[..., None]) -> None:
+    of_rows = (512, shape[2])
+    peaks(f"{name}, {of_rows[0]} rows of {of_rows[1]}", of_rows, (name, ROWS[name].sides, 0.0, "rows"), benchmark, keep)
+
+
+@pytest.mark.parametrize("name", [name for name in FILTERS if name.endswith("normal")])
+def test_peaks_of_filters(name: str, benchmark: Any, keep: Callable[..., None]) -> None:
+    peaks(name, (8, 151936), (name, FILTERS[name].sides, 0.0, "filters"), benchmark, keep)
 
 
 def peaks(
-    name: str, shape: tuple[int, int, int], case_of: tuple[str, dict[str, Any], float, str], benchmark: Any,
+    name: str, shape: tuple[int, ...], case_of: tuple[str, dict[str, Any], float, str], benchmark: Any,
     keep: Callable[..., None],
 ) -> None:  # fmt: skip
     """Of every side; ours is held."""
@@ -62,7 +80,7 @@ def peaks(
         else:
             sides[side] = {"role": role(side), "peak_mib": found["peak_mib"]}
     lines = "".join(f"\n    {side:<40} {one['peak_mib']:8.0f} MiB" for side, one in sides.items())
-    keep(f"{name}, {dimensions(shape)}", {"group": group, "sides": sides, "missing": missing, "shape": shape}, lines)
+    keep(name, {"group": group, "sides": sides, "missing": missing, "shape": shape}, lines)
     benchmark.pedantic(lambda: None)
     assert sides[OURS]["peak_mib"] <= 64
 

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.timeout(900)  # the reference loop is compiled
 
 PROMPT = " ".join(f"w{i}" for i in range(16))
 EAGER, COMPILED = "reference loop, eager", "reference loop, compiled"
-PRODUCTS = "the products of an update, nothing else"
 TURNS = 3
 
 
@@ -139,7 +138,8 @@ def case_of(found: dict[str, list[dict[str, float]]], unit: str = "round") -> di
     for side, rounds in found.items():
         phases = sorted({phase for one in rounds for phase in one} - {"round"})
         sides[side] = {
-            "role": {OURS: "ours", PRODUCTS: "reference"}.get(side, "peer"), "seconds": [one[unit] for one in rounds],
+            "role": {OURS: "ours", record.UPDATE_PRODUCTS: "reference"}.get(side, "peer"),
+            "seconds": [one[unit] for one in rounds],
             "phases": {phase: statistics.median(one.get(phase, 0.0) for one in rounds) for phase in phases},
         }  # fmt: skip
     return sides
@@ -164,7 +164,7 @@ def test_round(model_folder: Path, tmp_path: Path, benchmark: Any, keep: Callabl
     loops[COMPILED].round(prompts)
     compile_seconds = time.perf_counter() - start
     for turn in range(TURNS):  # in turns, so that the machine's mood is shared
-        found.setdefault(PRODUCTS, []).extend(products_alone(config))
+        found.setdefault(record.UPDATE_PRODUCTS, []).extend(products_alone(config))
         for side, loop in loops.items():
             found.setdefault(side, []).extend(reference(loop, model_folder))
         for trainer in ("GRPO", "RLOO"):

@@ -38,6 +38,7 @@ LOSS_CURVES: dict[str, tuple[str, Sequence[float], Callable[[Any], tuple[tuple[i
     ),
 }
 SAMPLER_HEAD, SAMPLER_ROWS = (896, 32000), (1, 4, 16, 64, 256, 1024)
+DRAWING = OURS, PLAIN
 DRAWN, LENGTHS = (16, 16), (16, 64, 256, 1024)  # sequences and tokens of a prompt; of a completion
 THREADS_SHAPE = (K, 512, 16000)
 COMPARED = (OURS, PLAIN, TORCH, CCE)
@@ -85,7 +86,7 @@ def test_loss(curve: str, benchmark: Any, keep: Keep) -> None:
 
 def test_sampler_batch(benchmark: Any, keep: Keep) -> None:
     for rows in SAMPLER_ROWS:
-        works, missing, _ = peers.working(DRAWS, Batch(rows, *SAMPLER_HEAD))
+        works, missing, _ = peers.working({name: DRAWS[name] for name in DRAWING}, Batch(rows, *SAMPLER_HEAD))
         point(keep, "sampler batch", "rows drawn", rows, in_turns(works, 1.0), missing)
     benchmark.pedantic(lambda: None)
 
@@ -122,7 +123,7 @@ def peaks_of(curve: str) -> Iterator[tuple[str, float, dict[str, Callable[[], An
             yield "tokens a completion", length, of
     else:
         for rows in SAMPLER_ROWS:
-            yield "rows drawn", rows, {n: partial(fresh.measure, "draws", n, (rows, *SAMPLER_HEAD)) for n in DRAWS}
+            yield "rows drawn", rows, {n: partial(fresh.measure, "draws", n, (rows, *SAMPLER_HEAD)) for n in DRAWING}
 
 
 def test_response_length(tmp_path: Path, benchmark: Any, keep: Keep) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,21 @@ def run(
     import torch
 
     sys.path.insert(0, str(HERE.parents[1]))
-    from comparison import peers
+    from comparison import logit_rows, peers
     from comparison.batch import Batch
 
     torch.set_num_threads(threads)
-    warm = Batch(64, 64, 512)
-    sides = {
-        "loss": peers.LOSS, "logprobs": peers.LOGPROBS, "learned": peers.LOGPROBS_LEARNED, "draws": peers.DRAWS
-    }[operation]  # fmt: skip
+    learned, small, make = operation in ("loss", "learned"), (64, 64, 512), partial(Batch, zero=zero)
+    sides: dict[str, Any]
+    if (of_rows := {**logit_rows.ROWS, **logit_rows.FILTERS}.get(operation)) is not None:
+        learned, small, make, sides = of_rows.learned, (16, 2048), of_rows.logits, of_rows.works()
+    else:
+        sides = {
+            "loss": peers.LOSS, "logprobs": peers.LOGPROBS, "learned": peers.LOGPROBS_LEARNED, "draws": peers.DRAWS
+        }[operation]  # fmt: skip
     try:
-        sides[side](warm)()  # threads, imports
-        batch = Batch(*shape, zero=zero)
+        sides[side](make(*small))()  # threads, imports
+        batch = make(*shape)
         before = resident_peak(reset=True)
         work = sides[side](batch)
         if not once:
@@ -64,9 +69,7 @@ def run(
         return {"missing": str(reason)}
     except Exception as error:
         return {"missing": f"{type(error).__name__}: {error}"[:300]}
-    gradients = (
-        batch.gradient_bytes() / 2**20 if operation in ("loss", "learned") and peers.role(side) != "limit" else 0.0
-    )
+    gradients = batch.gradient_bytes() / 2**20 if learned and peers.role(side) != "limit" else 0.0
     peak = resident_peak()
     return {"peak_mib": max(0.0, peak - before - gradients), "process_mib": peak, "seconds": seconds}
 
@@ -103,7 +106,7 @@ def measure(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("operation", choices=("loss", "logprobs", "learned", "draws", "completions"))
+    parser.add_argument("operation", help="loss, logprobs, learned, draws, completions, or a case of logit_rows.py")
     parser.add_argument("side")
     parser.add_argument("shape", type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--zero", type=float, default=0.0)

@@ -87,7 +87,7 @@ def eager_loss(batch: Batch) -> Work:
     return trained(batch, lambda: plain_loss(batch.hidden, batch.weight, batch.targets, batch.of_token))
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """As a user would ask for speed."""
     return torch.compile(function, mode="max-autotune", dynamic=False)
 
@@ -179,11 +179,11 @@ LOSS: dict[str, Callable[[Batch], Work]] = {
 }
 
 
-def forward(call: Callable[[], Tensor]) -> Work:
+def forward(call: Work) -> Work:
     """Without gradients."""
 
     @torch.no_grad()
-    def work() -> Tensor:
+    def work() -> Any:
         return call()
 
     return work
@@ -214,22 +214,31 @@ LOGPROBS_LEARNED: dict[str, Callable[[Batch], Work]] = {
 }
 
 
+def plain_draw(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A token a row and its log-probability."""
+    logits = hidden @ weight.T
+    token = torch.multinomial(logits.softmax(-1), 1)
+    return token, logits.log_softmax(-1).gather(1, token)
+
+
 def our_draws(batch: Batch) -> Work:
     rows = torch.arange(len(batch.hidden))
     stream: dict[str, Any] = {"seed": 1, "sequence_ids": rows, "positions": rows * 0}
-    return forward(lambda: linear_sample(batch.hidden, batch.weight, **stream).tokens)
+    return forward(lambda: linear_sample(batch.hidden, batch.weight, **stream)[:2])
 
 
-def plain_draws(batch: Batch) -> Work:
-    def draw() -> Tensor:
-        logits = batch.hidden @ batch.weight.T
-        token = torch.multinomial(logits.softmax(-1), 1)
-        return logits.log_softmax(-1).gather(1, token)
-
-    return forward(draw)
+def compiled_draws(batch: Batch) -> Work:
+    function = compiled(plain_draw)
+    return forward(lambda: function(batch.hidden, batch.weight))
 
 
-DRAWS: dict[str, Callable[[Batch], Work]] = {OURS: our_draws, PLAIN: plain_draws}
+#: (tokens, log-probabilities), drawn from the head.
+DRAWS: dict[str, Callable[[Batch], Work]] = {
+    OURS: our_draws,
+    PLAIN: lambda batch: forward(lambda: plain_draw(batch.hidden, batch.weight)),
+    COMPILED: compiled_draws,
+    "FlashInfer sampling": need_gpu("flashinfer", "flashinfer-python"),
+}
 LIMITS = (PRODUCTS, PRODUCT)
 
 
@@ -239,11 +248,11 @@ def role(name: str) -> str:
 
 
 def working(
-    sides: dict[str, Callable[[Batch], Work]], batch: Batch, check: Callable[[Any], float] | None = None
+    sides: dict[str, Callable[[Any], Work]], batch: Any, check: Callable[[Any], float] | None = None
 ) -> tuple[dict[str, Work], dict[str, str], dict[str, float]]:
     """({side: work that has run once}, {side: why it is missing}, {side: what `check` says of its result}).
 
-    A limit computes something else and is not checked.
+    Sides make their work from the batch. A limit computes something else and is not checked.
     """
     works: dict[str, Work] = {}
     missing: dict[str, str] = {}

@@ -22,6 +22,8 @@ from . import machine
 
 SCHEMA = 1
 OURS = "bandit_rft"
+UPDATE_PRODUCTS = "the products of an update, nothing else"
+READING = "reading the weights"  # once a token, as decoding has to: a side of its own, in the same turns
 
 
 class Spread(NamedTuple):

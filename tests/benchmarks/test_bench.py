@@ -16,7 +16,7 @@ from paths import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare
 import performance
-from comparison import machine, peers, record
+from comparison import logit_rows, machine, peers, record
 from comparison.batch import Batch
 from comparison.record import OURS
 
@@ -150,6 +150,38 @@ def test_the_fraction_of_the_limit_counts_only_rows_that_are_worked_on() -> None
     assert rows == [["a case", "three bare products, of the rows that count", "400 ms", "1.00 s", "0.40"]]
 
 
+def test_decoding_is_limited_by_reading_where_that_takes_longer() -> None:
+    rate = {"group": "limits", "sides": {"torch": {"role": "limit", "figures": {"GFLOP a second": 1.0}}}}
+    one = case([1.0], [2.0], flop=0.25e9, bars=[{"over": OURS, "under": "plain PyTorch", "at_most": 0.4}])
+    page = performance.Page({"cases": {"float32 multiply-adds": rate, "a case": one}}, None)
+    assert page.fractions("loss") == [["a case", "multiply-adds", "250 ms", "1.00 s", "0.25"]]
+    one["sides"][record.READING] = {"role": "reference", "seconds": [0.7, 0.5, 0.6]}
+    assert page.fractions("loss") == [["a case", record.READING, "600 ms", "1.00 s", "0.60"]]
+    assert page.asked("loss") == [["a case", "plain PyTorch", "800 ms", record.READING, "600 ms", "0.75"]]
+
+
+def test_what_a_missed_bar_leaves_of_a_round() -> None:
+    one = case([1.0], [2.0], group="round", bars=[{"over": OURS, "under": "plain PyTorch", "at_most": 0.4}])
+    one["sides"][OURS]["phases"] = {"rollout": 0.25}
+    one["sides"][record.UPDATE_PRODUCTS] = {"role": "reference", "seconds": [0.5]}
+    page = performance.Page({"cases": {"a round": one}}, None)
+    assert page.left_of_a_round() == {
+        "under": "plain PyTorch", "asked": "800 ms", "products": "500 ms", "rollout": "250 ms", "left": "50.0 ms",
+        "rest": "250 ms",
+    }  # fmt: skip
+    one["bars"][0]["at_most"] = 0.5
+    assert page.left_of_a_round() == {}
+
+
+def test_a_row_a_policy_of_waiting() -> None:
+    cases = {
+        name: {"group": "thread wait", "sides": {"active": {"role": "reference", "seconds": seconds}}}
+        for name, seconds in {"alone": [0.3, 0.1, 0.2], "beside": [2.0, 1.0, 1.5]}.items()
+    }
+    rows = performance.Page({"cases": cases}, None).waits()
+    assert rows == [["active", "0.200 (0.100-0.300)", "1.50 (1.00-2.00)"]]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (0.999999, "1.00"), (1234.5, "1,230"), (0.01234, "0.0123"), (99.96, "100")]
 )
@@ -175,6 +207,29 @@ def test_every_committed_case_has_what_the_page_shows() -> None:
         every = set(one["sides"]) | set(one["missing"])
         assert every == set(peers.LOSS)
         assert all(side["error"] < 1e-5 for side in one["sides"].values() if side["role"] != "limit")
+
+
+@committed
+def test_every_operation_has_its_error_and_its_peak_in_the_same_row() -> None:
+    for name, one in record.load(RUN)["cases"].items():
+        if one["group"] not in ("loss", "logprobs", "sampling", "rows", "filters"):
+            continue
+        compared = {side: found for side, found in one["sides"].items() if found["role"] in ("ours", "peer")}
+        assert all("error" in found for found in compared.values()), name
+        if "at advantage 0" not in name and (one["group"] != "filters" or name.endswith("normal")):
+            assert all("peak_mib" in found for found in compared.values()), name
+
+
+@pytest.mark.parametrize("name", [*logit_rows.ROWS, *logit_rows.FILTERS])
+def test_works_on_rows_compute_what_their_names_say(name: str) -> None:
+    """Not those that compile, as below."""
+    operation = {**logit_rows.ROWS, **logit_rows.FILTERS}[name]
+    batch = operation.logits(16, 500 if name in logit_rows.ROWS else 2500)
+    sides = {side: make for side, make in operation.works().items() if side != peers.COMPILED}
+    works, missing, errors = peers.working(sides, batch, lambda found: operation.error(batch, found))
+    assert len(works) == 2 and not missing and max(errors.values()) < 1e-5, (missing, errors)
+    if operation.learned:
+        assert operation.error(batch, torch.zeros_like(batch.z)) == 1
 
 
 def test_all_sides_have_the_gradients_of_the_answer() -> None:
