@@ -352,7 +352,8 @@ def render(run: Path = RUN) -> str:
         page=page, machine=data["machine"], table=table, gpu_tables=gpu_tables(), counts=counts,
         duration=duration, significant=significant,
         dates=sorted({case["date"] for case in data["cases"].values()}),
-        commits=sorted({c[of] for c in data["cases"].values() for of in ("commit", "peaks_commit") if of in c}),
+        commits=sorted({case["commit"] for case in data["cases"].values()}),
+        peaks=sorted({case["peaks_commit"] for case in data["cases"].values() if "peaks_commit" in case}),
         loads=sorted(
             case["load"] for case in data["cases"].values()
             if case.get("load") is not None and case["group"] != "thread wait"  # which is busy on purpose
