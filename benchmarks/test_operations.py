@@ -120,12 +120,7 @@ def test_sample(side_by_side: Measure, shape: Shape, rows: int, backend: str | N
     hidden, weight = batch.hidden.detach(), batch.weight.detach()
     half = torch.empty_like(weight[: len(weight) // 2])
     truth = (hidden.double() @ weight.double().T).log_softmax(-1)
-
-    def error(drawn: Any) -> float:
-        token, logprob = (part.view(-1) for part in drawn)
-        return (truth.gather(1, token[:, None])[:, 0] - logprob).abs().max().item()
-
-    works, missing, errors = peers.working(peers.DRAWS, batch, error)
+    works, missing, errors = peers.working(peers.DRAWS, batch, partial(peers.draw_error, truth))
     works[PRODUCT] = lambda: hidden @ weight.T
     works[READING] = lambda: half.copy_(weight[: len(half)])  # as many bytes, read and written
     works[PRODUCT](), works[READING]()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bandit_rft import PolicyObjective, logprobs_from_logits, policy_loss_from_logits, sample_from_logits
 
-from .peers import COMPILED, PLAIN, Work, compiled, forward
+from .peers import COMPILED, PLAIN, Work, compiled, draw, draw_error, forward
 from .record import OURS
 
 COPY = "copying as many bytes"
@@ -57,9 +57,7 @@ class Logits:
 
     def draw_error(self, drawn: tuple[Tensor, Tensor]) -> float:
         """The largest of the drawn tokens' log-probabilities."""
-        token, logprob = (part.view(-1) for part in drawn)
-        right = self.z.detach().double().log_softmax(-1).gather(1, token[:, None])[:, 0]
-        return (right - logprob).abs().max().item()
+        return draw_error(self.z.detach().double().log_softmax(-1), drawn)
 
 
 def plain_logprobs(z: Tensor, targets: Tensor) -> Tensor:
@@ -68,11 +66,6 @@ def plain_logprobs(z: Tensor, targets: Tensor) -> Tensor:
 
 def plain_loss(z: Tensor, targets: Tensor, advantages: Tensor, cu_seqlens: Tensor) -> Tensor:
     return -(advantages * plain_logprobs(z, targets)).mean()
-
-
-def plain_draw(z: Tensor) -> tuple[Tensor, Tensor]:
-    token = torch.multinomial(z.softmax(-1), 1)
-    return token, z.log_softmax(-1).gather(1, token)
 
 
 def plain_filtered_draw(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
@@ -146,7 +139,7 @@ ROWS: dict[str, Operation] = {
     ),
     "policy_loss_from_logits, forward + backward": _operation(our_policy_loss, plain_loss, **LEARNED),
     "logprobs_from_logits, forward + backward": _operation(our_logprob_loss, plain_loss, **LEARNED),
-    "sample_from_logits": _operation(our_draw, plain_draw, arguments=lambda b: (b.z,), error=Logits.draw_error),
+    "sample_from_logits": _operation(our_draw, draw, arguments=lambda b: (b.z,), error=Logits.draw_error),
 }  # fmt: skip
 
 FILTERS: dict[str, Operation] = {

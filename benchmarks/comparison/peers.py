@@ -214,11 +214,21 @@ LOGPROBS_LEARNED: dict[str, Callable[[Batch], Work]] = {
 }
 
 
-def plain_draw(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
     """A token a row and its log-probability."""
-    logits = hidden @ weight.T
     token = torch.multinomial(logits.softmax(-1), 1)
     return token, logits.log_softmax(-1).gather(1, token)
+
+
+def plain_draw(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the head."""
+    return draw(hidden @ weight.T)
+
+
+def draw_error(right: Tensor, drawn: tuple[Tensor, Tensor]) -> float:
+    """The largest of the drawn tokens' log-probabilities; `right` [N, V] has those of all, in float64."""
+    token, logprob = (part.view(-1) for part in drawn)
+    return (right.gather(1, token[:, None])[:, 0] - logprob).abs().max().item()
 
 
 def our_draws(batch: Batch) -> Work:

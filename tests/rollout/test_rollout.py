@@ -361,6 +361,20 @@ def test_bad_input_to_the_core_is_refused() -> None:
         native.select(torch.zeros(64, dtype=torch.int64))
 
 
+def test_a_decoder_without_the_memory_it_asked_for_refuses_to_step() -> None:
+    """It had the new sizes and the old memory."""
+    native = native_engine("llama")._native
+    one = torch.ones(1, dtype=torch.int64)
+    expected = native.prefill([[1, 2, 3]], 1, 9), native.step(one, one * 3)
+    with pytest.raises(MemoryError):
+        native.prefill([[1, 2, 3]], 2**40, 9)  # a petabyte
+    for step in (lambda: native.step(one, one * 3), lambda: native.select(one * 0)):
+        with pytest.raises(ValueError, match=r"the cache is full|must have length 0|a sequence that is not there"):
+            step()
+    assert torch.equal(native.prefill([[1, 2, 3]], 1, 9), expected[0])
+    assert torch.equal(native.step(one, one * 3), expected[1])
+
+
 def test_seed_and_round_change_the_draw(policy: Policy) -> None:
     engine = RolloutEngine(policy, max_completion_length=16)
     draws = [
