@@ -2,7 +2,7 @@
 """What the two fused heads share: the tile of logits, its softmax state, how states merge, and which kernel serves.
 
     tile[n, v] = sum_h hidden[n, h] weight[v, h] + bias[v], in float32; h ascending in one accumulator
-    state of 128 logits (64 in float32) = (m, s, t) of each row n;  states merge 512 at a time, ascending (row_math.py)
+    state of 128 logits (64 in float32) = (m, s, t) of each row n;  states merge number by number, then 1,024 at once
 
 Rows lie along the product's M, the vocabulary along N: there a thread has 32 of 128 logits of a row, the other 96 are
 its three neighbours', so a row is reduced in registers and by two shuffles, without a barrier. (The other way round, 64
@@ -43,11 +43,11 @@ class Tile(NamedTuple):
     enable_fp_fusion: bool = False
 
 
-#: What draws on sm_90: rows up to which, and the tile.
+#: What draws on sm_90: rows up to which, the tile, and whether programs of one block of rows are persistent.
 DRAWING = [
-    (16, Tile(16, 128, 64, 4, 5, 128)),
-    (32, Tile(32, 128, 64, 4, 4, 168)),
-    (1 << 31, Tile(64, 128, 64, 4, 4)),
+    (16, Tile(16, 128, 128, 4, 3, 128), False),
+    (32, Tile(32, 128, 128, 4, 2, 168), True),
+    (1 << 31, Tile(64, 128, 64, 4, 4), False),
 ]
 
 
@@ -63,12 +63,13 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     of its own for every shape; these two give a drawn token the same bits when it is scored.
 
     Few rows: reading an entry of the weight, 2 H bytes, takes H / 2100 ns at 4.2 TB/s: 426 ps where H = 896. Softmax
-    and noise of 64 rows, padding included, are 64 x 55 instructions, which at the third of the issue slots that 8 warps
-    a multiprocessor fill (measured on an H200) take 320 ps: little of it hides behind the loads. So 16 and 32 rows have
-    tiles of their own, with less to pad and three programs a multiprocessor. Their products are those of single warps
-    (mma), and gave the same bits as a warpgroup's (wgmma) wherever the two were compared. A draw of 16 rows at H = 896
-    took 94 us in the tile of 16, 102 in that of 32, and 132 to 142 in that of 64; the bare product took 78. Three
-    programs of 64 rows (168 registers, 160 bytes spilled) and tiles of 8 warps were slower than two of 4 warps.
+    and noise of 64 rows, padding included, are 64 x 46 instructions, which at the third of the issue slots that 8 warps
+    a multiprocessor fill (measured on an H200) take 270 ps: little of it hides behind the loads. So 16 and 32 rows have
+    tiles of their own, with less to pad and three programs a multiprocessor or more. Their products are those of single
+    warps (mma), and gave the same bits as a warpgroup's (wgmma) wherever the two were compared. They load 128 of the
+    hidden size at a time: 64 took 90 us for a row at H = 896 where 128 takes 88, and 304 against 297 at H = 4096 (the
+    bare products: 75 and 296). In the tile of 64, three programs (168 registers, spilled), tiles of 8 warps, and 128 of
+    the hidden size at a time were slower than two programs of 4 warps.
     Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 64 x 128
     has 43. Scoring takes the former. A draw has as much to compute as to multiply, and keeps to two programs side by
     side. On sm_80 and sm_100 larger tiles than 64 x 128 spill.
@@ -82,8 +83,13 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     if capability >= 100:
         return Tile(64, 128, 64, 8, 4)
     if draws:
-        return next(tile for most, tile in DRAWING if rows <= most)
+        return next(tile for most, tile, _ in DRAWING if rows <= most)
     return Tile(64, 128, 64, 4, 4) if rows <= 64 else Tile(128, 256, 64, 8, 4)
+
+
+def persistent_draws(rows: int, tile: Tile) -> bool:
+    """Whether a draw of so many rows has persistent programs; see `programs_for`."""
+    return rows > tile.BLOCK_N or any(persistent and tile is one for _, one, persistent in DRAWING)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -98,8 +104,9 @@ def programs_for(rows: int, vocabulary: int, tile: Tile, tensor: Tensor, persist
     """Persistent programs: as many as reside on the GPU at once, by their registers (65,536 a multiprocessor).
 
     Otherwise one a tile: multiprocessors do not read equally fast, and the hardware gives the next tile to whichever is
-    ready. On an H200 a draw of 64 rows at H = 896 took 115 us that way and 143 us in persistent programs, which in turn
-    were faster where several blocks of rows share a tile of the weight (256 rows: 265 and 276 us).
+    ready. On an H200 a draw of 64 rows at H = 896 took 118 us that way and 136 us in persistent programs, which in turn
+    were faster in the tile of 32 rows (97 and 103 us) and where several blocks of rows share a tile of the weight (256
+    rows: 244 and 264 us).
     """
     tiles: int = triton.cdiv(rows, tile.BLOCK_N) * triton.cdiv(vocabulary, tile.BLOCK_V)
     if not tensor.is_cuda:
@@ -228,13 +235,12 @@ def largest(z):
 
 @triton.jit
 def relative(z, m, FAST: tl.constexpr):
-    """p = exp(z - m) and (z - m) p of z [n, v].
+    """z - m and p = exp(z - m) of z [n, v].
 
     A logit of -inf has p = 0, and -inf * 0 must not become NaN; a NaN has p = NaN and stays one.
     """
     d = z - m[:, None]
-    p = fast_exp(d, FAST)
-    return p, tl.maximum(d, LOWEST) * p
+    return tl.maximum(d, LOWEST), fast_exp(d, FAST)
 
 
 @triton.jit
@@ -250,26 +256,35 @@ def added(x):
 
 @triton.jit
 def sums(z, m, FAST: tl.constexpr):
-    """The sums of `relative` over each row of z [n, 128] or [n, 64]: left and right half added, down to one column.
+    """sum p and sum (z - m) p of each row of z [n, 128] or [n, 64]: quarters (halves) one after another, then halves.
 
     Written so that few numbers are alive at a time.
     """
     left, right = halves(z)
     if z.shape[1] == 128:
         left, second = halves(left)
-        third, fourth = halves(right)
-        s, t = relative(left, m, FAST)
-        p, dp = relative(third, m, FAST)
+        third, right = halves(right)
+        d, s = relative(second, m, FAST)
+        t = d * s
+        d, p = relative(third, m, FAST)
         s += p
-        t += dp
-        p, dp = relative(second, m, FAST)
-        q, dq = relative(fourth, m, FAST)
-        p += q
-        dp += dq
+        t = tl.fma(d, p, t)
+        d, p = relative(left, m, FAST)
+        s += p
+        t = tl.fma(d, p, t)
     else:
-        s, t = relative(left, m, FAST)
-        p, dp = relative(right, m, FAST)
-    return added(s + p), added(t + dp)
+        d, s = relative(left, m, FAST)
+        t = d * s
+    d, p = relative(right, m, FAST)
+    return added(s + p), added(tl.fma(d, p, t))
+
+
+@triton.jit
+def without_past_end(z, first, vocabulary):
+    """z [n, v] of vocabulary entries from `first` on, -inf where there are none: only the last tile is looked at."""
+    if vocabulary - first < z.shape[1]:
+        z = tl.where((first + tl.arange(0, z.shape[1]) < vocabulary)[None, :], z, -float("inf"))
+    return z
 
 
 @triton.jit
@@ -283,6 +298,14 @@ def store_state(z, states, tile, tiles, row, rows, FAST: tl.constexpr):
     tl.store(at, m, mask=inside)
     tl.store(at + plane, s, mask=inside)
     tl.store(at + 2 * plane, t, mask=inside)
+
+
+@triton.jit
+def moved(m, s, t, top):
+    """s and t of a state (m, s, t) for a maximum `top` >= m. exp is 0 long before -1e4, and -inf * 0 would be NaN."""
+    d = tl.maximum(m - top, -1e4)
+    w = tl.exp(d)
+    return s * w, (t + d * s) * w
 
 
 @triton.jit(do_not_specialize=["vocabulary", "tiles", "rows"])
@@ -300,34 +323,38 @@ def merge_tiles(
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     plane = tiles.to(tl.int64) * rows
-    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    s = tl.zeros((BLOCK_N,), tl.float32)
-    t = tl.zeros((BLOCK_N,), tl.float32)
-    best = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    best_tile = tl.zeros((BLOCK_N,), tl.int64)
+    # A state for each of BLOCK_TILES places, and no reduction in the loop: it would be a barrier a turn.
+    m = tl.full((BLOCK_TILES, BLOCK_N), LOWEST, tl.float32)
+    s = tl.zeros((BLOCK_TILES, BLOCK_N), tl.float32)
+    t = tl.zeros((BLOCK_TILES, BLOCK_N), tl.float32)
+    best = tl.full((BLOCK_TILES, BLOCK_N), -float("inf"), tl.float32)
+    best_tile = tl.zeros((BLOCK_TILES, BLOCK_N), tl.int32)
     for start in range(0, tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        mask = (tile < tiles)[:, None] & (row < rows)[None, :]
-        at = tile.to(tl.int64)[:, None] * rows + row[None, :]
+        tile = start + tl.arange(0, BLOCK_TILES)[:, None]
+        mask = (tile < tiles) & (row < rows)[None, :]
+        at = tile.to(tl.int64) * rows + row[None, :]
         ms = tl.load(states + at, mask=mask, other=LOWEST)
         ss = tl.load(states + plane + at, mask=mask, other=0.0)
         ts = tl.load(states + 2 * plane + at, mask=mask, other=0.0)
-        top = tl.maximum(m, tl.max(ms, 0))
-        d = ms - top[None, :]
-        w = tl.exp(d)
-        old = m - top
-        # A part whose sum is 0 (only logits of -inf) has no weight, however far its maximum is; a NaN stays one.
-        t = tl.where(s == 0, 0.0, (t + old * s) * tl.exp(old)) + tl.sum(tl.where(ss == 0, 0.0, (ts + d * ss) * w), 0)
-        s = tl.where(s == 0, 0.0, s * tl.exp(old)) + tl.sum(tl.where(ss == 0, 0.0, ss * w), 0)
+        top = tl.maximum(m, ms)
+        s_old, t_old = moved(m, s, t, top)
+        s_new, t_new = moved(ms, ss, ts, top)
         m = top
+        s = s_old + s_new
+        t = t_old + t_new
         if winners is not None:
             perturbed = tl.load(winners + at, mask=mask, other=-float("inf"))
-            value, index = tl.max(perturbed, 0, return_indices=True, return_indices_tie_break_left=True)
-            best_tile = tl.where(value > best, start + index, best_tile)
-            best = tl.maximum(value, best)
+            best_tile = tl.where(perturbed > best, tile, best_tile)
+            best = tl.maximum(best, perturbed)
+    top = tl.max(m, 0)
+    s, t = moved(m, s, t, top[None, :])
+    m = top
+    s = tl.sum(s, 0)
+    t = tl.sum(t, 0)
     inside = row < rows
     if winners is not None:
-        at = best_tile * rows + row
+        winning_tile = tl.min(tl.where(best == tl.max(best, 0)[None, :], best_tile, 2147483647), 0)
+        at = winning_tile.to(tl.int64) * rows + row
         z = tl.load(winners + plane + at, mask=inside, other=0.0)
         tl.store(token + row, tl.load(winning_token + at, mask=inside, other=0).to(tl.int64), mask=inside)
     else:
@@ -343,7 +370,7 @@ def merge_tiles(
         tl.store(kept_mass + row, 1.0, mask=inside)
 
 
-MERGE: dict[str, Any] = {"BLOCK_TILES": 512, "BLOCK_N": 8, "num_warps": 8, "enable_fp_fusion": False}
+MERGE: dict[str, Any] = {"BLOCK_TILES": 1024, "BLOCK_N": 4, "num_warps": 8, "enable_fp_fusion": False}
 
 
 def launch_merge(

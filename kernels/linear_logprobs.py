@@ -29,6 +29,7 @@ from .head_tile import (
     row_chunks,
     state_width,
     store_state,
+    without_past_end,
 )
 from .row_math import scaled
 
@@ -58,7 +59,7 @@ def score_tiles(
             first = tile * BLOCK_V + part * WIDTH
             column = first + tl.arange(0, WIDTH)
             z = scaled(piece_of(x, part, BLOCK_V // WIDTH), logit_scale, softcap, divisor, SOFTCAP)
-            z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+            z = without_past_end(z, first, vocabulary)
             # Whoever holds the target's logit gives it; few tiles have any row's.
             here = (target >= first) & (target < tl.minimum(first + WIDTH, vocabulary))
             if tl.max(here.to(tl.int32), 0) > 0:

@@ -28,19 +28,21 @@ from .head_tile import (
     launch_merge,
     logits_tile,
     operands,
+    persistent_draws,
     piece_of,
     place,
     programs_for,
     row_chunks,
     state_width,
     store_state,
+    without_past_end,
 )
 from .philox import gumbel_noise, nearly_perturbed, words_of
 from .row_math import scaled
 
 #: How far `nearly_perturbed` may be off (see there), with the roundings of adding the exact noise to a logit of size a:
 #: MARGIN + 2^-22 a. Two perturbed logits further apart than twice that are in the order of the exact ones.
-MARGIN = tl.constexpr(2.0**-15)
+MARGIN = tl.constexpr(2.0**-14)
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def draw_from_tile(z, exists, seed, sequence, position, first, FAST: tl.constexp
     """(perturbed logit, logit, token within the tile) of the best token in each row of z [n, v] that exists [n].
 
     Approximate noise finds the winner, whose perturbed logit alone is computed exactly. Where another one comes within
-    the margin (a row in 16,000 or so), the whole tile is computed exactly: the draw is the exact one, always.
+    the margin (a row in 8,000 or so), the whole tile is computed exactly: the draw is the exact one, always.
     """
     z_best, token, rivals = best_of_tile(z, seed, sequence, position, first, True, FAST, PIECE)
     if tl.max(tl.where(exists, rivals, 0), 0) > 1:
@@ -132,14 +134,13 @@ def draw_tiles(
             hidden, weight, bias, row_block * BLOCK_N, tile * BLOCK_V, rows, vocabulary, hidden_stride, weight_stride,
             H, DESCRIBED, WIDEN, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         row = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = row < rows
         divisor = temperature
         if temperatures is not None:
             divisor = tl.load(temperatures + row, mask=inside, other=1.0)[:, None]
         z = scaled(x, logit_scale, softcap, divisor, SOFTCAP)
-        z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+        z = without_past_end(z, tile * BLOCK_V, vocabulary)
         store_state(z, states, tile, tiles, row, rows, not WIDEN)
         sequence = tl.load(sequences + row, mask=inside, other=0)
         position = tl.load(positions + row, mask=inside, other=0)
@@ -186,7 +187,7 @@ def linear_sample(
             winners = torch.empty((2, tiles, len(h)), dtype=torch.float32, device=device)
             winning_token = torch.empty((tiles, len(h)), dtype=torch.int32, device=device)
             tile = configuration(len(h), hidden.dtype, capability, draws=True)
-            programs = programs_for(len(h), vocabulary, tile, h, persistent=len(h) > tile.BLOCK_N)
+            programs = programs_for(len(h), vocabulary, tile, h, persistent_draws(len(h), tile))
             hiddens, weights, described = operands(h, weight, tile, capability)
             draw_tiles[(programs,)](
                 hiddens, weights, bias, seed, sequence_ids[part], positions[part],

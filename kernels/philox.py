@@ -18,16 +18,35 @@ from .row_math import log1p
 
 
 @triton.jit
+def low_word(x):
+    """The lower 32 bits of x, uint32."""
+    return (x & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
 def words_of(seed, sequence, position, quad):
     """The words of token ids 4 quad ... 4 quad + 3, uint32 each.
 
     seed is a scalar int64; sequence and position are int64, quad an integer; all broadcast against one another.
+
+    Here and not tl.philox, whose products are two instructions each, one for either half.
     """
-    zero = (quad + sequence * 0).to(tl.uint32) * 0
-    low = (sequence & 0xFFFFFFFF).to(tl.uint32)
-    high = ((sequence >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    place = (position & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox(seed, zero + quad.to(tl.uint32), zero + place, zero + low, zero + high)
+    c0 = quad.to(tl.uint32)
+    c1 = low_word(position)
+    c2 = low_word(sequence)
+    c3 = low_word(sequence >> 32)
+    k0 = low_word(seed)
+    k1 = low_word(seed >> 32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = low_word(p1)
+        c3 = low_word(p0)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -54,19 +73,18 @@ def fast_log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def nearly_perturbed(z, word, FAST: tl.constexpr):
-    """z plus Gumbel noise plus log log 2, within 2^-15 + 2^-22 |z| of that, for a third of the instructions.
+    """z plus Gumbel noise plus log log 2, within 2^-14 + 2^-22 |z| of that, for a fourth of the instructions.
 
     E = -log1p(-u), g = -log E; here E / log 2, so g comes out as -log 2 log2(E / log 2) = g + log log 2: what is the
-    same for all tokens decides nothing. Small u, where 1 - u would round u away: E = u + u^2/2 + u^3/3 + u^4/4, off by
-    u^4/5 of itself, at most 1.9e-7 below u = 1/32. Larger u: -log2(1 - u), off by 2^-22 + 2^-25 / log 2 in E / log 2 >=
-    1/22 (the rest of E's range by 2^-22 of itself): 6.3e-6 of itself. The last logarithm, of E / log 2 in [2^-32.5,
-    24], is off by at most 2^-22 x 22.6 = 5.4e-6, roundings add 1.4e-6, and `gumbel_noise` itself is within 4 units in
-    the last place of 22.9, 7.6e-6: in all less than 2.1e-5 < 2^-15.
+    same for all tokens decides nothing. Small u, where 1 - u would round u away: E = u + u^2/2, off by u^2/3 of itself,
+    at most 2.1e-5 below u = 1/128. Larger u: -log2(1 - u), off by 2^-22 + 2^-25 / log 2 in E / log 2 >= 1/88.4 (the
+    rest of E's range by 2^-22 of itself): 2.5e-5 of itself. The last logarithm, of E / log 2 in [2^-32.5, 24], is off
+    by at most 2^-22 x 22.6 = 5.4e-6, roundings add 1.4e-6, and `gumbel_noise` itself is within 4 units in the last
+    place of 22.9, 7.6e-6: in all less than 4.0e-5 < 2^-14.
     """
     u = tl.minimum(tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10), 0.99999994039535522)
-    # 1 / log 2 times 1, 1/2, 1/3 and 1/4
-    series = u * tl.fma(u, tl.fma(u, tl.fma(u, 0.36067376, 0.48089835), 0.7213475), 1.442695)
-    return tl.fma(fast_log2(tl.where(u < 0.03125, series, -fast_log2(1.0 - u, FAST)), FAST), -0.6931472, z)
+    series = u * tl.fma(u, 0.7213475, 1.442695)  # 1 / log 2 times 1 and 1/2
+    return tl.fma(fast_log2(tl.where(u < 0.0078125, series, -fast_log2(1.0 - u, FAST)), FAST), -0.6931472, z)
 
 
 @triton.jit

@@ -170,17 +170,18 @@ def _way(code: list[Instruction], begin: int, end: int) -> list[Instruction]:
     """From `begin` to `end` forwards: most 16-byte accesses, then fewest instructions.
 
     Where a loop has its row in shared memory, a 16-byte load from global memory is for what has no room there: such a
-    load counts against a way.
+    load counts against a way, or if a predicate turns it off, not at all.
     """
     part = [i for i in code if begin <= i.address <= end]
     kept = any(i.access == "LDS.128" for i in part)
+    off = {i.address for i in part if kept and i.access == "LDG.128" and i.text.startswith("@")}
     best: dict[int, tuple[int, int]] = {part[0].address: (0, 0)}  # (-accesses, instructions) before an address
     came: dict[int, int] = {}
     for instruction, following in zip(part, [*part[1:], None], strict=True):
         if instruction.address not in best:
             continue
-        wide = instruction.access.endswith(".128")
-        against = kept and instruction.access == "LDG.128"
+        wide = instruction.access.endswith(".128") and instruction.address not in off
+        against = kept and wide and instruction.access == "LDG.128"
         cost = (best[instruction.address][0] - wide + 2 * against, best[instruction.address][1] + 1)
         onwards = [instruction.target] if instruction.target is not None else []
         if instruction.falls_through and following is not None:
@@ -212,8 +213,17 @@ def row_ways(code: list[Instruction]) -> list[list[Instruction]]:
     return ways
 
 
+def _accesses(way: list[Instruction]) -> Counter[str]:
+    """Of a row in shared memory without the loads of what has no room there: a predicate turns them off."""
+    found = Counter(i.access for i in way if i.access)
+    if found["LDS.128"]:
+        del found["LDG.128"]
+    return found
+
+
 def _loads(way: list[Instruction]) -> int:
-    return sum(i.access in ("LDG.128", "LDS.128") for i in way)
+    found = _accesses(way)
+    return found["LDG.128"] + found["LDS.128"]
 
 
 def _loops(name: str, code: list[Instruction]) -> list[Loop]:
@@ -221,7 +231,7 @@ def _loops(name: str, code: list[Instruction]) -> list[Loop]:
     return [
         Loop(
             16 * _loads(way) // width, len(way), sum(i.operation.startswith("MUFU") for i in way),
-            dict(Counter(i.access for i in way if i.access)),
+            dict(_accesses(way)),
         )
         for way in row_ways(code)
     ]  # fmt: skip

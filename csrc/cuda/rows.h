@@ -111,15 +111,15 @@ struct RowScaling {
           k_error(rows.k_error) {}
 
     BRFT_DEVICE float z_of_logit(float x) const {
-        float z = x;
-        if (scaling.logit_scale != 1.0f) z *= scaling.logit_scale;
+        float z = x * scaling.logit_scale;
         if (!kPlain && scaling.softcap != 0.0f) z = scaling.softcap * tanhf(z / scaling.softcap);
-        if (temperature != 1.0f) {
-            // z / temperature, rounded once: an approximate quotient and its exact remainder. An infinity has none.
-            const float q = z * reciprocal, exact = fmaf(fmaf(-q, temperature, z), reciprocal, q);
-            z = fabsf(q) <= 3.402823466e+38f ? exact : q;
-        }
-        return z;
+        // z / temperature, rounded once: an approximate quotient and its exact remainder. An infinity has none.
+        const float q = z * reciprocal, exact = fmaf(fmaf(-q, temperature, z), reciprocal, q);
+        return fabsf(q) <= 3.402823466e+38f ? exact : q;
+    }
+    // Whether z is the logit itself, as in most draws: known once, not found out at every logit.
+    BRFT_DEVICE bool trivial() const {
+        return scaling.logit_scale == 1.0f && scaling.softcap == 0.0f && temperature == 1.0f;
     }
     BRFT_DEVICE float value(float x) const { return kPlain ? x : z_of_logit(x); }  // v
 };
@@ -154,7 +154,7 @@ struct RowShare {
           warps(int(blockDim.x) / 32),
           shift(int(reinterpret_cast<uintptr_t>(row) % (kVector * sizeof(Stored)) / sizeof(Stored))),
           cached(plan.cached),
-          cache(cache_memory + lane),
+          cache(cache_memory),
           scale(rows, index) {
         const int spans = int((vocabulary + shift + kSpan - 1) / kSpan);
         first = rank * plan.share < spans ? rank * plan.share : spans;
@@ -217,26 +217,40 @@ struct RowShare {
         return raw;
     }
 
-    BRFT_DEVICE uint4* slot(int i) const { return cache + i * (kParts * 32); }
+    // Where a lane's part p of a span is kept: the lanes' first parts, then their second ones ...
+    BRFT_DEVICE uint4* slot(int i, int p) const {
+        return cache + i * (kParts * 32) + p * 32 + (kPartsOfVector == 2 && p % 2 ? lane ^ 4 : lane);
+    }
     BRFT_DEVICE void keep(int i, const Raw& raw) const {
         BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) slot(i)[p * 32] = raw.part[p];
+        for (int p = 0; p < kParts; ++p) *slot(i, p) = raw.part[p];
     }
     BRFT_DEVICE Raw kept(int i) const {
         Raw raw;
         BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) raw.part[p] = slot(i)[p * 32];
+        for (int p = 0; p < kParts; ++p) raw.part[p] = *slot(i, p);
         return raw;
     }
     BRFT_DEVICE Raw load_kept(int i) const { return i < cached ? kept(i) : load(i); }
 
     // A group of copies for every span that the warp comes to, even an empty one where a span has an edge or no room,
     // or is past the last: so each turn waits for its own span's by leaving the latest kAhead groups under way.
+    //
+    // A warp copies 512 bytes side by side, whosever they are. Where a lane has two parts side by side, its own would
+    // be 16 bytes of every 32: twice the transactions. Part c = lane + 32 q is then the first or second of lane c / 2,
+    // to whom a barrier of the warp shows it; second ones lie four lanes apart from the first, in other banks.
     BRFT_DEVICE void copy(int i) const {
         if (i < cached && edgeless(i)) {
             const uint4* from = reinterpret_cast<const uint4*>(of_span(i));
-            BRFT_UNROLL
-            for (int p = 0; p < kParts; ++p) copy_async(slot(i) + p * 32, from + vector(p));
+            if constexpr (kPartsOfVector == 2) {
+                uint4* to = cache + i * (kParts * 32) + lane % 2 * 32 + (lane / 2 ^ lane % 2 * 4);
+                BRFT_UNROLL
+                for (int q = 0; q < kParts; ++q) copy_async(to + q / 2 * 64 + q % 2 * 16, from - lane + q * 32);
+            } else {
+                static_assert(kPartsOfVector == 1);
+                BRFT_UNROLL
+                for (int p = 0; p < kParts; ++p) copy_async(slot(i, p), from + vector(p));
+            }
         }
         end_copy_group();
     }
@@ -250,8 +264,13 @@ struct RowShare {
     BRFT_DEVICE void values(int i, const Raw& raw, float* v) const {
         Stored parts[kLogits];
         memcpy(parts, &raw, sizeof(raw));
-        BRFT_UNROLL
-        for (int l = 0; l < kLogits; ++l) v[l] = scale.value(In::widen(parts[l]));
+        if (kPlain || scale.trivial()) {
+            BRFT_UNROLL
+            for (int l = 0; l < kLogits; ++l) v[l] = In::widen(parts[l]);
+        } else {
+            BRFT_UNROLL
+            for (int l = 0; l < kLogits; ++l) v[l] = scale.z_of_logit(In::widen(parts[l]));
+        }
         if constexpr (!kPlain) {
             if (!edgeless(i)) {
                 const Extent extent = this->extent(i);
@@ -267,6 +286,7 @@ struct RowShare {
         if constexpr (kPass == Pass::first) {
             copy(i + kAhead * warps);
             wait_for_copies<kAhead>();
+            if constexpr (kPartsOfVector == 2) warp_barrier();
             return load_copied(i);
         }
         return kPass == Pass::again ? load_kept(i) : load(i);

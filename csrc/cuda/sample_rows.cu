@@ -2,26 +2,21 @@
 //
 //   draw     argmax over kept j of z_j + g_j; the logarithms of g_j are only taken if it can win
 //   kept     rank(j) >= threshold, rank = (z as an ordered integer, ~j): all ranks differ, so ties fall to the lower id
-//   select   the threshold 11 bits at a time, from the histogram of the ranks that share the bits found so far
+//   select   the threshold, without sorting (selection.h)
 //
 // Never in memory: noise, probabilities, a sorted row. Without filters the row is read once, by one block. With filters
-// a cluster keeps it in shared memory (see policy_rows.cu) and visits it there 3 times for each of top-k and top-p, up
-// to 6 where the boundary runs through equal logits. Masses are summed as integers (exact to 2^-44 of the likeliest
-// token at V = 151,936), so neither the order of the atomics nor the cluster's size can change a result.
+// a cluster keeps it in shared memory (see policy_rows.cu) and visits it there twice for each of top-k and top-p,
+// oftener where the boundary runs through thousands of equal logits. Masses are summed as integers (exact to 2^-44 of
+// the likeliest token at V = 151,936), so neither the order of the atomics nor the cluster's size can change a result.
 #include <type_traits>
 
 #include "../philox.h"
 #include "launch.h"
 #include "operations.h"
+#include "selection.h"
 
 namespace bandit_rft::cuda {
 namespace {
-
-constexpr float kExpFloor = -104.0f;  // exp is exactly 0 from here on down
-
-BRFT_DEVICE float exp_domain(float d) { return d < kExpFloor ? kExpFloor : d; }  // a NaN stays
-
-constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 
 // A lane's best perturbed logit, and how far another must reach to be worth its exact noise.
 //
@@ -60,14 +55,6 @@ struct Drawn {  // what is left to say of a row after its one or two visits, a w
     double kept[kMaxCluster * kMaxWarps];
 };
 
-struct Selection {
-    // A bin's weight is low + 2^32 high: shared memory has fast 32-bit atomics only.
-    uint32_t low[kBins], high[kBins], count[kBins];
-    uint64_t warp_weight[kMaxWarps];
-    uint64_t above, weight;
-    uint32_t digit, members;
-};
-
 struct alignas(16) Shared {
     SharedStates states;
     Drawn drawn;
@@ -83,17 +70,8 @@ struct SampleArguments {
     RowPlan plan;
     SampleInputs in;
     SampleOutputs out;
-    int mass_bits;  // 2^mass_bits is the integer mass of the likeliest token
+    Weights weights;
 };
-
-// An order-preserving integer: -inf < ... < -0 = +0 < ... < +inf, and NaN lowest of all.
-BRFT_DEVICE uint32_t ordered(float z) {
-    const float positive_zero = z + 0.0f;
-    uint32_t bits;
-    memcpy(&bits, &positive_zero, 4);
-    return z != z ? 0u : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
-}
-BRFT_DEVICE uint64_t rank_of(float z, int64_t id) { return uint64_t(ordered(z)) << 32 | uint32_t(~uint32_t(id)); }
 
 // The words of the four tokens from `column` on. kAligned: column is a multiple of 4, so one counter gives them.
 template <bool kAligned>
@@ -115,7 +93,7 @@ BRFT_DEVICE T one_of(const T* four, int j) {  // in registers: no address is tak
 
 // Offers a lane's logits of span i to its draw; x = 2^y, M = k m = top, and 0 for what may not be drawn. What may win
 // is read again: that is rare, and 16 registers are free in the meantime.
-template <bool kAligned, class Share>
+template <bool kAligned, bool kFiltered, class Share>
 BRFT_DEVICE void draw(Winner& winner, const Share& share, int i, const float* x, float top, const uint32_t* counter,
                       PhiloxKey key) {
     const int64_t column = share.column(i);
@@ -123,6 +101,9 @@ BRFT_DEVICE void draw(Winner& winner, const Share& share, int i, const float* x,
     BRFT_UNROLL
     for (int q = 0; q < kLogits; q += 4) {
         const int64_t id = column + Share::offset(q);
+        if constexpr (kFiltered) {  // most have nothing left
+            if (!any_in_warp(fmaxf(fmaxf(x[q], x[q + 1]), fmaxf(x[q + 2], x[q + 3])) > 0.0f)) continue;
+        }
         const PhiloxWords words = words_from<kAligned>(id, counter, key);
         bool may_win = false;
         BRFT_UNROLL
@@ -137,100 +118,6 @@ BRFT_DEVICE void draw(Winner& winner, const Share& share, int i, const float* x,
         }
         winner.share_best();
         limit = winner.limit(top);
-    }
-}
-
-// The threshold: the highest rank such that ranks from it on weigh `goal` or more, of the ranks from `lowest` on. They
-// weigh 1 each, or with kMass their probability relative to the likeliest token, and the goal is top_p of all of it.
-template <bool kMass, class Share>
-BRFT_DEVICE uint64_t select(const Share& share, Selection* s, int blocks, uint64_t lowest, uint64_t goal, double top_p,
-                            float m, int mass_bits) {
-    const int thread = int(threadIdx.x), threads = int(blockDim.x), lane = thread % 32, warp = thread / 32;
-    uint64_t prefix = 0;
-    for (int shift = 53, bits = kDigitBits, pass = 0;; ++pass) {
-        for (int b = thread; b < kBins; b += threads) s->low[b] = s->high[b] = s->count[b] = 0;
-        block_barrier();
-        share.template each<Pass::again>([&](int i, const float* z) {
-            const int64_t column = share.column(i);
-            const auto extent = share.extent(i);
-            BRFT_UNROLL
-            for (int l = 0; l < kLogits; ++l) {
-                const uint64_t rank = rank_of(z[l], column + Share::offset(l));
-                if (!extent.inside(l) || rank < lowest || (pass && rank >> (shift + bits) != prefix)) continue;
-                const int digit = int(rank >> shift) & ((1 << bits) - 1);
-                uint64_t mass = 1;
-                if constexpr (kMass) {
-                    mass = uint64_t(ldexpf(expf(exp_domain(z[l] - m)), mass_bits));
-                    atomicAdd(&s->count[digit], 1u);
-                }
-                const uint32_t low = uint32_t(mass), before = atomicAdd(&s->low[digit], low);
-                const uint32_t high = uint32_t(mass >> 32) + (before + low < before ? 1u : 0u);
-                if (high) atomicAdd(&s->high[digit], high);
-            }
-        });
-        cluster_arrive();
-        cluster_wait();
-        // Every block finds the same bin, from the highest down: thread i has a run of bins.
-        const int run = (kBins + threads - 1) / threads;
-        const auto bin_weight = [&](int from_top, uint32_t* members) {
-            uint64_t weight = 0;
-            *members = 0;
-            const int bin = kBins - 1 - from_top;
-            for (int r = 0; bin >= 0 && r < blocks; ++r) {
-                const Selection* there = in_block(s, r);
-                weight += uint64_t(there->high[bin]) << 32 | there->low[bin];
-                *members += kMass ? there->count[bin] : there->low[bin];
-            }
-            return weight;
-        };
-        uint64_t own = 0;
-        uint32_t members;
-        for (int b = 0; b < run; ++b) own += bin_weight(thread * run + b, &members);
-        uint64_t until = own;  // inclusive sum over the threads
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const uint64_t below = shuffle_up(until, distance);
-            if (lane >= distance) until += below;
-        }
-        if (lane == 31) s->warp_weight[warp] = until;
-        block_barrier();
-        uint64_t total = 0;
-        BRFT_NO_UNROLL
-        for (int w = 0; w < threads / 32; ++w) {
-            if (w < warp) until += s->warp_weight[w];
-            total += s->warp_weight[w];
-        }
-        if (kMass && pass == 0) {
-            const double wanted = ceil(top_p * double(total));
-            goal = wanted < 1.0 ? 1 : (uint64_t(wanted) < total ? uint64_t(wanted) : total);
-        }
-        if (until - own < goal && until >= goal) {
-            uint64_t above = until - own;
-            for (int b = 0; b < run; ++b) {
-                const uint64_t weight = bin_weight(thread * run + b, &members);
-                if (above < goal && above + weight >= goal) {
-                    s->digit = uint32_t(kBins - 1 - (thread * run + b));
-                    s->members = members;
-                    s->weight = weight;
-                    s->above = above;
-                }
-                above += weight;
-            }
-        }
-        if (total < goal && thread == 0) {  // NaN everywhere: keep all of it
-            s->digit = 0;
-            s->members = 1;
-            s->weight = s->above = 0;
-        }
-        block_barrier();
-        prefix = prefix << bits | s->digit;
-        const bool done = shift == 0 || s->members == 1 || s->above + s->weight == goal;
-        goal -= s->above < goal ? s->above : goal;
-        cluster_arrive();  // no histogram is cleared while another block still reads it
-        cluster_wait();
-        if (done) return prefix << shift > lowest ? prefix << shift : lowest;
-        // The digits end where the logit ends and the id begins: 11 + 11 + 10 bits each.
-        bits = shift == 42 || shift == 10 ? 10 : kDigitBits;
-        shift -= bits;
     }
 }
 
@@ -258,7 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
     share.template each<kFiltered ? Pass::first : Pass::only>([&](int i, const float* v) {
         float x[kLogits];
         add_to_state(own, v, k, x);
-        if constexpr (!kFiltered) draw<kPlain>(winner, share, i, x, own.m * k, counter, key);
+        if constexpr (!kFiltered) draw<kPlain, kFiltered>(winner, share, i, x, own.m * k, counter, key);
     });
     share_state(own, k, &shared->states, blocks, block);
 
@@ -267,22 +154,30 @@ __global__ void __launch_bounds__(kMaxThreads, kFiltered ? 1 : 2) sample(SampleA
         const float m = whole_state(&shared->states, k, blocks * warps).m;
         uint64_t threshold = 0;
         if (a.in.top_k > 0 && a.in.top_k < a.rows.vocabulary)
-            threshold = select<false>(share, &shared->selection, blocks, 0, uint64_t(a.in.top_k), 0.0f, m, 0);
+            threshold = Selecting<false>(&shared->selection, a.weights, m, blocks)
+                            .threshold(share, threshold, uint64_t(a.in.top_k), -1.0);
         if (a.in.top_p < 1.0)
-            threshold = select<true>(share, &shared->selection, blocks, threshold, 0, a.in.top_p, m, a.mass_bits);
+            threshold =
+                Selecting<true>(&shared->selection, a.weights, m, blocks).threshold(share, threshold, 0, a.in.top_p);
+        // rank >= threshold, in terms of the logit and the id. A NaN is never kept: its mass is not >= min_p.
+        const bool everything = threshold >> 32 == 0;
+        const float last = everything ? -INFINITY : unordered(uint32_t(threshold >> 32));
+        const uint32_t last_id = everything ? 0xFFFFFFFFu : ~uint32_t(threshold);
         share.template each<Pass::again>([&](int i, const float* z) {
             const int64_t column = share.column(i);
             const auto extent = share.extent(i);
-            float left[kLogits];
+            float left[kLogits], sum = 0.0f;
             BRFT_UNROLL
             for (int l = 0; l < kLogits; ++l) {
-                const float relative = expf(exp_domain(z[l] - m));
+                const float relative = exp2_approximate((z[l] - m) * k);
+                const uint32_t id = uint32_t(column + Share::offset(l));
                 const bool keep =
-                    rank_of(z[l], column + Share::offset(l)) >= threshold && relative >= a.in.min_p && extent.inside(l);
-                left[l] = keep ? relative : 0.0f;
-                kept += left[l];
+                    ((z[l] > last) | ((z[l] == last) & (id <= last_id))) & (relative >= a.in.min_p);  // no branch
+                left[l] = keep & extent.inside(l) ? relative : 0.0f;
+                sum += left[l];
             }
-            draw<kPlain>(winner, share, i, left, m * k, counter, key);
+            kept += double(sum);
+            draw<kPlain, kFiltered>(winner, share, i, left, m * k, counter, key);
         });
     }
     for (int mask = 16; mask; mask /= 2) {
@@ -342,11 +237,11 @@ void sample_rows(const Logits& logits, const SampleInputs& in, const SampleOutpu
               0.0f};
     a.in = in;
     a.out = out;
-    for (a.mass_bits = 62; a.mass_bits > 0 && (logits.vocabulary >> (62 - a.mass_bits)) > 1;) --a.mass_bits;
     const bool filtered = in.top_k > 0 || in.top_p < 1.0 || in.min_p > 0.0f;
     const int width = logits.dtype == DType::f32 ? 4 : 2;
     a.plan = plan_rows(logits.vocabulary, width, filtered ? kHeaderBytes<FilterShared> : kHeaderBytes<Shared>,
                        filtered ? 2 : 1, false, filtered ? kBlocksOfSmForFilters : kBlocksOfSm, on.limits());
+    a.weights = Weights(logits.vocabulary, std::min(logits.vocabulary, int64_t(a.plan.share) * kSpan));
     // The plain template draws four tokens from one counter: every row must start at a multiple of four logits.
     const bool by_four = reinterpret_cast<uintptr_t>(logits.data) % uintptr_t(4 * width) == 0 &&
                          (logits.stride % 4 == 0 || logits.count == 1);

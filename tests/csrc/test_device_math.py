@@ -260,6 +260,49 @@ def test_equal_logits_are_kept_by_id(device: ctypes.CDLL, filters: dict[str, flo
     drawn(device, z, {}, filters)
 
 
+def crowded(how: str) -> Tensor:
+    """Two rows of 6,000 logits whose boundary runs through a bin of 1/64 (csrc/cuda/selection.h)."""
+    row = -torch.arange(6000.0)
+    if how == "evenly":  # 64 in every bin, whose ranks share their upper bits with those of the next
+        row = row * 2.0**-12
+    elif how == "edges":  # in every bin its upper edge, its middle, and what lies next to the edge of the bin below
+        row = 0.3 + (row // 3) / 64 + torch.tensor([-(2.0**-20), 1 / 128, 2.0**-20])[torch.arange(6000) % 3]
+        row[0] = 0.3
+    elif how == "one bin":  # more than are listed, all different
+        row = row * 2.0**-20
+    elif how == "equal":
+        row = torch.where(row < -2900, row * 2.0**-7 - 1, -0.5)
+    elif how == "one far above":  # all others are more than 32 below it
+        row = torch.where(row == 0, 0.0, -40 + row * 2.0**-10)
+    elif how == "infinite":  # inf - inf is no bin
+        row = torch.where(row > -4, torch.inf, row)
+    return torch.stack([row[torch.randperm(6000)] for _ in range(2)])
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 65}, {"top_k": 66}, {"top_k": 2500}, {"top_p": 0.03}, {"top_p": 0.7},
+                                     {"top_k": 3000, "top_p": 0.5}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("how", ["evenly", "edges", "one bin", "equal", "one far above"])
+def test_boundaries_through_crowded_bins(kernels: ctypes.CDLL, how: str, filters: dict[str, float]) -> None:
+    drawn(kernels, crowded(how), {}, filters)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 2500}, {"top_k": 3000, "top_p": 0.5}], ids=str)
+def test_boundaries_through_narrow_logits(kernels: ctypes.CDLL, filters: dict[str, float]) -> None:
+    """bfloat16 has 128 values between two powers of 2: thousands of logits are equal."""
+    drawn(kernels, (40 + 2 * torch.randn(2, 6000)).bfloat16(), {}, filters)
+
+
+def test_infinite_logits_are_kept_first(kernels: ctypes.CDLL) -> None:
+    z, out = crowded("infinite"), (torch.empty(2, dtype=torch.int64), *(torch.empty(2) for _ in range(4)))
+    where = map(pointer, (torch.tensor(1), torch.arange(2), torch.arange(2)))
+    raise_if(
+        kernels.sample_rows(
+            argument(z, {}), *where, ctypes.c_int64(3), ctypes.c_double(1.0), ctypes.c_float(0.0), *map(pointer, out)
+        )
+    )
+    assert bool(out[1].isnan().all()) and bool(((out[0] >= 0) & (out[0] < 6000)).all())
+
+
 def test_lost_rows_say_so(kernels: ctypes.CDLL) -> None:
     """NaN, an infinite logit, nothing finite, a target outside: NaN statistics, NaN gradients, no other row harmed."""
     z = torch.randn(5, 300)

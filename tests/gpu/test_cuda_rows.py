@@ -178,6 +178,7 @@ with use_backend("cuda"):
         ones = torch.ones(3, device="cuda")
         rows.logprobs(z, t, rows.Scaling())
         sample_from_logits(z, seed=1, sequence_ids=t, positions=t, top_k=3, top_p=0.9)
+        sample_from_logits(z.round(), seed=1, sequence_ids=t, positions=t, top_k=v // 2 + 1, top_p=0.9)
         sample_from_logits(z, seed=1, sequence_ids=t, positions=t)
         rows.gradient_(z.clone(), t, rows.Scaling(), ones, ones)
         rows.gradient_(z, t, rows.Scaling(), ones, ones, z.view(torch.bfloat16)[:, v:])

@@ -183,6 +183,7 @@ template <class T>
 T shuffle_xor(T value, int mask) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) ^ mask);
 }
+inline void warp_barrier() { emulation::exchange(uint64_t(0)); }
 inline uint32_t warp_uniform(uint32_t value) { return value; }
 inline bool any_in_warp(bool condition) {
     const uint64_t* shown = emulation::exchange(uint64_t(condition));
@@ -194,6 +195,7 @@ inline bool any_in_warp(bool condition) {
     }
     return any;
 }
+inline int highest_bit(uint64_t set) { return 63 - __builtin_clzll(set); }
 template <class T>
 T shuffle_up(T value, int distance) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) - distance);

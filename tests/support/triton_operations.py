@@ -439,9 +439,14 @@ def kernels_of_the_head():
 
 
 @pytest.mark.parametrize("rows,h,v", [(1, 64, 129), (8, 72, 128), (40, 41, 300), (70, 40, 515)])
-def test_ragged_shapes_through_descriptors_and_pointers(rows: int, h: int, v: int) -> None:
+def test_ragged_shapes_through_descriptors_and_pointers(
+    rows: int, h: int, v: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tiles of few rows and of many; the same bits whether a bulk copy or pointers brought the operands."""
     head_tile, linear_logprobs, linear_sample = kernels_of_the_head()
+    if DEVICE == "cpu":  # numpy sums 128 numbers in another order than twice 64; a GPU takes 16 at a time, ascending
+        same = [(most, tile._replace(BLOCK_H=64), persistent) for most, tile, persistent in head_tile.DRAWING]
+        monkeypatch.setattr(head_tile, "DRAWING", same)
     hidden, weight = torch.randn(rows, h).bfloat16().to(DEVICE), (torch.randn(v, h) * 0.4).bfloat16().to(DEVICE)
     z = hidden.double() @ weight.double().T
     want, clear = expected(z, stream(rows))
