@@ -200,7 +200,7 @@ def _way(code: list[Instruction], begin: int, end: int) -> list[Instruction]:
 
 
 def row_ways(code: list[Instruction]) -> list[list[Instruction]]:
-    """The counted way through each innermost loop that loads a row."""
+    """The counted way through each innermost loop that loads a row: it stores nothing into shared memory but copies."""
     branches = [(i.target, i.address) for i in code if i.target is not None and i.target < i.address]
     ways: list[list[Instruction]] = []
     for begin, end in branches:
@@ -208,7 +208,7 @@ def row_ways(code: list[Instruction]) -> list[list[Instruction]]:
         outer = any(
             (b, e) != (begin, end) and begin <= b and e <= end and _loads(_way(code, b, e)) for b, e in branches
         )
-        if _loads(way) and not outer:
+        if _loads(way) and not outer and not any(i.access.startswith("STS") for i in way):
             ways.append(way)
     return ways
 

@@ -53,14 +53,16 @@ def kernels(architecture: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_compiles_without_spills(architecture: int) -> None:
+def test_every_kernel_compiles_and_next_to_nothing_spills(architecture: int) -> None:
     found = kernels(architecture)
     heads = {80: 2, 90: 6, 100: 3}[architecture]
     assert len(found) == heads + 6
     older = Version(version("triton")) < Version("3.6")  # what torch 2.8 and 2.9 bring spills a few registers
     for name, used in found.items():
         head = name.startswith("linear")
-        assert older or used["spilled"] == 0, f"{name} spills: {used}"
+        # Two registers, for three programs a multiprocessor: faster on an H200 than what spills none.
+        most = 8 if name == "linear_sample, 32 rows" else 0
+        assert older or used["spilled"] <= most, f"{name} spills: {used}"
         assert used["shared"] <= SHARED[architecture], f"{name}: {used}"
         matrix = "mma.sync" if name in NARROW else MATRIX[architecture]
         assert used["matrix"] == ([matrix] if head else []), f"{name}: {used}"
@@ -141,4 +143,8 @@ def test_the_tile_of_few_rows_and_of_many_has_the_same_states() -> None:
             for rows in (0, 1, 7, 8, 9, 33, 64, 65, 200, 8192):
                 draw, score = (configuration(rows, dtype, capability, draws) for draws in (True, False))
                 assert state_width(dtype) == draw.BLOCK_V and score.BLOCK_V % draw.BLOCK_V == 0
-                assert draw.BLOCK_H == score.BLOCK_H and not draw.enable_fp_fusion and not score.enable_fp_fusion
+                assert not draw.enable_fp_fusion and not score.enable_fp_fusion
+                if dtype == torch.float32:
+                    assert draw.BLOCK_H == score.BLOCK_H
+                else:  # matrix instructions take 16 of the hidden size at a time, ascending, whatever is loaded at once
+                    assert draw.BLOCK_H % 16 == score.BLOCK_H % 16 == 0
