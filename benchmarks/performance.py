@@ -22,6 +22,7 @@ import instructions
 from comparison import record
 from comparison.record import OURS
 from gpu_measurements import record as gpu_record
+from gpu_measurements.record import DONE
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 HERE = Path(__file__).resolve().parent
@@ -324,18 +325,43 @@ def table(rows: Sequence[Sequence[str]], *header: str) -> str:
 
 
 def gpu_tables() -> str:
-    """What `make gpu-check` measured last, and what did not end; "" where it never ran."""
-    found = sorted(RESULTS.glob("nvidia-*.json"), key=lambda path: path.stem[-10:])
-    if not found:
-        return ""
-    data = json.loads(found[-1].read_text(encoding="utf-8"))
-    title, *rest = gpu_record.markdown(data).split("\n\n")
-    shown = [part for part in rest if not part.startswith("| measurement")]
-    ends = [
-        f"{name}: {one['status']}" for name, one in data["measurements"].items() if one["status"] != gpu_record.DONE
-    ]
-    shown += [f"Without a result: {'; '.join(ends)}."] if ends else []
-    return "\n\n".join([f"**{title.removeprefix('# ')}**", *shown]).strip()
+    """Every GPU's newest `make gpu-check`, and what only an older one of the same GPU has; "" where it never ran."""
+    newest_first = sorted(RESULTS.glob("nvidia-*.json"), key=lambda path: path.stem[-10:], reverse=True)
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for path in newest_first:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        by_device.setdefault(data["machine"]["device"], []).append(data)
+    shown = []
+    for device in sorted(by_device, reverse=True):
+        seen: set[str] = set()
+        done = {n for data in by_device[device] for n, one in data["measurements"].items() if one["status"] == DONE}
+        for data in by_device[device]:
+            shown += gpu_parts(data, seen, done)
+    return "\n\n".join(shown)
+
+
+def gpu_parts(data: dict[str, Any], seen: set[str], done: set[str]) -> list[str]:
+    """The tables of one run, without results that were `seen` (which grows), and what has no result in any run."""
+    kept = {}
+    for name, one in data["measurements"].items():
+        results = [result for result in one["results"] if gpu_key(result) not in seen]
+        kept[name] = {**one, "results": results}
+    again = bool(seen)
+    seen |= {gpu_key(result) for one in data["measurements"].values() for result in one["results"]}
+    title, versions, *rest = gpu_record.markdown({**data, "measurements": kept}).strip().split("\n\n")
+    parts = [part for part in rest if not part.startswith("| measurement") and part.count("\n") != 1]
+    parts = [part for part in parts if part.startswith("|") or not again]
+    ends = [f"{name}: {one['status']}" for name, one in data["measurements"].items() if name not in done]
+    parts += [f"Without a result: {'; '.join(ends)}."] if ends else []
+    said = f"**{title.removeprefix('# ')}**" + (", what was not measured since" if again else "")
+    return [said, versions, *parts]
+
+
+def gpu_key(result: dict[str, Any]) -> str:
+    """What a result is of: the same of two runs."""
+    return " ".join(str(result.get(key, "")) for key in ("case", "shape", "against", "gradient", "dtype")) + " ".join(
+        [*result.get("limits", {}), *result.get("round", {})]
+    )
 
 
 def render(run: Path = RUN) -> str:

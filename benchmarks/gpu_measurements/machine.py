@@ -27,7 +27,7 @@ H100 = H200._replace(copy=H200.copy * 3.35 / 4.8)
 
 #: Instructions a logit of the row kernels on sm_90, plain scaling, float32 in (policy rows: bfloat16 out, as in the
 #: loss): docs/building.md's counts. A draw's are without the exact noise of what may win, by estimate EXACT_NOISE more.
-INSTRUCTIONS = {"logprob": 8.8, "policy": 19.4, "sample": 27.5}
+INSTRUCTIONS = {"logprob": 8.8, "policy": 18.8, "sample": 27.5}
 EXACT_NOISE = 3
 #: Instructions a logit of the fused heads beside their product, on sm_90: docs/building.md's counts of the kernels for
 #: 8192 rows (scoring) and for 64 (drawing).

@@ -59,8 +59,6 @@ template <class T>
 BRFT_DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
-// What a lane wrote to shared memory before is seen by the warp's other lanes after.
-BRFT_DEVICE void warp_barrier() { __syncwarp(); }
 BRFT_DEVICE bool any_in_warp(bool condition) { return __any_sync(0xFFFFFFFFu, condition); }
 // The value that every lane of the warp has, in a register that the warp shares: what is made of it once stays there.
 BRFT_DEVICE uint32_t warp_uniform(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }

@@ -154,7 +154,7 @@ struct RowShare {
           warps(int(blockDim.x) / 32),
           shift(int(reinterpret_cast<uintptr_t>(row) % (kVector * sizeof(Stored)) / sizeof(Stored))),
           cached(plan.cached),
-          cache(cache_memory),
+          cache(cache_memory + lane),
           scale(rows, index) {
         const int spans = int((vocabulary + shift + kSpan - 1) / kSpan);
         first = rank * plan.share < spans ? rank * plan.share : spans;
@@ -217,40 +217,26 @@ struct RowShare {
         return raw;
     }
 
-    // Where a lane's part p of a span is kept: the lanes' first parts, then their second ones ...
-    BRFT_DEVICE uint4* slot(int i, int p) const {
-        return cache + i * (kParts * 32) + p * 32 + (kPartsOfVector == 2 && p % 2 ? lane ^ 4 : lane);
-    }
+    BRFT_DEVICE uint4* slot(int i) const { return cache + i * (kParts * 32); }
     BRFT_DEVICE void keep(int i, const Raw& raw) const {
         BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) *slot(i, p) = raw.part[p];
+        for (int p = 0; p < kParts; ++p) slot(i)[p * 32] = raw.part[p];
     }
     BRFT_DEVICE Raw kept(int i) const {
         Raw raw;
         BRFT_UNROLL
-        for (int p = 0; p < kParts; ++p) raw.part[p] = *slot(i, p);
+        for (int p = 0; p < kParts; ++p) raw.part[p] = slot(i)[p * 32];
         return raw;
     }
     BRFT_DEVICE Raw load_kept(int i) const { return i < cached ? kept(i) : load(i); }
 
     // A group of copies for every span that the warp comes to, even an empty one where a span has an edge or no room,
     // or is past the last: so each turn waits for its own span's by leaving the latest kAhead groups under way.
-    //
-    // A warp copies 512 bytes side by side, whosever they are. Where a lane has two parts side by side, its own would
-    // be 16 bytes of every 32: twice the transactions. Part c = lane + 32 q is then the first or second of lane c / 2,
-    // to whom a barrier of the warp shows it; second ones lie four lanes apart from the first, in other banks.
     BRFT_DEVICE void copy(int i) const {
         if (i < cached && edgeless(i)) {
             const uint4* from = reinterpret_cast<const uint4*>(of_span(i));
-            if constexpr (kPartsOfVector == 2) {
-                uint4* to = cache + i * (kParts * 32) + lane % 2 * 32 + (lane / 2 ^ lane % 2 * 4);
-                BRFT_UNROLL
-                for (int q = 0; q < kParts; ++q) copy_async(to + q / 2 * 64 + q % 2 * 16, from - lane + q * 32);
-            } else {
-                static_assert(kPartsOfVector == 1);
-                BRFT_UNROLL
-                for (int p = 0; p < kParts; ++p) copy_async(slot(i, p), from + vector(p));
-            }
+            BRFT_UNROLL
+            for (int p = 0; p < kParts; ++p) copy_async(slot(i) + p * 32, from + vector(p));
         }
         end_copy_group();
     }
@@ -286,7 +272,6 @@ struct RowShare {
         if constexpr (kPass == Pass::first) {
             copy(i + kAhead * warps);
             wait_for_copies<kAhead>();
-            if constexpr (kPartsOfVector == 2) warp_barrier();
             return load_copied(i);
         }
         return kPass == Pass::again ? load_kept(i) : load(i);

@@ -66,9 +66,10 @@ struct Selection {
     uint64_t group[kGroups];
     uint64_t list[kListed], all[kListed];  // ranks of a bin's members: this block's, and the cluster's
     uint64_t of_warp[kMaxWarps];
-    uint32_t listed, alike;  // members listed, and those that share the bits found so far
-    uint32_t found_group, digit;
-    uint64_t goal, above, weight;
+    uint32_t listed, alike;               // members listed, and those that share the bits found so far
+    uint32_t found_group, digit;          // the group and the bin where the goal is reached
+    uint64_t goal_of_group, above_group;  // the goal, and what is above the group
+    uint64_t goal, weight;                // what is left of the goal within the bin, and the bin's weight
 };
 
 template <bool kMass>
@@ -148,8 +149,8 @@ struct Selecting {
     }
 
     // The bin, from the highest down, with which the weights of `count` blocks, one after another, reach the goal: into
-    // s->digit, with its weight, and what is above it. `top_p` >= 0 makes a goal of all the weight. Whether there is
-    // one.
+    // s->digit, with its weight, and s->goal becomes what is left of the goal for it. `top_p` >= 0 makes a goal of all
+    // the weight. Whether there is such a bin. Between two barriers no word is read by one lane and written by another.
     BRFT_DEVICE bool find(int count, double top_p) const {
         const auto block = [&](int r) -> const Selection* { return count == 1 ? s : in_block(s, r); };
         if (warp == 0) {
@@ -165,8 +166,8 @@ struct Selecting {
             }
             if (sum - own < goal && sum >= goal) {
                 s->found_group = uint32_t(kGroups - 1 - lane);
-                s->above = sum - own;
-                s->goal = goal;
+                s->above_group = sum - own;
+                s->goal_of_group = goal;
             }
             if (total < goal && lane == 0) s->found_group = kGroups;
         }
@@ -179,14 +180,13 @@ struct Selecting {
                 two[0] += weight_of(block(r), bin);
                 two[1] += weight_of(block(r), bin - 1);
             }
-            const uint64_t goal = s->goal, above = s->above, sum = above + until(two[0] + two[1]);
+            const uint64_t goal = s->goal_of_group, sum = s->above_group + until(two[0] + two[1]);
             const uint64_t before[2] = {sum - two[1] - two[0], sum - two[1]};
             BRFT_UNROLL
             for (int i = 0; i < 2; ++i) {
                 if (before[i] >= goal || before[i] + two[i] < goal) continue;
                 s->digit = uint32_t(bin - i);
                 s->weight = two[i];
-                s->above = before[i];
                 s->goal = goal - before[i];
             }
             if (lane == 0) s->alike = 0;

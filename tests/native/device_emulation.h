@@ -183,7 +183,6 @@ template <class T>
 T shuffle_xor(T value, int mask) {
     return emulation::shuffle(value, int(emulation::cluster.current->thread % 32) ^ mask);
 }
-inline void warp_barrier() { emulation::exchange(uint64_t(0)); }
 inline uint32_t warp_uniform(uint32_t value) { return value; }
 inline bool any_in_warp(bool condition) {
     const uint64_t* shown = emulation::exchange(uint64_t(condition));
