@@ -57,12 +57,9 @@ def test_every_kernel_compiles_and_next_to_nothing_spills(architecture: int) -> 
     found = kernels(architecture)
     heads = {80: 2, 90: 6, 100: 3}[architecture]
     assert len(found) == heads + 6
-    older = Version(version("triton")) < Version("3.6")  # what torch 2.8 and 2.9 bring spills a few registers
     for name, used in found.items():
         head = name.startswith("linear")
-        # Two registers, for three programs a multiprocessor: faster on an H200 than what spills none.
-        most = 8 if name == "linear_sample, 32 rows" else 0
-        assert older or used["spilled"] <= most, f"{name} spills: {used}"
+        assert used["spilled"] <= 16, f"{name} spills: {used}"  # four registers: none at all costs more elsewhere
         assert used["shared"] <= SHARED[architecture], f"{name}: {used}"
         matrix = "mma.sync" if name in NARROW else MATRIX[architecture]
         assert used["matrix"] == ([matrix] if head else []), f"{name}: {used}"
@@ -84,8 +81,8 @@ def test_every_kernel_compiles_and_next_to_nothing_spills(architecture: int) -> 
 
 #: Instructions a logit on sm_90: at most this.
 BARS = {
-    "linear_logprobs, 64 rows": 17, "linear_logprobs, 8192 rows": 16, "linear_sample, 64 rows": 60,
-    "linear_sample, 32 rows": 70, "linear_sample, 16 rows": 80,
+    "linear_logprobs, 64 rows": 15, "linear_logprobs, 8192 rows": 13, "linear_sample, 64 rows": 50,
+    "linear_sample, 32 rows": 60, "linear_sample, 16 rows": 70,
 }  # fmt: skip
 
 
