@@ -68,8 +68,8 @@ def configuration(rows: int, dtype: torch.dtype, capability: int, draws: bool = 
     tiles of their own, with less to pad and three programs a multiprocessor or more. Their products are those of single
     warps (mma), and gave the same bits as a warpgroup's (wgmma) wherever the two were compared. They load 128 of the
     hidden size at a time: 64 took 90 us for a row at H = 896 where 128 takes 88, and 304 against 297 at H = 4096 (the
-    bare products: 75 and 296). In the tile of 64, three programs (168 registers, spilled), tiles of 8 warps, and 128 of
-    the hidden size at a time were slower than two programs of 4 warps.
+    bare products: 75 and 296). In the tile of 64, three programs (168 registers, spilled) and 128 of the hidden size
+    at a time were slower there than two programs of 4 warps; tiles of 8 warps were no faster on an H100.
     Many rows: a tile of N x V reads (N + V) 2 H bytes for 2 N V H FLOP; 128 x 256 has 85 FLOP a byte from L2, 64 x 128
     has 43. Scoring takes the former. A draw has as much to compute as to multiply, and keeps to two programs side by
     side. On sm_80 and sm_100 larger tiles than 64 x 128 spill.

@@ -10,7 +10,7 @@ linear_logprobs.py: sampling and scoring a hidden state give the same log-probab
 
 Why a second kernel, and not the first one's last block: between two kernels of a CUDA graph lies about a microsecond,
 against 63 (H = 896) or 290 (H = 4096) that reading the weight takes. But V / 128 tiles of 24 bytes are 1.8 MB for 64
-rows, which one block alone would read for some ten microseconds, where eight blocks share them; and the counter that
+rows, which one block alone would read for some ten microseconds, where sixteen share them; and the counter that
 finds the last block, left dirty by an aborted launch, would make later draws silently wrong.
 """
 

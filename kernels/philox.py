@@ -80,7 +80,7 @@ def nearly_perturbed(z, word, FAST: tl.constexpr):
     at most 2.1e-5 below u = 1/128. Larger u: -log2(1 - u), off by 2^-22 + 2^-25 / log 2 in E / log 2 >= 1/88.4 (the
     rest of E's range by 2^-22 of itself): 2.5e-5 of itself. The last logarithm, of E / log 2 in [2^-32.5, 24], is off
     by at most 2^-22 x 22.6 = 5.4e-6, roundings add 1.4e-6, and `gumbel_noise` itself is within 4 units in the last
-    place of 22.9, 7.6e-6: in all less than 4.0e-5 < 2^-14.
+    place of 22.9, 7.6e-6, and its sum with z is rounded, 1.4e-6: in all less than 4.2e-5 < 2^-14.
     """
     u = tl.minimum(tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10), 0.99999994039535522)
     series = u * tl.fma(u, 0.7213475, 1.442695)  # 1 / log 2 times 1 and 1/2

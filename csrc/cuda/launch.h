@@ -31,9 +31,10 @@ inline int64_t warps_for(int64_t share, int64_t most) {
 }
 
 // A row of `vocabulary` logits of `width` bytes. With `passes` > 1 its shares are kept in shared memory, beside
-// `header` bytes: on sm_90 and later by the smallest cluster that leaves room for two blocks on a multiprocessor. Where
-// even eight blocks cannot hold the row (or before sm_90 one), the rest is read again, latest first, from L2 as far as
-// it is there. `alone`: a block may only write where no other reads, so a row that does not fit belongs to one block.
+// `header` bytes: on sm_90 and later by the smallest cluster that leaves room for two blocks on a multiprocessor, or by
+// eight (as the filters', whose header is large). Where even eight blocks cannot hold the row (or before sm_90 one),
+// the rest is read again, latest first, from L2 as far as it is there. `alone`: a block may only write where no other
+// reads, so a row that does not fit belongs to one block.
 //
 // Blocks that keep their rows have phases: one loads while another waits for its cluster and a third stores. So as many
 // are wanted as shared memory holds, up to `blocks_of_sm`, and their threads are bounded by what registers are left to

@@ -6,8 +6,8 @@
 //
 // Never in memory: noise, probabilities, a sorted row. Without filters the row is read once, by one block. With filters
 // a cluster keeps it in shared memory (see policy_rows.cu) and visits it there twice for each of top-k and top-p,
-// oftener where the boundary runs through thousands of equal logits. Masses are summed as integers (exact to 2^-44 of
-// the likeliest token at V = 151,936), so neither the order of the atomics nor the cluster's size can change a result.
+// oftener where the boundary runs through thousands of nearly equal logits. Masses are summed as integers (exact to
+// 2^-44 of the likeliest token at V = 151,936), so the order of the atomics cannot change a result.
 #include <type_traits>
 
 #include "../philox.h"

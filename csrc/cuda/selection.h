@@ -5,13 +5,13 @@
 //   members   of the bin where that happens, some hundred, are listed, and the same is done with 11 bits of their ranks
 //
 // The row is visited twice: for its histogram, and for the members of one bin. Where they are too many to be listed
-// (equal logits, mostly), 11 bits of their ranks at a time, from the highest on, divide them first: a visit or two for
-// each. The ranks' own bits would do for the first division as well, but the upper 11 of a float's are its sign,
-// exponent and two more: half of all logits would share a bin, and so the atomic additions to it.
+// (equal logits, or a row without contrast), 11 bits of their ranks at a time, from the highest on, divide them first:
+// a visit or two for each. The ranks' own bits would do for the first division as well, but the upper 11 of a float are
+// its sign, exponent and two more: a few dozen bins would share all logits, and what adds to one bin waits.
 //
-// Weights are integers, 1 each or 2^mass_bits e^(z - m), so neither the order of the atomic additions nor the cluster's
-// size can change a result. Shared memory has fast additions of 32 bits only: a weight is cut into pieces of so few
-// bits that no sum of a block's carries.
+// Weights are integers, 1 each or a power of 2 times e^(z - m), so neither the order of the atomic additions nor (below
+// 2^21 logits) the cluster's size can change a result. Shared memory has fast additions of 32 bits only: a weight is
+// cut into pieces of so few bits that no sum of a block's carries.
 #pragma once
 
 #include "rows.h"
@@ -42,17 +42,18 @@ BRFT_DEVICE float unordered(uint32_t order) {
 BRFT_DEVICE uint64_t rank_of(float z, int64_t id) { return uint64_t(ordered(z)) << 32 | uint32_t(~uint32_t(id)); }
 
 // What ranks weigh: bits of a piece, how many a mass has, and the mass of the likeliest token. `most`: logits of a row
-// in one block.
+// in one block. A block also adds up what the cluster has listed, on devices where it has fewer of the row.
 struct Weights {
     int piece_bits, pieces;
     float mass_of_likeliest;
 
     Weights() = default;
     Weights(int64_t vocabulary, int64_t most) : piece_bits(32) {
+        if (most < kListed) most = kListed;
         while (piece_bits > 1 && (most >> (32 - piece_bits)) > 0) --piece_bits;
-        int bits = 62;  // all of a row's masses add up to less than 2^62 ...
+        int bits = 62;  // all of a row's masses add up to less than 2^63 ...
         while (bits > 0 && (vocabulary >> (62 - bits)) > 1) --bits;
-        while (bits >= kPieces * piece_bits) --bits;  // ... and each fits the pieces: a bound above 2^21 logits
+        while (bits >= kPieces * piece_bits) --bits;  // ... and each fits the pieces: a bound from 2^21 logits on
         pieces = bits / piece_bits + 1;
         mass_of_likeliest = ldexpf(1.0f, bits);
     }
@@ -109,6 +110,8 @@ struct Selecting {
             atomicAdd(&s->piece[0][bin], 1u);
         } else {
             uint64_t mass = weights.mass(expf(exp_domain(z - m)));
+            if (mass == 0)
+                bin = thread % kBins;  // nothing to add: where others do not wait, as in the last bin of masked rows
             BRFT_UNROLL
             for (int p = 0; p < kPieces; ++p) {  // a piece that is 0, too: a branch would cost more
                 if (p < 3 || weights.pieces > 3)
@@ -126,7 +129,8 @@ struct Selecting {
             for (int bin = g * kBinsOfGroup + lane; bin < (g + 1) * kBinsOfGroup; bin += 32) {
                 uint64_t weight = s->piece[0][bin];
                 if constexpr (kMass) {
-                    for (int p = 1; p < kPieces; ++p) weight += uint64_t(s->piece[p][bin]) << (p * weights.piece_bits);
+                    for (int p = 1; p < weights.pieces; ++p)
+                        weight += uint64_t(s->piece[p][bin]) << (p * weights.piece_bits);
                     s->piece[0][bin] = uint32_t(weight);
                     s->piece[1][bin] = uint32_t(weight >> 32);
                 }

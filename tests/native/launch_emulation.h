@@ -13,6 +13,8 @@ struct OnDevice {
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const RowPlan& plan, int64_t rows, void*, const Arguments& arguments) {
+    require(plan.shared_bytes <= emulated_limits.shared_per_block,
+            "the plan takes more shared memory than a block has");
     for (int64_t row = 0; row < rows; ++row)
         emulation::run(unsigned(plan.blocks), unsigned(plan.threads), unsigned(row * plan.blocks),
                        size_t(plan.shared_bytes), [&] { kernel(arguments); });
