@@ -76,7 +76,8 @@ def compiler_of(library: Path) -> str | None:
 def measured() -> dict[str, Any]:
     """When, of which commit, and how busy the machine was (the load average of a minute, which counts us as well).
 
-    The commit ends in "+" where what is measured has changes that are not committed.
+    The commit ends in "+" where what is measured has changes that are not committed. BANDIT_RFT_COMMIT names it where
+    there is a copy without its history.
     """
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "bandit_rft", "kernels", "csrc", "CMakeLists.txt"]
     try:
@@ -85,6 +86,6 @@ def measured() -> dict[str, Any]:
         ).stdout.strip()
         changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit, changed = "unknown", ""
+        commit, changed = os.environ.get("BANDIT_RFT_COMMIT", "unknown"), ""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"date": datetime.date.today().isoformat(), "commit": commit + ("+" if changed else ""), "load": load}

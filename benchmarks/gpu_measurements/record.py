@@ -90,7 +90,8 @@ def met(result: dict[str, Any]) -> bool | None:
 def markdown(data: dict[str, Any]) -> str:
     about = data["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    lines = [f"# {about['device']}, {data['date']}", "", f"dtype {about['dtype']}. Versions: {versions}.", ""]
+    at = f" Commit {about['commit']}." if "commit" in about else ""
+    lines = [f"# {about['device']}, {data['date']}", "", f"dtype {about['dtype']}. Versions: {versions}.{at}", ""]
     measurements = data["measurements"]
     results = [result for one in measurements.values() for result in one["results"]]
     lines += ["| limit | measured |", "|---|---|"]

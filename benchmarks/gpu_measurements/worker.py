@@ -150,6 +150,7 @@ def _usable(setting: Any) -> bool:
 
 def about(setting: Any) -> dict[str, Any]:
     import torch
+    from comparison.machine import measured
 
     from bandit_rft import ops
 
@@ -162,5 +163,5 @@ def about(setting: Any) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if setting.device.type == "cuda" else platform.machine() + " CPU"
     return {
         "device": name, "dtype": str(setting.dtype).removeprefix("torch."), "versions": versions,
-        "backends": ops.describe().splitlines(),
+        "backends": ops.describe().splitlines(), "commit": measured()["commit"],
     }  # fmt: skip

@@ -71,6 +71,7 @@ def test_small_run_on_a_cpu_writes_the_whole_table(tmp_path: Path) -> None:
     (round_,) = (result["round"] for result in results if "round" in result)
     assert round_["seconds/round"] >= round_["seconds/rollout"] > 0
     assert "CPU" in data["machine"]["device"] and results[0]["limits"]["copy GB/s"] > 0
+    assert f"Commit {data['machine']['commit']}." in next(tmp_path.glob("*-cpu-*.md")).read_text()
     assert list(data["measurements"]) == NAMES
     assert "| linear_sample |" in next(tmp_path.glob("*.md")).read_text()
 
