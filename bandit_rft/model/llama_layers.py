@@ -93,14 +93,14 @@ def plain_modules(base: Any) -> list[nn.Module]:
         NotImplementedError: naming those with hooks, of another class, or with another forward than their class.
     """
     modules = list(base.modules())
-    hooked = [m for m in modules if any(getattr(m, hooks) for hooks in HOOKS) or "forward" in vars(m)]
+    hooked = [m for m in modules if "forward" in (own := vars(m)) or any(map(own.get, HOOKS))]
     if hooked:
         names = [name for name, module in base.named_modules() if module in hooked]
         raise NotImplementedError(f"modules {names} have hooks or another forward than their class")
     refuse_unless(not nn.modules.module._has_any_global_hook(), "all modules have a hook")
     kind = base.config.get_text_config().model_type
-    own = (f"transformers.models.{kind}.modeling_{kind}", "transformers.activations")
-    others = {type(m) for m in modules if type(m).__module__ not in own and not _is_torchs(type(m))}
+    theirs = (f"transformers.models.{kind}.modeling_{kind}", "transformers.activations")
+    others = {k for k in set(map(type, modules)) if k.__module__ not in theirs and not _is_torchs(k)}
     refuse_unless(not others, f"it has modules of {', '.join(sorted(map(str, others)))}")
     return modules
 
