@@ -293,3 +293,28 @@ def test_the_page_says_what_decoders_were_and_whether_they_drew_the_same(tmp_pat
         "All sides draw the same greedy tokens, so it is the same model that they run.", "Measured: llama.cpp 0.3.9.",
     ]  # fmt: skip
     assert told(False)[1].startswith("Other greedy tokens than ours: llama.cpp.")
+
+
+def gpu_run(day: str, measurements: dict[str, Any]) -> dict[str, Any]:
+    about = {"device": "NVIDIA H200", "dtype": "bfloat16", "versions": {}}
+    return {"schema": 2, "date": day, "machine": about, "measurements": measurements}
+
+
+def gpu_measurement(status: str, **ratios: float) -> dict[str, Any]:
+    results = [
+        {"case": case, "shape": "(1,)", "against": "a copy", "ours_ms": 1.0, "other_ms": ratio, "ratio": ratio}
+        for case, ratio in ratios.items()
+    ]
+    return {"section": "rows", "status": status, "text": "", "seconds": 0.0, "results": results}
+
+
+def test_an_older_gpu_run_adds_what_the_newer_one_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = {"a": gpu_measurement("done", twice=0.111, once=0.222), "b": gpu_measurement("crashed")}
+    newer = {"a": gpu_measurement("done", twice=0.333), "c": gpu_measurement("failed")}
+    for day, measurements in (("2026-01-01", older), ("2026-01-02", newer)):
+        (tmp_path / f"nvidia-h200-{day}.json").write_text(json.dumps(gpu_run(day, measurements)))
+    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    new, _, old = performance.gpu_tables().partition("**NVIDIA H200, 2026-01-01**, what was not measured since")
+    assert "0.333" in new and "0.333" not in old
+    assert "0.222" in old and "0.111" not in new + old
+    assert "Without a result: c: failed." in new and "Without a result: b: crashed." in old

@@ -62,20 +62,24 @@ def kernels(emulated_cuda: Path) -> ctypes.CDLL:
     return loaded
 
 
-@pytest.fixture(params=itertools.product(DEVICES, ("forwards", "backwards")), ids="-".join)
+def emulated(kernels: ctypes.CDLL, limits: tuple[int, int, int], order: str) -> Iterator[ctypes.CDLL]:
+    """The kernels on a device with these limits, its threads scheduled `forwards` or `backwards`."""
+    kernels.use_device(*limits, 64, ctypes.c_bool(order == "backwards"))
+    yield kernels
+    kernels.use_device(*SM_90, 64, ctypes.c_bool(False))
+
+
+ORDERS = "forwards", "backwards"
+
+
+@pytest.fixture(params=itertools.product(DEVICES, ORDERS), ids="-".join)
 def device(request: pytest.FixtureRequest, kernels: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    name, order = request.param
-    kernels.use_device(*DEVICES[name], 64, ctypes.c_bool(order == "backwards"))
-    yield kernels
-    kernels.use_device(*SM_90, 64, ctypes.c_bool(False))
+    yield from emulated(kernels, DEVICES[request.param[0]], request.param[1])
 
 
-@pytest.fixture(params=itertools.product(FILTERING, ("forwards", "backwards")), ids="-".join)
+@pytest.fixture(params=itertools.product(FILTERING, ORDERS), ids="-".join)
 def filtering(request: pytest.FixtureRequest, kernels: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    name, order = request.param
-    kernels.use_device(*FILTERING[name], 64, ctypes.c_bool(order == "backwards"))
-    yield kernels
-    kernels.use_device(*SM_90, 64, ctypes.c_bool(False))
+    yield from emulated(kernels, FILTERING[request.param[0]], request.param[1])
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
