@@ -19,8 +19,7 @@ BRFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 void product(int64_t rows, const float* weight, int64_t stride, const float* panel, int64_t size, int width,
              float* out) {
     for (int64_t r = 0; r < rows; r += kTile)
-        rows_product(int(smaller(rows - r, kTile)), weight + r * stride, stride, panel, nullptr, size, width,
-                     out + r * kPanel);
+        rows_product(int(smaller(rows - r, kTile)), weight + r * stride, stride, panel, size, width, out + r * kPanel);
 }
 
 // The same added to out [rows, stride_out], `width` floats a row.
@@ -29,7 +28,7 @@ void add_product(int64_t rows, const float* weight, int64_t stride, const float*
     alignas(64) float sums[kTile * kPanel];
     for (int64_t r = 0; r < rows; r += kTile) {
         const int some = int(smaller(rows - r, kTile));
-        rows_product(some, weight + r * stride, stride, panel, nullptr, size, width, sums);
+        rows_product(some, weight + r * stride, stride, panel, size, width, sums);
         for (int i = 0; i < some; ++i) {
             float* to = out + (r + i) * stride_out;
 #pragma omp simd

@@ -48,10 +48,8 @@ Decoder::Decoder(const DecoderModel& model) : model_(model), kernels_(kernels().
 
 Stride Decoder::stride(int which) const {
     const int64_t head_size = model_.head_size;
-    if (!alone()) return {model_.key_value_heads * head_size * lanes_, lanes_, 1};
-    const int64_t next = 2 * int64_t(block_size());
-    return which == 0 ? Stride{1, up_to(kernels_->line, capacity_), next}
-                      : Stride{up_to(kernels_->line, head_size), 1, next};
+    if (!alone()) return {model_.key_value_heads * head_size * lanes_, lanes_};
+    return which == 0 ? Stride{1, up_to(kernels_->line, capacity_)} : Stride{up_to(kernels_->line, head_size), 1};
 }
 
 size_t Decoder::block_size() const {
@@ -66,7 +64,7 @@ float* Decoder::block(int64_t layer, int64_t index, int which) const {
 }
 
 float* Decoder::cache(int64_t layer, int64_t sequence, int64_t head, int which) const {
-    const int64_t width = kernels_->panel, head_size = model_.head_size;
+    const int64_t width = kernels_->wide.panel, head_size = model_.head_size;
     if (!alone()) return block(layer, sequence / width, which) + head * head_size * lanes_ + sequence % width;
     const Stride at = stride(which);
     return block(layer, sequence, which) + head * (which == 0 ? head_size * at.element : capacity_ * at.column);
@@ -83,12 +81,12 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     batch_ = 0;  // until there is memory for it
     room_ = room;
     blocks_ = alone() ? room : panels_of(room);
-    lanes_ = kernels_->computed_lanes(int(std::min<int64_t>(room, kernels_->panel)));
+    lanes_ = kernels_->computed_lanes(int(std::min<int64_t>(room, kernels_->wide.panel)));
     columns_ = capacity_ = capacity;
     cache_.of(model_.layers.size() * 2 * block_size() * size_t(blocks_));
     batch_ = batch;
     columns_ = width;  // all prompts end in the same column
-    first_.assign(size_t(panels_of(room) * kernels_->panel), 0);
+    first_.assign(size_t(panels_of(room) * kernels_->wide.panel), 0);
     for (int64_t b = 0; b < batch; ++b) first_[size_t(b)] = int32_t(columns_ - lengths[b]);
     positions_ = positions;
     cos_.assign(cos, cos + positions * model_.head_size);
@@ -103,7 +101,7 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     int64_t sequence = 0, begin = 0;
     std::vector<int64_t> places;
     while (sequence < batch) {
-        Pass pass{0, tokens, nullptr, {}, hidden};
+        Pass pass{0, tokens, nullptr, {}, hidden, &kernels_->wide};
         places.clear();
         while (sequence < batch && pass.rows < kReadAtOnce) {
             const int64_t count = std::min(lengths[sequence] - begin, kReadAtOnce - pass.rows);
@@ -133,7 +131,7 @@ void Decoder::select(const int64_t* which, int64_t count) {
     const auto in_order = [&](const auto& move) {
         for (int64_t i = 0; i < count; ++i) move(back ? i : count - 1 - i);
     };
-    const int64_t panel = kernels_->panel, rows = columns_ * model_.key_value_heads * model_.head_size;
+    const int64_t panel = kernels_->wide.panel, rows = columns_ * model_.key_value_heads * model_.head_size;
     in_order([&](int64_t b) { first_[size_t(b)] = first_[size_t(which[b])]; });
     for (int64_t layer = 0; layer < int64_t(model_.layers.size()); ++layer)
         for (int kind = 0; kind < 2; ++kind) {
@@ -168,12 +166,12 @@ void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidde
     for (int64_t b = 0; b < batch_; ++b)
         require(positions[b] >= 0 && positions[b] < positions_, "positions must lie in the table of rotations");
     ++columns_;
-    run({batch_, tokens, positions, {}, hidden}, threads);
+    run({batch_, tokens, positions, {}, hidden, alone() ? &kernels_->single : &kernels_->wide}, threads);
 }
 
 int64_t Decoder::computed(int64_t sequences) const {
     if (sequences <= kernels_->few) return sequences;
-    const int64_t panel = kernels_->panel, rest = sequences % panel;
+    const int64_t panel = kernels_->wide.panel, rest = sequences % panel;
     return sequences - rest + (rest ? kernels_->computed_lanes(int(rest)) : 0);
 }
 
@@ -183,8 +181,8 @@ void Decoder::require_tokens(const int64_t* tokens, int64_t count) const {
 }
 
 void Decoder::run(const Pass& pass, int threads) {
-    const int64_t hidden_size = model_.hidden_size, head_size = model_.head_size, panels = panels_of(pass.rows);
-    const int64_t width = kernels_->panel, queries = model_.heads * head_size,
+    const int64_t hidden_size = model_.hidden_size, head_size = model_.head_size, panels = pass.panels();
+    const int64_t width = pass.kernels->panel, queries = model_.heads * head_size,
                   key_values = model_.key_value_heads * head_size;
     const int64_t weights =
         int64_t(model_.layers.size()) * hidden_size * (2 * queries + 2 * key_values + 3 * model_.intermediate_size);
@@ -204,7 +202,7 @@ void Decoder::run(const Pass& pass, int threads) {
         member.normed.of(in_panels(hidden_size));
         const int64_t attention = (head_size + capacity_) * width + 2 * (capacity_ + kernels_->line) * head_size;
         const int64_t longest = std::max({hidden_size, queries, model_.intermediate_size});
-        member.scratch.of(size_t(std::max(attention, kernels_->few * longest)));
+        member.scratch.of(size_t(std::max(attention, 2 * kernels_->few * longest)));
     }
     for (int64_t r = 0; r < panels * width; ++r) {  // cos and sin of each lane, [2 head_size, panel]
         float* to = rotation_.memory.get() + r / width * 2 * head_size * width + r % width;
@@ -219,9 +217,9 @@ void Decoder::run(const Pass& pass, int threads) {
 }
 
 void Decoder::work(const Pass& pass, Member& member, int index, int size) {
-    const DecoderKernels& kernel = *kernels_;
-    const int64_t width = kernel.panel, panels = panels_of(pass.rows), hidden_size = model_.hidden_size;
-    const int64_t tile = kernel.rows_at_once(pass.rows);
+    const StepKernels& kernel = *pass.kernels;
+    const int64_t width = kernel.panel, panels = pass.panels(), hidden_size = model_.hidden_size;
+    const int64_t tile = kernels_->rows_at_once(pass.rows);
     const int64_t queries = model_.heads * model_.head_size, key_values = model_.key_value_heads * model_.head_size;
     const auto in_panels = [&](float* data, int64_t rows) { return Panels{data, rows * width}; };
     const Panels residual = in_panels(member.residual.memory.get(), hidden_size);
@@ -254,6 +252,9 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         return before + tiles;
     };
     const auto tiles = [&](int64_t rows) { return (rows + tile - 1) / tile; };
+    // Where every member has as many heads, it attends with those that it multiplied itself, and waits for nobody.
+    const bool own_heads =
+        model_.key_value_heads % size == 0 && model_.head_size % tile == 0 && !model_.norms_over_all_heads;
 
     for (int64_t r = 0; r < panels * width; ++r) {
         const float* from = r < pass.rows ? model_.embedding + pass.tokens[r] * hidden_size : nullptr;
@@ -271,12 +272,17 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
                         {layer.v, layer.v_bias, key_values, queries + key_values}};
         const int64_t all = tiles(queries) + 2 * tiles(key_values);
         int64_t before = 0;
-        for (const auto& m : products)
-            before = rows_of(m.rows, before, all, [&](int64_t begin, int64_t end) {
+        for (const auto& m : products) {
+            const auto some = [&](int64_t begin, int64_t end) {
                 kernel.product(m.weight, m.bias, hidden_size, begin, end, in, pass.rows,
                                {qkv.data + m.at * width, qkv.stride}, scratch);
-            });
-        barrier_.wait(size);
+            };
+            if (own_heads)
+                some(m.rows * index / size, m.rows * (index + 1) / size);
+            else
+                before = rows_of(m.rows, before, all, some);
+        }
+        if (!own_heads) barrier_.wait(size);
         if (model_.norms_over_all_heads) {  // which reads what others rotate where it is
             inverses_of_heads(pass, layer, index, size);
             barrier_.wait(size);
@@ -321,27 +327,27 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
 
 // 1 / rms of each lane's queries and keys, for norms over all heads.
 void Decoder::inverses_of_heads(const Pass& pass, const DecoderLayer& layer, int index, int size) {
-    const int64_t width = kernels_->panel, queries = model_.heads * model_.head_size;
+    const int64_t width = pass.kernels->panel, queries = model_.heads * model_.head_size;
     const int64_t key_values = model_.key_value_heads * model_.head_size;
-    const Share share(panels_of(pass.rows), index, size);
+    const Share share(pass.panels(), index, size);
     for (int64_t p = share.begin; p < share.end; ++p) {
         const float* qkv = qkv_.memory.get() + p * (queries + 2 * key_values) * width;
         float* to = inverses_.memory.get() + p * 2 * width;
         const int members = int(std::min(width, pass.rows - p * width));
-        if (layer.q_norm) kernels_->inverse_rms(qkv, model_.norm_eps, queries, members, to);
+        if (layer.q_norm) pass.kernels->inverse_rms(qkv, model_.norm_eps, queries, members, to);
         if (layer.k_norm)
-            kernels_->inverse_rms(qkv + queries * width, model_.norm_eps, key_values, members, to + width);
+            pass.kernels->inverse_rms(qkv + queries * width, model_.norm_eps, key_values, members, to + width);
     }
 }
 
 // A step: attention of one new token each. Reading: the rotation only, for read_runs.
 void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size) {
-    const int64_t width = kernels_->panel, panels = panels_of(pass.rows), head_size = model_.head_size;
+    const int64_t width = pass.kernels->panel, panels = pass.panels(), head_size = model_.head_size;
     const int64_t heads = model_.key_value_heads, group = model_.heads / heads;
     const int64_t queries = model_.heads * head_size, key_values = heads * head_size;
     const Share share(panels * heads, index, size);
     for (int64_t unit = share.begin; unit < share.end; ++unit) {
-        const int64_t p = unit / heads, head = unit % heads;
+        const int64_t p = unit % panels, head = unit / panels;
         float* qkv = qkv_.memory.get() + p * (queries + 2 * key_values) * width;
         const float* rotation = rotation_.memory.get() + p * 2 * head_size * width;
         const int members = int(std::min(width, pass.rows - p * width));
@@ -376,12 +382,12 @@ void Decoder::attend(const Pass& pass, const DecoderLayer& layer, int64_t which,
         a.highest_first = *std::max_element(a.first, a.first + members);
         a.scratch = member.scratch.memory.get();
         a.out = attended_.memory.get() + (p * model_.heads + head * group) * head_size * width;
-        alone() ? kernels_->attend_alone(a) : kernels_->attend(a);
+        pass.kernels->attend(a);
     }
 }
 
 void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int index, int size) {
-    const int64_t width = kernels_->panel, head_size = model_.head_size, heads = model_.key_value_heads;
+    const int64_t width = kernels_->wide.panel, head_size = model_.head_size, heads = model_.key_value_heads;
     const int64_t group = model_.heads / heads, queries = model_.heads * head_size, key_values = heads * head_size;
     const int64_t between = (queries + 2 * key_values) * width;
     const Share share(int64_t(pass.runs.size()) * heads, index, size);

@@ -73,6 +73,8 @@ class Decoder {
         const int64_t *tokens, *positions;
         std::vector<Run> runs;
         float* hidden;
+        const StepKernels* kernels;
+        int64_t panels() const { return (rows + kernels->panel - 1) / kernels->panel; }
     };
 
     void require_tokens(const int64_t* tokens, int64_t count) const;
@@ -81,7 +83,7 @@ class Decoder {
     void inverses_of_heads(const Pass& pass, const DecoderLayer& layer, int index, int size);
     void attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
     void read_runs(const Pass& pass, int64_t which, Member& member, int index, int size);
-    int64_t panels_of(int64_t rows) const { return (rows + kernels_->panel - 1) / kernels_->panel; }
+    int64_t panels_of(int64_t rows) const { return (rows + kernels_->wide.panel - 1) / kernels_->wide.panel; }
     // The cache is in blocks of the keys, or values, of one layer and panel, or of one sequence where each has its own.
     bool alone() const { return room_ <= kernels_->few; }
     Stride stride(int which) const;

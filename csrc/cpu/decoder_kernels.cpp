@@ -20,6 +20,7 @@ int lanes_of(int members) { return computed_lanes(members); }
 // Calls each(lane) for the first `lanes` of a panel, kFew at a time: so many that they are vectors without a rest.
 template <class Each>
 BRFT_INLINE void every_lane(int lanes, const Each& each) {
+    if (lanes == 1) return each(0);
     for (int first = 0; first < lanes; first += kFew) {
 #pragma omp simd
         for (int l = first; l < first + kFew; ++l) each(l);
@@ -31,35 +32,85 @@ BRFT_INLINE int members_of(int64_t panel, int64_t batch) {
     return int(left < kPanel ? left : kPanel);
 }
 
+// Calls take(r, rows) for tiles of so many of the rows [begin, end).
+template <class Take>
+BRFT_INLINE void by_tiles(int64_t begin, int64_t end, int tile, const Take& take) {
+    for (int64_t r = begin; r < end; r += tile) take(r, int(end - r < tile ? end - r : tile));
+}
+
+// Products of a few vectors, each for itself: vector v begins at v * stride.
+void single_product(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in,
+                    int64_t batch, Panels out, float*) {
+    alignas(64) float sums[kFewVectors][kRowsOfFew];
+    by_tiles(begin, end, kRowsOfFew, [&](int64_t r, int rows) {
+        few_product(rows, weight + r * size, size, in.data, in.stride, size, batch, sums);
+        for (int64_t v = 0; v < batch; ++v) {
+            float* to = out.data + v * out.stride + r;
+            for (int i = 0; i < rows; ++i) to[i] = bias ? sums[v][i] + bias[r + i] : sums[v][i];
+        }
+    });
+}
+
+void single_gated_product(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in,
+                          int64_t batch, Panels out, float*) {
+    alignas(64) float gates[kFewVectors][kRowsOfFew], ups[kFewVectors][kRowsOfFew];
+    by_tiles(begin, end, kRowsOfFew, [&](int64_t r, int rows) {
+        few_product(rows, gate + r * size, size, in.data, in.stride, size, batch, gates);
+        few_product(rows, up + r * size, size, in.data, in.stride, size, batch, ups);
+        for (int64_t v = 0; v < batch; ++v) {
+            float* to = out.data + v * out.stride + r;
+#pragma omp simd
+            for (int i = 0; i < kRowsOfFew; ++i) gates[v][i] = gates[v][i] * sigmoid(gates[v][i]) * ups[v][i];
+            for (int i = 0; i < rows; ++i) to[i] = gates[v][i];
+        }
+    });
+}
+
+// Calls multiply(in, out) with the vectors of one panel each for itself: out of it [vectors, size], into it [vectors,
+// rows], in `room` for both. The other lanes that are computed are 0.
+template <class Multiply>
+BRFT_INLINE void singly(const float* panel, int64_t size, int64_t vectors, float* to, int64_t rows, float* room,
+                        const Multiply& multiply) {
+    const Panels in{room, size}, out{room + vectors * size, rows};
+    for (int64_t k = 0; k < size; ++k)
+        for (int64_t v = 0; v < vectors; ++v) in.data[v * size + k] = panel[k * kPanel + v];
+    multiply(in, out);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t v = 0; v < kFew; ++v) to[r * kPanel + v] = v < vectors ? out.data[v * rows + r] : 0.0f;
+}
+
 void product(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in, int64_t batch,
              Panels out, float* scratch) {
-    const int tile = rows_at_once(batch);
-    const float* few = pack_few(in.data, size, batch, scratch);
-    for (int64_t r = begin; r < end; r += tile) {
-        const int rows = int(end - r < tile ? end - r : tile);
+    if (batch <= kFewVectors)
+        return singly(in.data, size, batch, out.data + begin * kPanel, end - begin, scratch, [&](Panels x, Panels y) {
+            single_product(weight + begin * size, bias ? bias + begin : nullptr, size, 0, end - begin, x, batch, y,
+                           nullptr);
+        });
+    by_tiles(begin, end, kTile, [&](int64_t r, int rows) {
         for (int64_t p = 0; p * kPanel < batch; ++p) {
             const int members = members_of(p, batch), lanes = computed_lanes(members);
             float* to = out.data + p * out.stride + r * kPanel;
-            rows_product(rows, weight + r * size, size, in.data + p * in.stride, few, size, members, to);
+            rows_product(rows, weight + r * size, size, in.data + p * in.stride, size, members, to);
             if (bias)
                 for (int i = 0; i < rows; ++i) every_lane(lanes, [&](int l) { to[i * kPanel + l] += bias[r + i]; });
         }
-    }
+    });
 }
 
 void gated_product(const float* gate, const float* up, int64_t size, int64_t begin, int64_t end, Panels in,
                    int64_t batch, Panels out, float* scratch) {
-    alignas(64) float gates[kMostRows * kPanel], ups[kMostRows * kPanel];
-    const int tile = rows_at_once(batch);
-    const float* few = pack_few(in.data, size, batch, scratch);
-    for (int64_t r = begin; r < end; r += tile) {
-        const int rows = int(end - r < tile ? end - r : tile);
+    if (batch <= kFewVectors)
+        return singly(in.data, size, batch, out.data + begin * kPanel, end - begin, scratch, [&](Panels x, Panels y) {
+            single_gated_product(gate + begin * size, up + begin * size, size, 0, end - begin, x, batch, y, nullptr);
+        });
+    alignas(64) float gates[kTile * kPanel], ups[kTile * kPanel];
+    by_tiles(begin, end, kTile, [&](int64_t r, int rows) {
         for (int64_t p = 0; p * kPanel < batch; ++p) {
             const int members = members_of(p, batch), lanes = computed_lanes(members);
             const float* x = in.data + p * in.stride;
             float* to = out.data + p * out.stride + r * kPanel;
-            rows_product(rows, gate + r * size, size, x, few, size, members, gates);
-            rows_product(rows, up + r * size, size, x, few, size, members, ups);
+            rows_product(rows, gate + r * size, size, x, size, members, gates);
+            rows_product(rows, up + r * size, size, x, size, members, ups);
             for (int i = 0; i < rows * kPanel; i += kPanel)
                 for (int first = i; first < i + lanes; first += kFew) {
 #pragma omp simd
@@ -69,42 +120,65 @@ void gated_product(const float* gate, const float* up, int64_t size, int64_t beg
                     }
                 }
         }
+    });
+}
+
+// Lanes of a panel of Panel sequences that are computed where `members` count.
+template <int Panel>
+BRFT_INLINE int lanes_in(int members) {
+    return Panel == 1 ? 1 : computed_lanes(members);
+}
+
+// The squares are added up in kFew chains, every kFew-th in one, which a panel of one has in a vector.
+template <int Panel>
+void inverse_rms(const float* x, float eps, int64_t size, int members, float* out) {
+    const int lanes = lanes_in<Panel>(members);
+    alignas(64) float squares[kFew][Panel] = {};
+    int64_t k = 0;
+    if constexpr (Panel == 1) {
+        using G = Group<kFew>;
+        typename G::Vector sum = {};
+        for (; k + kFew <= size; k += kFew) sum += G::load(x + k) * G::load(x + k);
+        G::store(squares[0], sum);
+    }
+    for (; k < size; ++k) {
+        float* const chain = squares[k % kFew];
+        every_lane(lanes, [&](int l) { chain[l] += x[k * Panel + l] * x[k * Panel + l]; });
+    }
+    for (int l = 0; l < lanes; ++l) {
+        float sum = squares[0][l];
+        for (int i = 1; i < kFew; ++i) sum += squares[i][l];
+        out[l] = 1.0f / sqrtf(sum / float(size) + eps);
     }
 }
 
-void inverse_rms(const float* x, float eps, int64_t size, int members, float* out) {
-    const int lanes = computed_lanes(members);
-    alignas(64) float squares[kPanel] = {};
-    for (int64_t k = 0; k < size; ++k)
-        every_lane(lanes, [&](int l) { squares[l] += x[k * kPanel + l] * x[k * kPanel + l]; });
-    for (int l = 0; l < lanes; ++l) out[l] = 1.0f / sqrtf(squares[l] / float(size) + eps);
-}
-
+template <int Panel>
 void rms_norm(const float* x, const float* weight, float eps, int64_t size, int members, float* out) {
-    const int lanes = computed_lanes(members);
-    alignas(64) float inverse[kPanel];
-    inverse_rms(x, eps, size, members, inverse);
+    const int lanes = lanes_in<Panel>(members);
+    alignas(64) float inverse[Panel];
+    inverse_rms<Panel>(x, eps, size, members, inverse);
     for (int64_t k = 0; k < size; ++k) {
         const float w = weight[k];
-        every_lane(lanes, [&](int l) { out[k * kPanel + l] = x[k * kPanel + l] * inverse[l] * w; });
+        every_lane(lanes, [&](int l) { out[k * Panel + l] = x[k * Panel + l] * inverse[l] * w; });
     }
 }
 
+template <int Panel>
 void add(float* x, const float* y, int64_t size, int members) {
-    const int lanes = computed_lanes(members);
-    for (int64_t k = 0; k < size; ++k) every_lane(lanes, [&](int l) { x[k * kPanel + l] += y[k * kPanel + l]; });
+    const int lanes = lanes_in<Panel>(members);
+    for (int64_t k = 0; k < size; ++k) every_lane(lanes, [&](int l) { x[k * Panel + l] += y[k * Panel + l]; });
 }
 
 // One head of the new token, normalized if there are weights, rotated, times `factor`; to out [head_size, out_lanes].
-template <int Lanes>
+template <int Panel, int Lanes>
 BRFT_INLINE void rotated(const HeadAttention& a, const float* x, const float* weight, const float* given_inverse,
-                         float factor, float* out, int64_t out_lanes = kPanel) {
-    alignas(64) float inverse[kPanel];
-    if (weight && !given_inverse) inverse_rms(x, a.norm_eps, a.head_size, a.members, inverse);
+                         float factor, float* out, int64_t out_lanes = Panel) {
+    alignas(64) float inverse[Panel];
+    if (weight && !given_inverse) inverse_rms<Panel>(x, a.norm_eps, a.head_size, a.members, inverse);
     const float* scale = given_inverse ? given_inverse : inverse;
     const int64_t half = a.head_size / 2;
     for (int64_t d = 0; d < half; ++d) {
-        const int64_t low = d * kPanel, high = (d + half) * kPanel;
+        const int64_t low = d * Panel, high = (d + half) * Panel;
         const float low_weight = weight ? weight[d] : 1.0f, high_weight = weight ? weight[d + half] : 1.0f;
 #pragma omp simd
         for (int l = 0; l < Lanes; ++l) {
@@ -223,14 +297,14 @@ BRFT_INLINE const float* query_weight(const HeadAttention& a, int64_t head) {
 template <int Lanes>
 BRFT_INLINE void attend_lanes(const HeadAttention& a) {
     const int64_t stride = a.key_stride.column, lanes = a.key_stride.element, newest = (a.columns - 1) * stride;
-    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest, lanes);
+    rotated<kPanel, Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest, lanes);
     for (int64_t d = 0; d < a.head_size; ++d)
         memcpy(a.values + newest + d * lanes, a.value + d * kPanel, sizeof(float) * Lanes);
     const Cached<false> keys{a.keys, stride, lanes}, values{a.values, stride, lanes};
     float *q = a.scratch, *scores = a.scratch + a.head_size * kPanel;
     for (int64_t head = 0; head < a.group; ++head) {
         const int64_t at = head * a.head_size * kPanel;
-        rotated<Lanes>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
+        rotated<kPanel, Lanes>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
         score_all<Lanes>(keys, q, a.head_size, a.lowest_first, a.columns, scores);
         for (int64_t t = a.lowest_first; t < a.highest_first; ++t) {
             for (int l = 0; l < Lanes; ++l)
@@ -260,7 +334,7 @@ BRFT_INLINE void score_columns(const float* keys, int64_t stride, const float* q
     typename G::Vector sum[Vectors] = {};
     for (int64_t d = 0; d < head_size; ++d) {
         BRFT_UNROLL
-        for (int i = 0; i < Vectors; ++i) sum[i] += q[d * kPanel] * G::load(keys + d * stride + i * BRFT_LANES);
+        for (int i = 0; i < Vectors; ++i) sum[i] += q[d] * G::load(keys + d * stride + i * BRFT_LANES);
     }
     BRFT_UNROLL
     for (int i = 0; i < Vectors; ++i) G::store(scores + i * BRFT_LANES, sum[i]);
@@ -268,11 +342,19 @@ BRFT_INLINE void score_columns(const float* keys, int64_t stride, const float* q
 
 // exp(scores - largest), and their sum, in the order in which `exponentiate` has it.
 BRFT_INLINE float exponentiate_columns(float* scores, int64_t columns) {
+    using G = Group<BRFT_LANES>;
     float largest = -INFINITY, total = 0;
-    for (int64_t t = 0; t < columns; ++t) largest = scores[t] > largest ? scores[t] : largest;
+    typename G::Vector of_lanes = largest + typename G::Vector{};
+    int64_t t = 0;
+    for (; t + BRFT_LANES <= columns; t += BRFT_LANES) {
+        const auto x = G::load(scores + t);
+        of_lanes = x > of_lanes ? x : of_lanes;
+    }
+    for (int l = 0; l < BRFT_LANES; ++l) largest = of_lanes[l] > largest ? of_lanes[l] : largest;
+    for (; t < columns; ++t) largest = scores[t] > largest ? scores[t] : largest;
 #pragma omp simd
-    for (int64_t t = 0; t < columns; ++t) scores[t] = exp_fast(scores[t] - largest);
-    for (int64_t t = 0; t < columns; ++t) total += scores[t];
+    for (t = 0; t < columns; ++t) scores[t] = exp_fast(scores[t] - largest);
+    for (t = 0; t < columns; ++t) total += scores[t];
     return total;
 }
 
@@ -290,46 +372,39 @@ BRFT_INLINE void mix_elements(const float* values, int64_t stride, const float* 
     for (int i = 0; i < Vectors; ++i) G::store(out + i * BRFT_LANES, sum[i] / total);
 }
 
-// scratch: the rotated query [head_size, panel]; scores and the output of one sequence, up to whole lines.
-void attend_alone(const HeadAttention& a) {
+// scratch: the rotated query [head_size]; the output and scores, up to whole lines.
+void attend_singly(const HeadAttention& a) {
     constexpr int kVectors = 4;
     const int64_t newest = a.columns - 1, elements = a.value_stride.column;
-    float *q = a.scratch, *out = q + a.head_size * kPanel, *scores = out + elements;
-    rotated<kFew>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.key);
-    for (int l = 0; l < a.members; ++l)
-        for (int64_t d = 0; d < a.head_size; ++d) {
-            a.keys[l * a.key_stride.sequence + newest + d * a.key_stride.element] = a.key[d * kPanel + l];
-            a.values[l * a.value_stride.sequence + newest * elements + d] = a.value[d * kPanel + l];
-        }
+    const int64_t first = a.first[0], columns = a.columns - first;
+    float *q = a.scratch, *mixed = q + a.head_size, *scores = mixed + elements;
+    rotated<1, 1>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.keys + newest, a.key_stride.element);
+    memcpy(a.values + newest * elements, a.value, sizeof(float) * size_t(a.head_size));
+    const float *keys = a.keys + first, *values = a.values + first * elements;
     for (int64_t head = 0; head < a.group; ++head) {
-        const int64_t at = head * a.head_size * kPanel;
-        rotated<kFew>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
-        for (int l = 0; l < a.members; ++l) {
-            const int64_t first = a.first[l], columns = a.columns - first;
-            const float* keys = a.keys + l * a.key_stride.sequence + first;
-            const float* values = a.values + l * a.value_stride.sequence + first * elements;
-            int64_t t = 0;
-            for (; t + kVectors * BRFT_LANES <= columns; t += kVectors * BRFT_LANES)
-                score_columns<kVectors>(keys + t, a.key_stride.element, q + l, a.head_size, scores + t);
-            for (; t < columns; t += BRFT_LANES)
-                score_columns<1>(keys + t, a.key_stride.element, q + l, a.head_size, scores + t);
-            const float total = exponentiate_columns(scores, columns);
-            int64_t d = 0;
-            for (; d + kVectors * BRFT_LANES <= a.head_size; d += kVectors * BRFT_LANES)
-                mix_elements<kVectors>(values + d, elements, scores, total, columns, out + d);
-            for (; d < a.head_size; d += BRFT_LANES)
-                mix_elements<1>(values + d, elements, scores, total, columns, out + d);
-            for (d = 0; d < a.head_size; ++d) a.out[at + d * kPanel + l] = out[d];
-        }
+        const int64_t at = head * a.head_size;
+        rotated<1, 1>(a, a.query + at, query_weight(a, head), a.query_inverse, a.scaling, q);
+        int64_t t = 0;
+        for (; t + kVectors * BRFT_LANES <= columns; t += kVectors * BRFT_LANES)
+            score_columns<kVectors>(keys + t, a.key_stride.element, q, a.head_size, scores + t);
+        for (; t < columns; t += BRFT_LANES)
+            score_columns<1>(keys + t, a.key_stride.element, q, a.head_size, scores + t);
+        const float total = exponentiate_columns(scores, columns);
+        int64_t d = 0;
+        for (; d + kVectors * BRFT_LANES <= a.head_size; d += kVectors * BRFT_LANES)
+            mix_elements<kVectors>(values + d, elements, scores, total, columns, mixed + d);
+        for (; d < a.head_size; d += BRFT_LANES)
+            mix_elements<1>(values + d, elements, scores, total, columns, mixed + d);
+        memcpy(a.out + at, mixed, sizeof(float) * size_t(a.head_size));
     }
 }
 
 template <int Lanes>
 BRFT_INLINE void rotate_lanes(const HeadAttention& a) {
-    rotated<Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.key);
+    rotated<kPanel, Lanes>(a, a.key, a.key_norm, a.key_inverse, 1.0f, a.key);
     for (int64_t head = 0; head < a.group; ++head) {
         float* query = a.query + head * a.head_size * kPanel;
-        rotated<Lanes>(a, query, query_weight(a, head), a.query_inverse, a.scaling, query);
+        rotated<kPanel, Lanes>(a, query, query_weight(a, head), a.query_inverse, a.scaling, query);
     }
 }
 
@@ -405,10 +480,16 @@ void prefill(const HeadPrefill& a) {
 }  // namespace BRFT_ISA
 
 const DecoderKernels BRFT_PASTE(decoder_kernels_, BRFT_ISA) = {
-    BRFT_ISA::kPanel,  BRFT_ISA::rows_at_once,  BRFT_ISA::lanes_of,     BRFT_ISA::kFewVectors,
-    BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm,     BRFT_ISA::inverse_rms,
-    BRFT_ISA::add,     BRFT_ISA::attend,        BRFT_ISA::attend_alone, BRFT_LANES,
-    BRFT_ISA::rotate,  BRFT_ISA::prefill,
+    {BRFT_ISA::kPanel, BRFT_ISA::product, BRFT_ISA::gated_product, BRFT_ISA::rms_norm<BRFT_ISA::kPanel>,
+     BRFT_ISA::inverse_rms<BRFT_ISA::kPanel>, BRFT_ISA::add<BRFT_ISA::kPanel>, BRFT_ISA::attend},
+    {1, BRFT_ISA::single_product, BRFT_ISA::single_gated_product, BRFT_ISA::rms_norm<1>, BRFT_ISA::inverse_rms<1>,
+     BRFT_ISA::add<1>, BRFT_ISA::attend_singly},
+    BRFT_ISA::rows_at_once,
+    BRFT_ISA::lanes_of,
+    BRFT_ISA::kFewVectors,
+    BRFT_LANES,
+    BRFT_ISA::rotate,
+    BRFT_ISA::prefill,
 };
 
 }  // namespace bandit_rft::cpu

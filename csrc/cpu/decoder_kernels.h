@@ -2,7 +2,9 @@
 //
 // Everything lies in panels of `panel` sequences, [size, panel] floats: SIMD lanes run over the batch, so every
 // sequence is computed alone in its lane, in an order that does not depend on the others. Only the first `members`
-// lanes of a panel count (more are computed, up to a whole SIMD vector).
+// lanes of a panel count (more are computed, up to a whole SIMD vector). A few sequences would leave most of each cache
+// line empty, which threads hand to each other: they are panels of one, and lanes run over what each is made of. A sum
+// has the same order either way.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +17,9 @@ struct Panels {
     int64_t stride;
 };
 
-// Where the cache has element d of column t of a sequence: at t * column + d * element, and the next sequence's.
+// Where the cache has element d of column t of a sequence: at t * column + d * element.
 struct Stride {
-    int64_t column, element, sequence;
+    int64_t column, element;
 };
 
 // One head of keys and values of one panel of new tokens, and the `group` query heads that read it.
@@ -34,7 +36,7 @@ struct HeadAttention {
     Stride key_stride, value_stride;
     const int32_t* first;  // [panel] the first column that a lane sees
     int32_t lowest_first, highest_first;
-    float* scratch;  // [head_size + columns, panel]
+    float* scratch;  // [head_size + columns, panel], or [2 head_size + columns] up to whole lines
     float* out;      // [group * head_size, panel]
 };
 
@@ -49,13 +51,11 @@ struct HeadPrefill {
     float* scratch;  // [head_size + columns, panel], and twice [columns, head_size]
 };
 
-struct DecoderKernels {
-    int panel;                           // sequences side by side
-    int (*rows_at_once)(int64_t batch);  // rows of a weight handled at a time where so many are multiplied
-    int (*computed_lanes)(int members);  // lanes of a panel that are computed where so many count
-    int few;                             // vectors of which products compute no more than there are
+// For panels of one width.
+struct StepKernels {
+    int panel;  // sequences side by side
     // out[r] = sum_k weight[r, k] in[k] + bias[r] for rows [begin, end) of weight [rows, size]; bias may be null;
-    // scratch [few * size]
+    // scratch [few, size + end - begin]
     void (*product)(const float* weight, const float* bias, int64_t size, int64_t begin, int64_t end, Panels in,
                     int64_t batch, Panels out, float* scratch);
     // out[r] = silu(gate[r] . in) * (up[r] . in)
@@ -67,16 +67,22 @@ struct DecoderKernels {
     void (*inverse_rms)(const float* x, float eps, int64_t size, int members, float* out);
     // x += y
     void (*add)(float* x, const float* y, int64_t size, int members);
-    // a step: writes the new column of the cache and attends to all of them. The cache has a panel's sequences in the
-    // lanes: [columns, head_size, lanes] ...
+    // Writes the new column of the cache and attends to all of them. For wide panels the cache has a panel's sequences
+    // in the lanes, [columns, head_size, lanes]. For panels of one it is each sequence's own, so that lanes run over
+    // columns, then over the head: keys [head_size, columns], values [columns, head_size]; both up to a whole multiple
+    // of `line`, of which more is read than there is.
     void (*attend)(const HeadAttention&);
-    // ... or is each sequence's own, so that lanes run over columns, then over the head: keys [head_size, columns],
-    // values [columns, head_size]; both up to a whole multiple of `line`, of which more is read than there is
-    void (*attend_alone)(const HeadAttention&);
+};
+
+struct DecoderKernels {
+    StepKernels wide, single;
+    int (*rows_at_once)(int64_t batch);  // rows of a weight handled at a time where so many are multiplied
+    int (*computed_lanes)(int members);  // lanes of a wide panel that are computed where so many count
+    int few;                             // vectors of which products compute no more than there are
     int line;
-    // reading: normalizes and rotates keys and queries where they are, and scales the queries ...
+    // Reading, in wide panels: normalizes and rotates keys and queries where they are, and scales the queries ...
     void (*rotate)(const HeadAttention&);
-    // ... so that a sequence's new columns can be written, and each attend to those before it
+    // ... so that a sequence's new columns can be written, and each attend to those before it.
     void (*prefill)(const HeadPrefill&);
 };
 

@@ -308,15 +308,14 @@ SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) 
 }
 
 // The head, in panels of batch rows (panel_product.h).
-static_assert(kBlock % kMostRows == 0 && kBlock % 4 == 0, "a block is a whole number of head tiles and counters");
+static_assert(kBlock % kRowsOfFew == 0 && kBlock % kTile == 0 && kBlock % 4 == 0,
+              "a block is a whole number of head tiles and counters");
 
 void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
                  int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride,
                  float* scratch) {
-    alignas(64) float sums[kMostRows * kPanel];
+    alignas(64) float sums[kTile * kPanel], few[kFewVectors][kRowsOfFew];
     const int at_once = rows_at_once(batch);
-    const float* few = pack_few(packed, hidden_size, batch, scratch);
-    float* const wide = scratch + kFewVectors * hidden_size;
     for (int64_t v = begin; v < end; v += at_once) {
         const int rows = int(end - v < at_once ? end - v : at_once);
         const float* tile;
@@ -327,32 +326,39 @@ void head_logits(const float* packed, int64_t batch, int64_t hidden_size, const 
         } else {
             for (int r = 0; r < rows; ++r) {
                 const uint16_t* narrow = static_cast<const uint16_t*>(weight) + (v + r) * weight_stride;
-                for (int64_t k = 0; k < hidden_size; ++k) wide[r * hidden_size + k] = from_bf16(narrow[k]);
+                for (int64_t k = 0; k < hidden_size; ++k) scratch[r * hidden_size + k] = from_bf16(narrow[k]);
             }
-            tile = wide;
+            tile = scratch;
             tile_stride = hidden_size;
+        }
+        const auto write = [&](int64_t b, const float* from, int step) {
+            float* to = out + b * out_stride + v;
+            for (int r = 0; r < rows; ++r) to[r] = from[r * step] + (bias ? bias[v + r] : 0.0f);
+        };
+        if (batch <= kFewVectors) {
+            few_product(rows, tile, tile_stride, packed, hidden_size, hidden_size, batch, few);
+            for (int64_t b = 0; b < batch; ++b) write(b, few[b], 1);
+            continue;
         }
         for (int64_t first = 0; first < batch; first += kPanel) {
             const int members = int(batch - first < kPanel ? batch - first : kPanel);
-            const float* panel = packed + first * hidden_size;
-            rows_product(rows, tile, tile_stride, panel, few, hidden_size, members, sums);
-            for (int b = 0; b < members; ++b) {
-                float* to = out + (first + b) * out_stride + v;
-                for (int r = 0; r < rows; ++r) to[r] = sums[r * kPanel + b] + (bias ? bias[v + r] : 0.0f);
-            }
+            rows_product(rows, tile, tile_stride, packed + first * hidden_size, hidden_size, members, sums);
+            for (int b = 0; b < members; ++b) write(first + b, sums + b, kPanel);
         }
     }
 }
 
 void pack_hidden(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size, float* packed) {
-    for (int64_t b = 0; b < (batch + kPanel - 1) / kPanel * kPanel; ++b) {
-        float* to = packed + b / kPanel * kPanel * hidden_size + b % kPanel;
+    const bool few = batch <= kFewVectors;
+    const int64_t lanes = few ? batch : (batch + kPanel - 1) / kPanel * kPanel, step = few ? 1 : kPanel;
+    for (int64_t b = 0; b < lanes; ++b) {
+        float* to = packed + (few ? b * hidden_size : b / kPanel * kPanel * hidden_size + b % kPanel);
         for (int64_t k = 0; k < hidden_size; ++k) {
             float x = 0.0f;
             if (b < batch)
                 x = dtype == DType::f32 ? static_cast<const float*>(hidden)[b * stride + k]
                                         : from_bf16(static_cast<const uint16_t*>(hidden)[b * stride + k]);
-            to[k * kPanel] = x;
+            to[k * step] = x;
         }
     }
 }

@@ -59,12 +59,12 @@ struct Kernels {
     // softmax state of a row and the Gumbel-max draw from it, in one pass
     SoftmaxState<double> (*row_draw)(const Row&, const Stream&, Draw&);
     // out[b, v] = sum_k weight[v, k] hidden[b, k] + bias[v] for v in [begin, end); `packed` comes from pack_hidden.
-    // The order of the sum depends on k alone, so a row's logits are the same bits in any batch. scratch [decoder->few
-    // * H], and [rows_at_once * H] besides where the weight is not float32.
+    // The order of the sum depends on k alone, so a row's logits are the same bits in any batch. scratch [rows_at_once
+    // * H] where the weight is not float32.
     void (*head_logits)(const float* packed, int64_t batch, int64_t hidden_size, const void* weight, DType weight_dtype,
                         int64_t weight_stride, const float* bias, int64_t begin, int64_t end, float* out,
                         int64_t out_stride, float* scratch);
-    // [panels, H, head_panel] float32, zero-padded
+    // [panels, H, head_panel] float32, zero-padded; [batch, H] of up to decoder->few
     void (*pack_hidden)(const void* hidden, DType dtype, int64_t stride, int64_t batch, int64_t hidden_size,
                         float* packed);
 

@@ -84,8 +84,9 @@ BRFT_INLINE void some_rows(int rows, const float* weight, int64_t weight_stride,
         tile_product<1, Lanes>(weight + r * weight_stride, weight_stride, panel, size, sums + r * kPanel);
 }
 
-// A few vectors would leave most lanes of a panel empty. So lanes run over the rows of the weight instead: squares of
-// it are transposed in registers, and each sum is the same chain, with the same bits.
+// A few vectors would leave most lanes of a panel empty. They lie each for itself, [vectors, size], and lanes run over
+// the rows of the weight instead: squares of it are transposed in registers, and each sum is the same chain, with the
+// same bits.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector) && BRFT_LANES >= 8
 #define BRFT_TRANSPOSES
@@ -163,12 +164,13 @@ BRFT_INLINE void transpose(Whole (&x)[8]) {
 }
 #endif
 
-// sums[r, v] = sum_k weight[r, k] few[k, v] for kRowsOfFew rows; 0 in the other lanes that others compute.
-template <int Vectors>
-BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const float* few, int64_t size, float* sums) {
+// sums[v, r] = sum_k weight[r, k] x[v, k] for kRowsOfFew rows, or (if not Full) for `rows` of them.
+template <int Vectors, bool Full>
+BRFT_ALONE void few_vectors(int rows, const float* weight, int64_t weight_stride, const float* x, int64_t x_stride,
+                            int64_t size, float (*sums)[kRowsOfFew]) {
     using G = Group<BRFT_LANES>;
     constexpr int kSquares = kRowsOfFew / BRFT_LANES;
-    alignas(64) float total[Vectors][kRowsOfFew];
+    const auto row = [&](int r) { return weight + (Full || r < rows ? r : rows - 1) * weight_stride; };
     for (int64_t start = 0; start == 0 || start < size; start += kStretch) {
         const int64_t stop = start + kStretch < size ? start + kStretch : size;
         Whole sum[kSquares][Vectors] = {};
@@ -181,15 +183,14 @@ BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const fl
             BRFT_UNROLL
             for (int s = 0; s < kSquares; ++s) {
                 for (int i = 0; i < kLine; i += BRFT_LANES) {  // all of a line, before the next rows take its place
-                    Whole x[BRFT_LANES];
+                    Whole columns[BRFT_LANES];
                     BRFT_UNROLL
-                    for (int r = 0; r < BRFT_LANES; ++r)
-                        x[r] = G::load(weight + (s * BRFT_LANES + r) * weight_stride + k + i);
-                    transpose(x);
+                    for (int r = 0; r < BRFT_LANES; ++r) columns[r] = G::load(row(s * BRFT_LANES + r) + k + i);
+                    transpose(columns);
                     BRFT_UNROLL
                     for (int j = 0; j < BRFT_LANES; ++j) {
                         BRFT_UNROLL
-                        for (int v = 0; v < Vectors; ++v) sum[s][v] += x[j] * few[(k + i + j) * Vectors + v];
+                        for (int v = 0; v < Vectors; ++v) sum[s][v] += columns[j] * x[v * x_stride + k + i + j];
                     }
                 }
             }
@@ -197,59 +198,70 @@ BRFT_ALONE void few_vectors(const float* weight, int64_t weight_stride, const fl
         for (; k < stop; ++k) {
             BRFT_UNROLL
             for (int s = 0; s < kSquares; ++s) {
-                Whole x;
-                for (int r = 0; r < BRFT_LANES; ++r) x[r] = weight[(s * BRFT_LANES + r) * weight_stride + k];
+                Whole column;
+                for (int r = 0; r < BRFT_LANES; ++r) column[r] = row(s * BRFT_LANES + r)[k];
                 BRFT_UNROLL
-                for (int v = 0; v < Vectors; ++v) sum[s][v] += x * few[k * Vectors + v];
+                for (int v = 0; v < Vectors; ++v) sum[s][v] += column * x[v * x_stride + k];
             }
         }
         BRFT_UNROLL
         for (int v = 0; v < Vectors; ++v) {
             BRFT_UNROLL
             for (int s = 0; s < kSquares; ++s) {
-                float* to = total[v] + s * BRFT_LANES;
+                float* to = sums[v] + s * BRFT_LANES;
                 G::store(to, start == 0 ? sum[s][v] : G::load(to) + sum[s][v]);
             }
         }
     }
-    for (int r = 0; r < kRowsOfFew; ++r) {
-        Group<kFew>::store(sums + r * kPanel, typename Group<kFew>::Vector{});
-        for (int v = 0; v < Vectors; ++v) sums[r * kPanel + v] = total[v][r];
-    }
 }
 #else
-constexpr int kFewVectors = 0, kRowsOfFew = kTile;
+constexpr int kFewVectors = 1, kRowsOfFew = 16;
+
+// The same in plain loops: rows are independent of each other.
+template <int Vectors, bool Full>
+BRFT_ALONE void few_vectors(int rows, const float* weight, int64_t weight_stride, const float* x, int64_t x_stride,
+                            int64_t size, float (*sums)[kRowsOfFew]) {
+    const int count = Full ? kRowsOfFew : rows;
+    for (int v = 0; v < Vectors; ++v)
+        for (int64_t start = 0; start == 0 || start < size; start += kStretch) {
+            const int64_t stop = start + kStretch < size ? start + kStretch : size;
+            float sum[kRowsOfFew] = {};
+            for (int64_t k = start; k < stop; ++k)
+                for (int r = 0; r < count; ++r) sum[r] += weight[r * weight_stride + k] * x[v * x_stride + k];
+            for (int r = 0; r < count; ++r) sums[v][r] = start == 0 ? sum[r] : sums[v][r] + sum[r];
+        }
+}
 #endif
-constexpr int kMostRows = kRowsOfFew > kTile ? kRowsOfFew : kTile;
 
-// Rows of a weight that rows_product takes at a time where so many vectors are multiplied.
-BRFT_INLINE int rows_at_once(int64_t vectors) { return vectors <= kFewVectors ? kRowsOfFew : kTile; }
-
-// The first lanes of a panel where rows_product takes a few, [size, vectors] in `room`: a line of the cache has 16 of
-// them there, and only one or two of a panel, whose lines the weights would drive out. Otherwise nothing.
-BRFT_INLINE const float* pack_few(const float* panel, int64_t size, int64_t vectors, float* room) {
-    if (vectors > kFewVectors) return nullptr;
-    for (int64_t k = 0; k < size; ++k)
-        for (int64_t v = 0; v < vectors; ++v) room[k * vectors + v] = panel[k * kPanel + v];
-    return room;
+template <int Vectors>
+BRFT_INLINE void few_rows(int rows, const float* weight, int64_t weight_stride, const float* x, int64_t x_stride,
+                          int64_t size, float (*sums)[kRowsOfFew]) {
+    rows == kRowsOfFew ? few_vectors<Vectors, true>(rows, weight, weight_stride, x, x_stride, size, sums)
+                       : few_vectors<Vectors, false>(rows, weight, weight_stride, x, x_stride, size, sums);
 }
 
-// sums[r, l] = sum_k weight[r, k] panel[k, l] for up to kMostRows rows and the first `width` lanes of the panel, of
-// which `few` is what pack_few returned, or null.
-BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel,
-                              [[maybe_unused]] const float* few, int64_t size, int width, float* sums) {
-#if defined(BRFT_TRANSPOSES)
-    if (few && rows == kRowsOfFew) switch (width) {
-            case 1:
-                return few_vectors<1>(weight, weight_stride, few, size, sums);
-            case 2:
-                return few_vectors<2>(weight, weight_stride, few, size, sums);
-            case 3:
-                return few_vectors<3>(weight, weight_stride, few, size, sums);
-            case kFewVectors:
-                return few_vectors<kFewVectors>(weight, weight_stride, few, size, sums);
-        }
-#endif
+// sums[v, r] = sum_k weight[r, k] x[v, k] for up to kRowsOfFew rows and kFewVectors vectors.
+BRFT_INLINE void few_product(int rows, const float* weight, int64_t weight_stride, const float* x, int64_t x_stride,
+                             int64_t size, int64_t vectors, float (*sums)[kRowsOfFew]) {
+    switch (vectors) {
+        case 1:
+            return few_rows<1>(rows, weight, weight_stride, x, x_stride, size, sums);
+        case 2:
+            return few_rows<2>(rows, weight, weight_stride, x, x_stride, size, sums);
+        case 3:
+            return few_rows<3>(rows, weight, weight_stride, x, x_stride, size, sums);
+        default:
+            static_assert(kFewVectors <= 4, "each has its case");
+            return few_rows<4>(rows, weight, weight_stride, x, x_stride, size, sums);
+    }
+}
+
+// Rows of a weight that are taken at a time where so many vectors are multiplied.
+BRFT_INLINE int rows_at_once(int64_t vectors) { return vectors <= kFewVectors ? kRowsOfFew : kTile; }
+
+// sums[r, l] = sum_k weight[r, k] panel[k, l] for up to kTile rows and the first `width` lanes of the panel.
+BRFT_INLINE void rows_product(int rows, const float* weight, int64_t weight_stride, const float* panel, int64_t size,
+                              int width, float* sums) {
     switch (computed_lanes(width)) {
         case kPanel:
             return some_rows<kPanel>(rows, weight, weight_stride, panel, size, sums);
