@@ -37,13 +37,24 @@ void add_product(int64_t rows, const float* weight, int64_t stride, const float*
     }
 }
 
+// Columns up to a whole vector, as to_lanes writes them.
+BRFT_INLINE int64_t padded(int64_t columns) { return (columns + BRFT_LANES - 1) / BRFT_LANES * BRFT_LANES; }
+
 // to [size, kPanel] = the rows' transpose times `factor`; lanes without a row are zero.
-BRFT_INLINE void transpose(const float* rows, int64_t stride, int64_t count, int64_t size, float factor, float* to) {
-    for (int64_t k = 0; k < size; ++k) {
-        int64_t l = 0;
-        for (; l < count; ++l) to[k * kPanel + l] = rows[l * stride + k] * factor;
-        for (; l < kPanel; ++l) to[k * kPanel + l] = 0.0f;
-    }
+BRFT_INLINE void to_panel(const float* rows, int64_t stride, int64_t count, int64_t size, float factor, float* to) {
+    to_lanes(rows, stride, count, size, to, kPanel, kPanel);
+#pragma omp simd
+    for (int64_t i = 0; i < size * kPanel; ++i) to[i] *= factor;
+}
+
+// The same for rows that are multiplied as they are: to [ceil(size / kPanel), kPanel, kPanel].
+BRFT_INLINE void in_panels(const float* rows, int64_t stride, int64_t count, int64_t size, float factor, float* to) {
+    for (int64_t l = 0; l < count; ++l)
+        for (int64_t d = 0; d < size; d += kPanel) {
+            const int64_t some = smaller(kPanel, size - d);
+#pragma omp simd
+            for (int64_t k = 0; k < some; ++k) to[(d + l) * kPanel + k] = rows[l * stride + d + k] * factor;
+        }
 }
 
 // A panel of queries of one head.
@@ -66,23 +77,23 @@ BRFT_INLINE void masked_scores(const Block& block, const float* keys, int64_t st
 
 int64_t scratch_floats(const PackedAttention& a, int64_t longest) {
     const int64_t size = a.head_size, wide = panels_of(size) * kPanel;
-    return size * longest + 2 * size * kPanel + 2 * kPanel * wide + 2 * longest * kPanel + 2 * longest * wide +
+    return size * padded(longest) + 2 * size * kPanel + 2 * kPanel * wide + 2 * longest * kPanel + 2 * longest * wide +
            size * kPanel;
 }
 
 void forward(const PackedAttention& a, const AttentionUnit& unit, float* out, float* lse, float* scratch) {
     const int64_t size = a.head_size, length = unit.length, group = a.heads / a.key_value_heads;
+    const int64_t columns = padded(length);
     const float* keys = a.key + unit.begin * a.key_values() + unit.key_value_head * size;
     const float* values = a.value + unit.begin * a.key_values() + unit.key_value_head * size;
-    float *values_t = scratch, *queries_t = values_t + size * length, *out_t = queries_t + size * kPanel;
+    float *values_t = scratch, *queries_t = values_t + size * columns, *out_t = queries_t + size * kPanel;
     float* scores = out_t + size * kPanel;
-    for (int64_t j = 0; j < length; ++j)
-        for (int64_t d = 0; d < size; ++d) values_t[d * length + j] = values[j * a.key_values() + d];
+    to_lanes(values, a.key_values(), length, size, values_t, columns, columns);
     for (int64_t head = unit.key_value_head * group; head < (unit.key_value_head + 1) * group; ++head) {
         for (int64_t i = 0; i < length; i += kPanel) {
             const Block block(i, length);
             const int64_t first = (unit.begin + i) * a.queries() + head * size;
-            transpose(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
+            to_panel(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
             masked_scores(block, keys, a.key_values(), queries_t, size, scores);
             const int lanes = block.lanes();
             alignas(64) float largest[kPanel], total[kPanel];
@@ -105,48 +116,48 @@ void forward(const PackedAttention& a, const AttentionUnit& unit, float* out, fl
                     total[l] += e;
                 }
             }
-            product(size, values_t, length, scores, block.keys, block.width, out_t);
-            for (int64_t l = 0; l < block.count; ++l) {
+            product(size, values_t, columns, scores, block.keys, block.width, out_t);
+            for (int64_t l = 0; l < block.count; ++l)
                 lse[(unit.begin + i + l) * a.heads + head] = largest[l] + logf(total[l]);
-                for (int64_t d = 0; d < size; ++d) out[first + l * a.queries() + d] = out_t[d * kPanel + l] / total[l];
+            for (int64_t d = 0; d < size; ++d) {
+#pragma omp simd
+                for (int l = 0; l < lanes; ++l) out_t[d * kPanel + l] /= total[l];
             }
+            from_panel(out_t, block.count, size, out + first, a.queries());
         }
     }
 }
 
 void backward(const PackedAttention& a, const AttentionUnit& unit, const AttentionGradients& g, float* scratch) {
     const int64_t size = a.head_size, length = unit.length, group = a.heads / a.key_value_heads;
-    const int64_t wide = panels_of(size) * kPanel, at = unit.begin * a.key_values() + unit.key_value_head * size;
+    const int64_t columns = padded(length), wide = panels_of(size) * kPanel;
+    const int64_t at = unit.begin * a.key_values() + unit.key_value_head * size;
     const float *keys = a.key + at, *values = a.value + at;
-    float *keys_t = scratch, *queries_t = keys_t + size * length, *grad_out_t = queries_t + size * kPanel;
+    float *keys_t = scratch, *queries_t = keys_t + size * columns, *grad_out_t = queries_t + size * kPanel;
     float *grad_query_t = grad_out_t + size * kPanel,
           *queries = grad_query_t + size * kPanel;  // [kPanel, wide], in panels
     float *grad_outs = queries + kPanel * wide, *weights = grad_outs + kPanel * wide,
           *grad_scores = weights + length * kPanel;
     float *grad_keys = grad_scores + length * kPanel, *grad_values = grad_keys + length * wide;
-    for (int64_t j = 0; j < length; ++j)
-        for (int64_t d = 0; d < size; ++d) keys_t[d * length + j] = keys[j * a.key_values() + d];
+    to_lanes(keys, a.key_values(), length, size, keys_t, columns, columns);
     for (int64_t i = 0; i < length * wide; ++i) grad_keys[i] = grad_values[i] = 0.0f;
     for (int64_t head = unit.key_value_head * group; head < (unit.key_value_head + 1) * group; ++head) {
         for (int64_t i = 0; i < length; i += kPanel) {
             const Block block(i, length);
             const int64_t first = (unit.begin + i) * a.queries() + head * size;
-            transpose(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
-            transpose(g.grad_out + first, a.queries(), block.count, size, 1.0f, grad_out_t);
+            to_panel(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
+            to_panel(g.grad_out + first, a.queries(), block.count, size, 1.0f, grad_out_t);
             alignas(64) float lse[kPanel] = {}, mean[kPanel] = {};
             for (int64_t l = 0; l < block.count; ++l) {
                 const float *o = g.out + first + l * a.queries(), *d_o = g.grad_out + first + l * a.queries();
-                const float* q = a.query + first + l * a.queries();
                 lse[l] = g.lse[(unit.begin + i + l) * a.heads + head];
                 float sum = 0.0f;
-                for (int64_t d = 0; d < size; ++d) {
-                    sum += o[d] * d_o[d];
-                    const int64_t to = (d / kPanel * kPanel + l) * kPanel + d % kPanel;
-                    queries[to] = q[d] * a.scaling;
-                    grad_outs[to] = d_o[d];
-                }
+#pragma omp simd reduction(+ : sum)
+                for (int64_t d = 0; d < size; ++d) sum += o[d] * d_o[d];
                 mean[l] = sum;
             }
+            in_panels(a.query + first, a.queries(), block.count, size, a.scaling, queries);
+            in_panels(g.grad_out + first, a.queries(), block.count, size, 1.0f, grad_outs);
             masked_scores(block, keys, a.key_values(), queries_t, size, weights);
             product(block.keys, values, a.key_values(), grad_out_t, size, block.width, grad_scores);
             const int lanes = block.lanes();
@@ -158,10 +169,10 @@ void backward(const PackedAttention& a, const AttentionUnit& unit, const Attenti
                     grad_scores[j * kPanel + l] = p * (grad_scores[j * kPanel + l] - mean[l]);
                 }
             }
-            product(size, keys_t, length, grad_scores, block.keys, block.width, grad_query_t);
-            for (int64_t l = 0; l < block.count; ++l)
-                for (int64_t d = 0; d < size; ++d)
-                    g.query[first + l * a.queries() + d] = grad_query_t[d * kPanel + l] * a.scaling;
+            product(size, keys_t, columns, grad_scores, block.keys, block.width, grad_query_t);
+#pragma omp simd
+            for (int64_t k = 0; k < size * kPanel; ++k) grad_query_t[k] *= a.scaling;
+            from_panel(grad_query_t, block.count, size, g.query + first, a.queries());
             for (int64_t d = 0; d < size; d += kPanel) {
                 const int width = int(smaller(size - d, kPanel));
                 add_product(block.keys, weights, kPanel, grad_outs + d * kPanel, block.count, width, grad_values + d,

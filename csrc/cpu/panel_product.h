@@ -6,7 +6,7 @@
 // 256 that are summed in order, whatever is computed beside it: a vector's product has the same bits in any batch.
 #pragma once
 
-#include "vectors.h"
+#include "transpose.h"
 
 namespace bandit_rft::cpu {
 namespace BRFT_ISA {
@@ -87,82 +87,10 @@ BRFT_INLINE void some_rows(int rows, const float* weight, int64_t weight_stride,
 // A few vectors would leave most lanes of a panel empty. They lie each for itself, [vectors, size], and lanes run over
 // the rows of the weight instead: squares of it are transposed in registers, and each sum is the same chain, with the
 // same bits.
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector) && BRFT_LANES >= 8
-#define BRFT_TRANSPOSES
-#endif
-#endif
-
 #if defined(BRFT_TRANSPOSES)
 constexpr int kFewVectors = 4;     // up to which that needs fewer instructions
 constexpr int kRowsOfFew = 16;     // rows of the weight, whose lines of the cache are read whole
 constexpr int kAhead = 8 * kLine;  // floats of each row that are asked for before they are read; then the next rows'
-
-using Whole = Group<BRFT_LANES>::Vector;
-
-#if BRFT_LANES == 16
-// Rows to columns, of 16 x 16: by pairs of floats, by pairs of pairs, by quarters.
-BRFT_INLINE void transpose(Whole (&x)[16]) {
-    Whole t[16];
-    BRFT_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-        t[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        BRFT_UNROLL
-        for (int j = 0; j < 2; ++j) {
-            const Whole a = t[i + j], b = t[i + j + 2];
-            x[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            x[i + 2 * j + 1] =
-                __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    }
-    BRFT_UNROLL
-    for (int c = 0; c < 4; ++c) {
-        const Whole low =
-            __builtin_shufflevector(x[c], x[c + 4], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        const Whole high =
-            __builtin_shufflevector(x[c], x[c + 4], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        const Whole low2 =
-            __builtin_shufflevector(x[c + 8], x[c + 12], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        const Whole high2 =
-            __builtin_shufflevector(x[c + 8], x[c + 12], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        t[c] = __builtin_shufflevector(low, low2, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-        t[c + 4] = __builtin_shufflevector(low, low2, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-        t[c + 8] = __builtin_shufflevector(high, high2, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-        t[c + 12] = __builtin_shufflevector(high, high2, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 16; ++i) x[i] = t[i];
-}
-#else
-BRFT_INLINE void transpose(Whole (&x)[8]) {
-    Whole t[8];
-    BRFT_UNROLL
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        t[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 8; i += 4) {
-        BRFT_UNROLL
-        for (int j = 0; j < 2; ++j) {
-            const Whole a = t[i + j], b = t[i + j + 2];
-            x[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-            x[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    }
-    BRFT_UNROLL
-    for (int c = 0; c < 4; ++c) {
-        t[c] = __builtin_shufflevector(x[c], x[c + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        t[c + 4] = __builtin_shufflevector(x[c], x[c + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 8; ++i) x[i] = t[i];
-}
-#endif
 
 // sums[v, r] = sum_k weight[r, k] x[v, k] for kRowsOfFew rows, or (if not Full) for `rows` of them.
 template <int Vectors, bool Full>

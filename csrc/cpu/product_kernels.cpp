@@ -7,10 +7,7 @@
 // columns (products.cpp says of the other how much).
 #include "product_kernels.h"
 
-#include "vectors.h"
-#if BRFT_LANES == 16
-#include <immintrin.h>
-#endif
+#include "transpose.h"
 
 namespace bandit_rft::cpu {
 namespace BRFT_ISA {
@@ -19,53 +16,11 @@ namespace BRFT_ISA {
 constexpr int kTileRows = BRFT_LANES == 16 ? 12 : 4;
 constexpr int kAheadEvery = 16;  // steps, at one of which memory is asked for
 
-#if BRFT_LANES == 16
-// to[k, i] = from[i, k] for 16 of each; rows from `rows` on are 0. Rows of `to` are written in order, 16 floats each.
-BRFT_INLINE void transpose(const float* from, int64_t stride, int64_t rows, float* to, int64_t to_stride) {
-    __m512 x[16], y[16];
-    BRFT_UNROLL
-    for (int i = 0; i < 16; ++i) x[i] = i < rows ? _mm512_loadu_ps(from + i * stride) : _mm512_setzero_ps();
-    BRFT_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        for (int h = 0; h < 2; ++h) {
-            const __m512d a = _mm512_castps_pd(y[i + h]), b = _mm512_castps_pd(y[i + h + 2]);
-            x[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-            x[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-        }
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 4; ++i) {  // x[i]: columns i, 4 + i, 8 + i, 12 + i of rows 0 to 3, and so on
-        const __m512 even = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88),
-                     odd = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd),
-                     even8 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88),
-                     odd8 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
-        y[i] = _mm512_shuffle_f32x4(even, even8, 0x88);
-        y[i + 4] = _mm512_shuffle_f32x4(odd, odd8, 0x88);
-        y[i + 8] = _mm512_shuffle_f32x4(even, even8, 0xdd);
-        y[i + 12] = _mm512_shuffle_f32x4(odd, odd8, 0xdd);
-    }
-    BRFT_UNROLL
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * to_stride, y[i]);
-}
-#endif
-
 // to[k, i] = from[i * stride + k * step] for i < some <= Width and k < depth, 0 for the other i.
 template <int Width>
 BRFT_INLINE void pack(const float* from, int64_t stride, int64_t step, int64_t some, int64_t depth, float* to) {
-    int64_t k = 0;
-#if BRFT_LANES == 16
-    if (step == 1) {
-        for (; k + 16 <= depth; k += 16)  // where Width is 12, the next row overwrites the 4 floats too many
-            for (int i = 0; i < Width; i += 16)
-                transpose(from + i * stride + k, stride, some - i, to + k * Width + i, Width);
-    }
-#endif
-    for (; k < depth; ++k) {
+    if (step == 1) return to_lanes(from, stride, some, depth, to, Width, Width);
+    for (int64_t k = 0; k < depth; ++k) {
         float* row = to + k * Width;
         if (stride == 1 && some == Width) {
             memcpy(row, from + k * step, sizeof(float) * Width);
@@ -82,10 +37,12 @@ void pack_columns(const Matrix& b, float* packed) {
     pack<kPanel>(b.data, b.column_step, b.row_step, b.columns, b.rows, packed);
 }
 
-template <int Rows>
-BRFT_INLINE void some_rows_of_tile(int64_t depth, const float* rows, const float* columns, float* out, int64_t stride,
-                                   int some_rows, int some_columns, bool accumulate, Ahead ahead) {
+// A row's terms lie one after the other (Along), or those of a column do.
+template <int Rows, bool Along>
+BRFT_INLINE void rows_of_tile(const Matrix& a, const float* columns, float* out, int64_t stride, int some_columns,
+                              bool accumulate, Ahead ahead) {
     using G = Group<kPanel>;
+    const int64_t some_rows = a.rows, depth = a.columns, step_of_rows = Along ? a.row_step : a.column_step;
     for (int i = 0; i < some_rows; ++i) {  // its own lines: they are there when the sums are
         __builtin_prefetch(out + i * stride, 1, 3);
         __builtin_prefetch(out + i * stride + some_columns - 1, 1, 3);
@@ -97,8 +54,9 @@ BRFT_INLINE void some_rows_of_tile(int64_t depth, const float* rows, const float
         for (int c = 0; c < G::kVectors; ++c) x[c] = G::load(columns + k * kPanel + c * G::kWidth);
         BRFT_UNROLL
         for (int i = 0; i < Rows; ++i) {
+            const float term = a.data[Along ? i * step_of_rows + k : k * step_of_rows + i];
             BRFT_UNROLL
-            for (int c = 0; c < G::kVectors; ++c) sum[i][c] += rows[k * kTileRows + i] * x[c];
+            for (int c = 0; c < G::kVectors; ++c) sum[i][c] += term * x[c];
         }
     };
     int64_t k = 0;
@@ -136,16 +94,17 @@ BRFT_INLINE void some_rows_of_tile(int64_t depth, const float* rows, const float
         }
 }
 
-// A tile of few rows computes a multiple of 4: no more than 3 of zeros.
-void tile(int64_t depth, const float* rows, const float* columns, float* out, int64_t stride, int some_rows,
-          int some_columns, bool accumulate, Ahead ahead) {
-    if (some_rows <= 4)
-        some_rows_of_tile<4>(depth, rows, columns, out, stride, some_rows, some_columns, accumulate, ahead);
-    else if (some_rows <= 8)
-        some_rows_of_tile<(kTileRows > 8 ? 8 : kTileRows)>(depth, rows, columns, out, stride, some_rows, some_columns,
-                                                           accumulate, ahead);
+// A tile of few packed rows computes a multiple of 4: no more than 3 of zeros. Others are whole.
+void tile(const Matrix& a, const float* columns, float* out, int64_t stride, int some_columns, bool accumulate,
+          Ahead ahead) {
+    if (a.row_step != 1)
+        rows_of_tile<kTileRows, true>(a, columns, out, stride, some_columns, accumulate, ahead);
+    else if (a.rows <= 4)
+        rows_of_tile<4, false>(a, columns, out, stride, some_columns, accumulate, ahead);
+    else if (a.rows <= 8)
+        rows_of_tile<(kTileRows > 8 ? 8 : kTileRows), false>(a, columns, out, stride, some_columns, accumulate, ahead);
     else
-        some_rows_of_tile<kTileRows>(depth, rows, columns, out, stride, some_rows, some_columns, accumulate, ahead);
+        rows_of_tile<kTileRows, false>(a, columns, out, stride, some_columns, accumulate, ahead);
 }
 
 }  // namespace BRFT_ISA

@@ -28,9 +28,10 @@ struct ProductKernels {
     // missing to a whole tile are 0. Up to kSlack floats after them are overwritten.
     void (*pack_rows)(const Matrix& a, float* packed);
     void (*pack_columns)(const Matrix& b, float* packed);
-    // out [some_rows, some_columns] (+)= packed rows . packed columns
-    void (*tile)(int64_t depth, const float* rows, const float* columns, float* out, int64_t out_stride, int some_rows,
-                 int some_columns, bool accumulate, Ahead ahead);
+    // out [a.rows, some_columns] (+)= a . packed columns; a lies as it does, or is what pack_rows wrote, [rows, depth]
+    // whose columns are `rows` apart.
+    void (*tile)(const Matrix& a, const float* columns, float* out, int64_t out_stride, int some_columns,
+                 bool accumulate, Ahead ahead);
 };
 constexpr int kSlack = 16;
 

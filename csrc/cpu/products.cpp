@@ -25,7 +25,9 @@ constexpr int64_t kMost = kPacked / kDepth;  // rows of a, or columns of b, of w
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory of a thread's own, asked of the system: kept on the C library's heap it would keep what was freed below it.
+// Memory of a thread's own, asked of the system: kept on the C library's heap it would keep what was freed below it. In
+// large pages where there are any: what is packed lies in the second cache, and small ones would share out its lines by
+// chance.
 class Pages {
   public:
     Pages() = default;
@@ -37,28 +39,40 @@ class Pages {
         const size_t bytes = size_t(count) * sizeof(float);
         if (bytes > size_) {
             release();
-            if (!(data_ = take(bytes))) throw std::bad_alloc();
-            size_ = bytes;
+            take(size_t(over(int64_t(bytes), kLarge) * kLarge));
         }
-        return static_cast<float*>(data_);
+        return data_;
     }
 
   private:
+    static constexpr int64_t kLarge = 2 << 20;
 #if defined(__unix__) || defined(__APPLE__)
-    static void* take(size_t bytes) {
-        void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-        return data == MAP_FAILED ? nullptr : data;
-    }
-    static void give_back(void* data, size_t bytes) { munmap(data, bytes); }
-#else
-    static void* take(size_t bytes) { return std::malloc(bytes); }
-    static void give_back(void* data, size_t) { std::free(data); }
+    void take(size_t bytes) {
+        whole_ = mmap(nullptr, bytes + kLarge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+        if (whole_ == MAP_FAILED) throw std::bad_alloc();
+        data_ = reinterpret_cast<float*>(over(int64_t(reinterpret_cast<intptr_t>(whole_)), kLarge) * kLarge);
+        size_ = bytes;
+#if defined(MADV_HUGEPAGE)
+        madvise(data_, bytes, MADV_HUGEPAGE);
 #endif
-    void release() {
-        if (data_) give_back(data_, size_);
-        data_ = nullptr, size_ = 0;
     }
-    void* data_ = nullptr;
+    void release() {
+        if (size_) munmap(whole_, size_ + kLarge);
+        size_ = 0;
+    }
+#else
+    void take(size_t bytes) {
+        if (!(whole_ = std::malloc(bytes))) throw std::bad_alloc();
+        data_ = static_cast<float*>(whole_);
+        size_ = bytes;
+    }
+    void release() {
+        if (size_) std::free(whole_);
+        size_ = 0;
+    }
+#endif
+    void* whole_ = nullptr;
+    float* data_ = nullptr;
     size_t size_ = 0;
 };
 
@@ -88,6 +102,7 @@ void by_a_team(int64_t multiplications, int64_t pieces, int threads, Work& work)
     run_team(int(std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), pieces, worthwhile}))), work);
 }
 
+constexpr int64_t kTerms = 16;   // that are packed at once of an operand whose rows they are
 constexpr int64_t kLines = 128;  // bytes that are asked for at once
 
 // What pack_columns will read of the next panel, b [depth, some]: the `piece`-th of `pieces` parts.
@@ -107,7 +122,12 @@ Ahead next_panel(const Matrix& b, int64_t piece, int64_t pieces) {
 // The same of what pack_rows will read of the next blocks, a [some, depth], where a column of a is one stretch of
 // memory.
 Ahead next_blocks(const Matrix& a, int64_t piece, int64_t pieces) {
-    if (a.row_step != 1 || a.rows <= 0) return {};
+    if (a.rows <= 0) return {};
+    if (a.row_step == a.columns) {  // one stretch of memory
+        const Share some(a.rows * a.columns * 4 / kLines, piece, pieces);
+        return {reinterpret_cast<const char*>(a.data) + some.begin * kLines, kLines, some.end - some.begin};
+    }
+    if (a.row_step != 1) return {};
     const int64_t parts = over(a.rows * 4, kLines), each = over(pieces, parts), part = piece / each;
     const Share some(a.columns, piece % each, each);
     return {reinterpret_cast<const char*>(a.at(0, some.begin)) + part * kLines, a.column_step * 4,
@@ -141,8 +161,9 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
                 int64_t piece = 0;
                 for (int64_t l = 0; l < terms; l += kDepth)
                     for (int64_t i = some.begin; i < some.end; ++i, ++piece)
-                        kernel.tile(std::min(kDepth, terms - l), packed + i * block + l * R, columns + l * C,
-                                    out + i * R * stride + j, stride, int(std::min(R, a.rows - i * R)), int(width),
+                        kernel.tile({packed + i * block + l * R, std::min(R, a.rows - i * R),
+                                     std::min(kDepth, terms - l), 1, R},
+                                    columns + l * C, out + i * R * stride + j, stride, int(width),
                                     accumulate || k + l > 0, next_panel(next, piece, pieces));
             }
         }
@@ -150,44 +171,69 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
     by_a_team(a.rows * b.columns * a.columns, units, threads, member);
 }
 
+// Whether a tile may read the rows of a where they are: they are read side by side, and their lines must not all lie in
+// the same sets of the first cache.
+bool lies_well(const Matrix& a, int64_t rows) {
+    constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16;
+    if (a.row_step == 1) return false;
+    if (a.row_step % kLineFloats) return true;
+    int64_t sets = 1;
+    while (a.row_step / kLineFloats * sets % kSets) ++sets;
+    return over(rows, sets) <= kWays / 2;
+}
+
 // product_of_many_rows for columns that are packed together.
 void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool accumulate, int threads) {
     const ProductKernels& kernel = *kernels().product;
-    const int64_t R = kernel.rows, C = kernel.columns, blocks = over(a.rows, R), panels = over(b.columns, C);
+    const int64_t R = kernel.rows, C = kernel.columns, panels = over(b.columns, C);
     const int64_t depth = packed_depth(b.columns, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
-    const int64_t most = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
-    const int64_t rounds = over(blocks, most * threads);  // in each, a group for each thread
-    const int64_t together = over(blocks, rounds * threads), groups = over(blocks, together);
+    const int64_t together = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
     float *packed = packing(panels * panel + threads * together * block), *of_threads = packed + panels * panel;
+    const bool direct = lies_well(a, R);
     Barrier barrier;
     auto member = [&](int index, int size) {
         float* rows = of_threads + index * together * block;
+        const Share quarters(over(a.rows, 4), index, size);  // a tile computes 4 rows at least
+        const int64_t end = std::min(quarters.end * 4, a.rows);
         for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
             barrier.wait(size);  // nobody reads the terms before any more
-            for (auto [p, end] = Share(panels, index, size); p < end; ++p)
-                kernel.pack_columns(b.part(k, p * C, terms, std::min(C, b.columns - p * C)), packed + p * panel);
+            // Both in the order that their memory has: a few of the terms at a time where those are rows of it.
+            const int64_t of_b = b.column_step == 1 ? kTerms : terms, of_a = a.row_step == 1 ? kTerms : terms;
+            for (auto [piece, last] = Share(over(terms, of_b) * panels, index, size); piece < last; ++piece) {
+                const int64_t l = piece / panels * of_b, p = piece % panels;
+                kernel.pack_columns(b.part(k + l, p * C, std::min(of_b, terms - l), std::min(C, b.columns - p * C)),
+                                    packed + p * panel + l * C);
+            }
             barrier.wait(size);
-            for (auto [group, last] = Share(groups, index, size); group < last; ++group) {
-                const int64_t first = group * together, count = std::min(together, blocks - first);
-                const auto height = [&](int64_t i) { return std::min(R, a.rows - (first + i) * R); };
-                for (int64_t i = 0; i < count; ++i)
-                    kernel.pack_rows(a.part((first + i) * R, k, height(i), terms), rows + i * block);
-                const int64_t after = (first + together) * R;
-                const Matrix next = a.part(after, k, std::min(together * R, a.rows - after), terms);
+            for (int64_t first = quarters.begin * 4; first < end; first += together * R) {
+                const int64_t count = over(std::min(together * R, end - first), R);
+                const auto blocks = [&](int64_t i) {
+                    return a.part(first + i * R, k, std::min(R, end - first - i * R), terms);
+                };
+                for (int64_t l = 0; l < terms; l += of_a)
+                    for (int64_t i = 0; i < count; ++i)
+                        if (!direct || blocks(i).rows < R)
+                            kernel.pack_rows(blocks(i).part(0, l, blocks(i).rows, std::min(of_a, terms - l)),
+                                             rows + i * block + l * R);
+                const int64_t after = first + count * R;
+                const Matrix next = a.part(after, k, std::min(together * R, end - after), terms);
                 const int64_t pieces = over(terms, kDepth) * panels * count;
                 int64_t piece = 0;
                 for (int64_t l = 0; l < terms; l += kDepth)
                     for (int64_t p = 0; p < panels; ++p)
-                        for (int64_t i = 0; i < count; ++i, ++piece)
-                            kernel.tile(std::min(kDepth, terms - l), rows + i * block + l * R,
-                                        packed + p * panel + l * C, out + (first + i) * R * stride + p * C, stride,
-                                        int(height(i)), int(std::min(C, b.columns - p * C)), accumulate || k + l > 0,
+                        for (int64_t i = 0; i < count; ++i, ++piece) {
+                            Matrix of_tile = blocks(i);
+                            if (!direct || of_tile.rows < R) of_tile = {rows + i * block, of_tile.rows, terms, 1, R};
+                            kernel.tile(of_tile.part(0, l, of_tile.rows, std::min(kDepth, terms - l)),
+                                        packed + p * panel + l * C, out + (first + i * R) * stride + p * C, stride,
+                                        int(std::min(C, b.columns - p * C)), accumulate || k + l > 0,
                                         next_blocks(next, piece, pieces));
+                        }
             }
         }
     };
-    by_a_team(a.rows * b.columns * a.columns, groups, threads, member);
+    by_a_team(a.rows * b.columns * a.columns, over(a.rows, R), threads, member);
 }
 
 // Whether there is nothing to multiply; a sum of no terms is 0.
@@ -215,6 +261,8 @@ bool products_pay() {
 
 void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                          int threads) {
+    if (b.rows * b.columns <= kPacked && lies_well(a, kernels().product->rows))  // then only b is packed
+        return product_of_many_rows(a, b, out, out_stride, accumulate, threads);
     if (nothing_to_multiply(a, b, out, out_stride, accumulate)) return;
     for (int64_t i = 0; i < a.rows; i += kMost)
         few_rows(a.part(i, 0, std::min(kMost, a.rows - i), a.columns), b, out + i * out_stride, out_stride, accumulate,
