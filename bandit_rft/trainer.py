@@ -38,6 +38,7 @@ from bandit_rft.config import Config, advantage_options
 from bandit_rft.data import completion_texts, score
 from bandit_rft.distributed import Ranks
 from bandit_rft.gates import CanaryError, GateError, SpotCheck
+from bandit_rft.heap import keep_freed_memory
 from bandit_rft.hopeless import hopeless_count
 from bandit_rft.initial import InitialModel
 from bandit_rft.keywords import Model, Reward, Rows, make_run
@@ -386,6 +387,8 @@ class Trainer:
         found = self.run_folder.find_checkpoint(config.resume, asdict(config), self.rewards, self.initial.is_model_of)
         ranks.check_same("checkpoint", [str(found and found[1]).encode()])
         self.policy = self.initial.policy(self.folder, found, first=ranks.first)
+        if self.policy.device.type == "cpu":
+            keep_freed_memory()
         self.trained = ranks.shard(self.policy)  # with several ranks, this one's share
         self.optimizer = make_optimizer(self.trained, config, ranks)
         stack.callback(self.optimizer.close)

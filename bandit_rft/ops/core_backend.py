@@ -45,10 +45,11 @@ class CpuBackend(Backend):
         """Whether the core's own products serve: float32 in CPU memory, where they were measured to beat oneMKL's."""
         if self.native is None or not torch.backends.mkl.is_available() or not self.native.products_pay():
             return False
-        return all(
-            t.device.type == "cpu" and t.dtype == torch.float32 and len(t) >= _FEW_ROWS
-            and (t.stride(1) == 1 or t.shape[1] == 1) for t in operands
-        )  # fmt: skip
+        for t in operands:  # once a product of every layer: the cheaper questions first
+            rows, columns = t.shape
+            if not t.is_cpu or t.dtype != torch.float32 or rows < _FEW_ROWS or (columns != 1 and t.stride(1) != 1):
+                return False
+        return True
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """By the core's own product, or the vendor's."""
@@ -178,7 +179,8 @@ def _vector(tensor: Tensor | None) -> Any:
 
 def _matrix(tensor: Tensor) -> Any:
     """A borrowed DLPack capsule; rows that are not contiguous are copied (those written to always are)."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return to_dlpack(tensor if tensor.shape[1] == 1 or tensor.stride(1) == 1 else tensor.contiguous())
 
 

@@ -257,8 +257,8 @@ def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _gated_silu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(what gate and up are to get, and silu(gate) * up once more)."""
-    found = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    """(what gate and up are to get, the latter in dy's memory, and silu(gate) * up once more)."""
+    found = torch.empty_like(gate), dy, torch.empty_like(gate)
     _native().gated_silu_backward(_dl(gate), _dl(up), _dl(dy), *map(_dl, found), torch.get_num_threads())
     return found
 
@@ -272,4 +272,4 @@ def _backend() -> CpuBackend:
 
 
 def _dl(x: Tensor) -> Any:
-    return to_dlpack(x.detach())
+    return to_dlpack(x.detach() if x.requires_grad else x)

@@ -25,7 +25,7 @@ void rotate(float* x, const float* cos, const float* sin, int64_t rows, int64_t 
             int threads);
 
 void gated_silu_forward(const float* gate, const float* up, int64_t count, float* out, int threads);
-// out is computed once more: its memory did not have to be kept.
+// out is computed once more: its memory did not have to be kept. dup may be dy.
 void gated_silu_backward(const float* gate, const float* up, const float* dy, int64_t count, float* dgate, float* dup,
                          float* out, int threads);
 
