@@ -119,11 +119,11 @@ Ahead next_panel(const Matrix& b, int64_t piece, int64_t pieces) {
     return {};
 }
 
-// The same of what pack_rows will read of the next blocks, a [some, depth], where a column of a is one stretch of
-// memory.
+// The same of what will be read of the next blocks, a [some, depth], where they are one stretch of memory, or each of
+// their columns is.
 Ahead next_blocks(const Matrix& a, int64_t piece, int64_t pieces) {
     if (a.rows <= 0) return {};
-    if (a.row_step == a.columns) {  // one stretch of memory
+    if (a.row_step == a.columns) {
         const Share some(a.rows * a.columns * 4 / kLines, piece, pieces);
         return {reinterpret_cast<const char*>(a.data) + some.begin * kLines, kLines, some.end - some.begin};
     }
@@ -198,7 +198,7 @@ void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, boo
         for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
             barrier.wait(size);  // nobody reads the terms before any more
-            // Both in the order that their memory has: a few of the terms at a time where those are rows of it.
+            // Both are read in the order of their memory: a few of the terms at a time where those are rows of it.
             const int64_t of_b = b.column_step == 1 ? kTerms : terms, of_a = a.row_step == 1 ? kTerms : terms;
             for (auto [piece, last] = Share(over(terms, of_b) * panels, index, size); piece < last; ++piece) {
                 const int64_t l = piece / panels * of_b, p = piece % panels;

@@ -17,7 +17,8 @@ from bandit_rft.ops.core_backend import CudaBackend
 
 core: Any = backends.native
 pytestmark = pytest.mark.skipif(core is None, reason="needs the compiled core")
-#: (n, H, V): one of everything; around a tile; several stretches of a sum; more rows than are packed together
+#: (n, H, V): one of everything; around a tile; several stretches of a sum; more rows than are packed together; a weight
+#: that is larger than what is packed
 SHAPES = [
     (1, 1, 1),
     (12, 32, 32),
@@ -27,6 +28,7 @@ SHAPES = [
     (9, 2000, 900),
     (1500, 20, 40),
     (400, 1500, 30),
+    (26, 300, 3000),
 ]
 
 
@@ -60,6 +62,18 @@ def test_products_are_right(shape: tuple[int, int, int], threads: int) -> None:
         core.weight_gradient_product(to_dlpack(z), to_dlpack(hidden), to_dlpack(of_weight), accumulate, threads)
         assert near(of_weight, before + z.double().T @ hidden.double())
     assert all(map(nothing_between, (z, of_hidden, of_weight)))
+
+
+@pytest.mark.usefixtures("each_instruction_set")
+@pytest.mark.parametrize("width", [16, 128, 300, 512, 1024, 2048])
+def test_rows_are_read_where_they_lie_or_packed_with_the_same_bits(width: int) -> None:
+    """Where a weight is small its hidden states are not packed, unless their rows lie in the same sets of the cache."""
+    hidden, weight = torch.randn(53, width), torch.randn(40, width)
+    apart = torch.full((53, width + 1), torch.nan)[:, :width].copy_(hidden)
+    found = [torch.empty(53, 40) for _ in range(2)]
+    for h, z in zip((hidden, apart), found, strict=True):
+        core.logits_product(to_dlpack(h), to_dlpack(weight), to_dlpack(z), 2)
+    assert torch.equal(*found) and near(found[0], hidden.double() @ weight.double().T)
 
 
 @pytest.mark.usefixtures("each_instruction_set")

@@ -10,7 +10,7 @@ import transformers
 from architectures import COMMON, CONFIGS
 from packaging.version import Version
 from tiny_models import tiny_llama
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, Olmo2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, Olmo2Config, PreTrainedConfig
 
 from bandit_rft import ops
 from bandit_rft.config import Config
@@ -213,6 +213,7 @@ def test_native_decoding_is_the_models_own(name: str) -> None:
         torch.testing.assert_close(trainer_logprobs(engine.policy, native), native.logprobs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str) -> None:
     engine = native_engine(name)
@@ -237,17 +238,24 @@ def test_native_decoding_does_not_depend_on_batch_or_threads_by_a_bit(name: str)
     assert len(hidden) == 9 * 600
 
 
-def test_norms_over_all_heads_are_of_no_head_that_another_thread_has_rotated() -> None:
-    """A model that is worth a second thread, and a prompt of several panels, so that two threads share one's heads."""
-    sizes = {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 512}
+@pytest.mark.usefixtures("each_instruction_set")
+@pytest.mark.parametrize("family", [Olmo2Config, LlamaConfig])
+@pytest.mark.parametrize("heads", [16, 4])
+def test_threads_that_share_a_models_heads_give_its_bits(family: type[PreTrainedConfig], heads: int) -> None:
+    """A model that is worth more threads, and a prompt of several panels, so that two threads share one's heads.
+
+    A norm over all heads must be of none that another thread has rotated; where each thread has as many heads, it waits
+    for no other before it attends.
+    """
+    sizes = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": heads, "intermediate_size": 512}
     torch.manual_seed(0)
-    config = Olmo2Config(**{**COMMON, **sizes, "max_position_embeddings": 128})
+    config = family(**{**COMMON, **sizes, "max_position_embeddings": 128})
     native = NativeDecoder(Policy(AutoModelForCausalLM.from_config(config)))
     tokens = torch.randint(0, 97, (96,)).tolist()
     default = torch.get_num_threads()
     found = []
     try:
-        for threads in (1, 2, 3, 2):
+        for threads in (1, 2, 3, 2, 4):
             torch.set_num_threads(threads)
             read = native.prefill([tokens], 1, 100)
             found.append([read, native.step(torch.ones(1, dtype=torch.int64), torch.tensor([96]))])
