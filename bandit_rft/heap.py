@@ -2,7 +2,7 @@
 
 glibc gives the end of its heap back to the system as soon as some megabytes of it are free, and the system clears
 every page that it hands out again. A round allocates and frees the same activations each time, so it would wait for
-those pages over and over; its peak is the same either way.
+those pages over and over.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep up to 256 MiB of freed memory in this process, unless the environment sets its thresholds.
+    """Have glibc keep up to 256 MiB that are free at the end of its heap, unless the environment sets its thresholds.
 
     Returns:
-        Whether it does: not where the C library is another one.
+        Whether the C library took them: another one has no such thresholds, and an allocator loaded in place of
+        glibc's may take them and not heed them.
     """
     if any(name in os.environ for name in VARIABLES):
         return False

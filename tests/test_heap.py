@@ -21,6 +21,7 @@ PROGRAM = """
 import ctypes, resource
 {before}
 library = ctypes.CDLL(None)
+library.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KiB, so that they can be counted
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 library.free.argtypes = [ctypes.c_void_p]
 def once():

@@ -47,7 +47,7 @@ BRFT_INLINE void to_panel(const float* rows, int64_t stride, int64_t count, int6
     for (int64_t i = 0; i < size * kPanel; ++i) to[i] *= factor;
 }
 
-// The same for rows that are multiplied as they are: to [ceil(size / kPanel), kPanel, kPanel].
+// to [ceil(size / kPanel), kPanel, kPanel] = the rows times `factor`, not transposed; nothing where there are none.
 BRFT_INLINE void in_panels(const float* rows, int64_t stride, int64_t count, int64_t size, float factor, float* to) {
     for (int64_t l = 0; l < count; ++l)
         for (int64_t d = 0; d < size; d += kPanel) {

@@ -252,7 +252,8 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         return before + tiles;
     };
     const auto tiles = [&](int64_t rows) { return (rows + tile - 1) / tile; };
-    // Where every member has as many heads, it attends with those that it multiplied itself, and waits for nobody.
+    // Where every member has as many heads, of whole tiles, it attends with those that it multiplied itself, and waits
+    // for nobody.
     const bool own_heads =
         model_.key_value_heads % size == 0 && model_.head_size % tile == 0 && !model_.norms_over_all_heads;
 

@@ -4,7 +4,7 @@
 //   x += [norm] down(silu(gate([norm] x)) * up([norm] x))                       each [norm] is there or not
 //
 // A small model's step is some 200 operations of a few microseconds, so what calls them costs more than they do. Here
-// it is one call: the threads meet five or six times a layer, and each keeps its own copy of the residual stream in
+// it is one call: the threads meet four to six times a layer, and each keeps its own copy of the residual stream in
 // between. Prompts are read the same way, with tokens side by side in the lanes instead of sequences.
 #pragma once
 

@@ -51,8 +51,7 @@ void single_gated_product(const float* gate, const float* up, int64_t size, int6
         for (int64_t v = 0; v < batch; ++v) {
             float* to = out.data + v * out.stride + r;
 #pragma omp simd
-            for (int i = 0; i < kRowsOfFew; ++i) gates[v][i] = gates[v][i] * sigmoid(gates[v][i]) * ups[v][i];
-            for (int i = 0; i < rows; ++i) to[i] = gates[v][i];
+            for (int i = 0; i < rows; ++i) to[i] = gates[v][i] * sigmoid(gates[v][i]) * ups[v][i];
         }
     });
 }

@@ -307,7 +307,7 @@ SoftmaxState<double> row_draw(const Row& row, const Stream& stream, Draw& draw) 
     return state;
 }
 
-// The head, in panels of batch rows (panel_product.h).
+// The head, in panels of batch rows, or a few of them each for itself (panel_product.h).
 static_assert(kBlock % kRowsOfFew == 0 && kBlock % kTile == 0 && kBlock % 4 == 0,
               "a block is a whole number of head tiles and counters");
 

@@ -40,7 +40,7 @@ struct Stream {  // the Philox counter and key of one draw
 struct Kernels {
     const char* name;
     int lanes;
-    int head_panel;                      // batch rows packed side by side
+    int head_panel;                      // batch rows packed side by side, where they are not few
     int (*rows_at_once)(int64_t batch);  // rows of the weight handled at a time where so many are multiplied
 
     // softmax state of a row

@@ -153,6 +153,7 @@ void sample_rows(const Rows& rows, const SampleInputs& in, const SampleOutputs& 
 }
 
 void head_logits(const Head& head, float* out, int threads) {
+    if (head.batch == 0) return;
     const Kernels& k = kernels();
     const int64_t panels = (head.batch + k.head_panel - 1) / k.head_panel;
     const int64_t lanes = head.batch <= k.decoder->few ? head.batch : panels * k.head_panel;

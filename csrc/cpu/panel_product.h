@@ -168,7 +168,7 @@ BRFT_INLINE void few_rows(int rows, const float* weight, int64_t weight_stride, 
                        : few_vectors<Vectors, false>(rows, weight, weight_stride, x, x_stride, size, sums);
 }
 
-// sums[v, r] = sum_k weight[r, k] x[v, k] for up to kRowsOfFew rows and kFewVectors vectors.
+// sums[v, r] = sum_k weight[r, k] x[v, k] for up to kRowsOfFew rows and 1 to kFewVectors vectors.
 BRFT_INLINE void few_product(int rows, const float* weight, int64_t weight_stride, const float* x, int64_t x_stride,
                              int64_t size, int64_t vectors, float (*sums)[kRowsOfFew]) {
     switch (vectors) {
@@ -178,7 +178,7 @@ BRFT_INLINE void few_product(int rows, const float* weight, int64_t weight_strid
             return few_rows<2>(rows, weight, weight_stride, x, x_stride, size, sums);
         case 3:
             return few_rows<3>(rows, weight, weight_stride, x, x_stride, size, sums);
-        default:
+        case 4:
             static_assert(kFewVectors <= 4, "each has its case");
             return few_rows<4>(rows, weight, weight_stride, x, x_stride, size, sums);
     }

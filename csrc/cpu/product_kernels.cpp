@@ -2,9 +2,9 @@
 //
 //   sum[i, j] = sum_k a[i, k] b[k, j],   i < kTileRows, j < kPanel, one chain of fused multiply-adds a sum
 //
-// Both operands are packed first, as a tile reads them: kTileRows floats of a and kPanel of b at each k. Never in
-// memory: a product that is not added to its sum yet, nor more of the large operand, packed, than a tile's rows or
-// columns (products.cpp says of the other how much).
+// Operands are packed first as a tile reads them, kTileRows floats of a and kPanel of b at each k; rows of a may be
+// read where they are. Never in memory: a product that is not added to its sum yet, nor the larger operand, packed
+// (products.cpp says how much of each is).
 #include "product_kernels.h"
 
 #include "transpose.h"

@@ -28,8 +28,8 @@ struct ProductKernels {
     // missing to a whole tile are 0. Up to kSlack floats after them are overwritten.
     void (*pack_rows)(const Matrix& a, float* packed);
     void (*pack_columns)(const Matrix& b, float* packed);
-    // out [a.rows, some_columns] (+)= a . packed columns; a lies as it does, or is what pack_rows wrote, [rows, depth]
-    // whose columns are `rows` apart.
+    // out [a.rows, some_columns] (+)= a . packed columns; a is what pack_rows wrote, up to `rows` rows with a row_step
+    // of 1 and a column_step of `rows`, or all `rows` rows where they are, with a column_step of 1.
     void (*tile)(const Matrix& a, const float* columns, float* out, int64_t out_stride, int some_columns,
                  bool accumulate, Ahead ahead);
 };

@@ -187,7 +187,8 @@ void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, boo
     const ProductKernels& kernel = *kernels().product;
     const int64_t R = kernel.rows, C = kernel.columns, panels = over(b.columns, C);
     const int64_t depth = packed_depth(b.columns, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
-    const int64_t together = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
+    const int64_t most = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
+    const int64_t together = std::min(most, over(a.rows, R));
     float *packed = packing(panels * panel + threads * together * block), *of_threads = packed + panels * panel;
     const bool direct = lies_well(a, R);
     Barrier barrier;
@@ -261,7 +262,8 @@ bool products_pay() {
 
 void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                          int threads) {
-    if (b.rows * b.columns <= kPacked && lies_well(a, kernels().product->rows))  // then only b is packed
+    const int64_t rows = kernels().product->rows, blocks = over(a.rows, rows);
+    if (b.rows * b.columns <= kPacked && blocks >= 2 * threads && lies_well(a, rows))  // then only b is packed
         return product_of_many_rows(a, b, out, out_stride, accumulate, threads);
     if (nothing_to_multiply(a, b, out, out_stride, accumulate)) return;
     for (int64_t i = 0; i < a.rows; i += kMost)

@@ -2,7 +2,8 @@
 //
 // A sum of k terms is added up in stretches of 384, one after the other: its bits depend on its terms alone, not on the
 // rows beside it, the threads or the strides (but on the instruction set). The terms of a weight's gradient are the
-// rows of a chunk. Packed are at most 2 MiB, and 0.25 MiB a thread, in whole large pages that the calling thread keeps.
+// rows of a chunk. Packed are about 2 MiB at most, and 0.25 MiB a thread, in memory that the calling thread keeps:
+// large pages of 2 MiB where the system has them.
 #pragma once
 
 #include "product_kernels.h"
@@ -13,8 +14,8 @@ namespace bandit_rft::cpu {
 bool products_pay();
 
 // out [m, n] (+)= a [m, k] . b [k, n] where a has few rows and b is large: logits, and the gradient of hidden states.
-// a is packed once (or a stretch of k at a time), and every thread takes columns of b. A small b, a layer's weight, is
-// packed instead, and a read where it is.
+// a is packed once (or a stretch of k at a time), and every thread takes columns of b. A small b (a layer's weight)
+// is packed instead, and a read where it is, if a has rows enough for the threads and they lie well in the cache.
 void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                          int threads);
 

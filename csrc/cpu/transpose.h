@@ -96,7 +96,7 @@ BRFT_INLINE void transpose_square(const float* from, int64_t stride, int64_t row
 #endif
 
 // to[k * to_stride + i] = rows[i * stride + k] for `count` rows of `size`, and 0 for the other i < lanes: whole vectors
-// of them, the last of which may reach into the next k's, which is written later.
+// of them, the last of which may reach into the next k's, which is written later, and beyond the last k's.
 BRFT_INLINE void to_lanes(const float* rows, int64_t stride, int64_t count, int64_t size, float* to, int64_t to_stride,
                           int64_t lanes) {
     int64_t k = 0;

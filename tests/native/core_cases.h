@@ -198,6 +198,7 @@ void head_case(int64_t b, int64_t hidden_size, int64_t v, DType dtype, std::mt19
             check(std::fabs(out[size_t(i * v + j)] - sum) < 1e-4 * (1 + std::sqrt(double(hidden_size))), "head logits",
                   b, v);
         }
+    if (b == 0) return;
     const int64_t last = b - 1, bytes = f32 ? 4 : 2;
     head_logits({static_cast<const char*>(hidden) + last * hidden_size * bytes, weight, dtype, dtype, 1, hidden_size, v,
                  hidden_size, hidden_size, bias.data()},
@@ -373,6 +374,7 @@ void decoder_case(int64_t head_size, int64_t group, bool bias, bool after, bool 
         const std::vector<float> alone = decode({b}, 1, false);
         check(alone == decode(everyone, 1, false), "decoder: in a batch", b, head_size);
         check(alone == decode(everyone, 3, true), "decoder: others leave", b, head_size);
+        check(alone == decode({b}, 3, false), "decoder: alone, by threads", b, head_size);
         // A few have caches of their own, of other lengths than a batch's.
         check(alone == decode({2, 9, b}, 1, false), "decoder: among a few", b, head_size);
         check(alone == decode({1, 12, 3, b}, 2, true), "decoder: a few leave", b, head_size);

@@ -24,7 +24,7 @@ int main() {
             for (const int64_t v : {1, 2, 5, 63, 64, 65, 767, 768, 769, 1537, 3001})
                 for (const int64_t n : {1, 3, 200})
                     for (const bool transformed : {false, true}) rows_case(n, v, dtype, transformed, random);
-            for (const int64_t b : {1, 2, 3, 4, 8, 9, 16, 17, 33, 70})
+            for (const int64_t b : {0, 1, 2, 3, 4, 8, 9, 16, 17, 33, 70})
                 for (const int64_t hidden_size : {1, 255, 257})
                     for (const int64_t v : {1, 7, 8, 11, 12, 16, 100}) head_case(b, hidden_size, v, dtype, random);
         }
@@ -38,6 +38,8 @@ int main() {
             }
         // A model that is worth a second thread, also for few: what one has of a panel, another may be changing.
         decoder_case(64, 2, false, true, true, random, 64, 1200);
+        // Three threads have a head each, of whole tiles: they attend without waiting for each other.
+        decoder_case(96, 2, true, false, false, random, 64, 1200);
         for (const int64_t size : {1, 7, 16, 33, 128})
             for (const int64_t rows : {0, 1, 9, 300}) norm_case(rows, size, 3, random);
         norm_case(3000, 96, 3, random);
@@ -58,6 +60,7 @@ int main() {
         for (const bool transposed : {false, true}) {  // enough for three threads, with many columns and with few
             product_case(130, 300, 400, transposed, !transposed, 0, 3, random);
             product_case(900, 40, 400, transposed, transposed, 3, 3, random);
+            product_case(900, 40, 1024, transposed, transposed, 0, 2, random);  // rows in the same sets of the cache
         }
         product_case(30, 1400, 400, true, false, 5, 3, random);
         std::printf("%s: fine\n", isa);

@@ -74,6 +74,9 @@ def test_rows_are_read_where_they_lie_or_packed_with_the_same_bits(width: int) -
     for h, z in zip((hidden, apart), found, strict=True):
         core.logits_product(to_dlpack(h), to_dlpack(weight), to_dlpack(z), 2)
     assert torch.equal(*found) and near(found[0], hidden.double() @ weight.double().T)
+    for h in (hidden[:1].expand(53, width), torch.randn(53 + width).unfold(0, width, 1)[:53]):  # strides of 0 and 1
+        core.logits_product(to_dlpack(h), to_dlpack(weight), to_dlpack(found[0]), 2)
+        assert near(found[0], h.double() @ weight.double().T)
 
 
 @pytest.mark.usefixtures("each_instruction_set")

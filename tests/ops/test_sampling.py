@@ -190,6 +190,7 @@ def test_edges(filters: dict[str, float], backend: str) -> None:
         level = sample_from_logits(torch.full((6, 700), -1e4), **stream(6), **filters)
         torch.testing.assert_close(level.logprobs, torch.full((6,), -math.log(700)))
         assert sample_from_logits(torch.zeros(0, 5), **stream(0), **filters).tokens.shape == (0,)
+        assert linear_sample(torch.zeros(0, 7), torch.ones(5, 7), **stream(0), **filters).tokens.shape == (0,)
         ties = sample_from_logits(torch.zeros(50, 10), top_k=3, **stream(50))
         assert set(ties.tokens.tolist()) == {0, 1, 2}  # ties are ranked by the lower id
 
