@@ -234,12 +234,14 @@ class Page:
                 if not products or not under or record.ratio(case, bar["over"], under).median <= bar["at_most"]:
                     continue
                 asked, fixed = bar["at_most"] * _median(case, under), _median(case, record.UPDATE_PRODUCTS)
-                rollout = ours["phases"]["rollout"]
+                rollout, rate = ours["phases"]["rollout"], self.limit_of("float32 multiply-adds", "GFLOP a second")
+                drawn = case["flop"] / 4 / rate / 1e9 if rate else 0.0  # learning takes three times as many
                 seconds = {
-                    "asked": asked, "products": fixed, "rollout": rollout, "left": max(0.0, asked - fixed - rollout),
-                    "rest": _median(case, OURS) - fixed - rollout,
+                    "asked": asked, "products": fixed, "drawn": drawn, "rollout": rollout,
+                    "left": max(0.0, asked - fixed - rollout), "rest": _median(case, OURS) - fixed - rollout,
                 }  # fmt: skip
-                return {"under": under} | {name: duration(value) for name, value in seconds.items()}
+                share = significant((fixed + drawn) / asked, 2)
+                return {"under": under, "share": share} | {name: duration(value) for name, value in seconds.items()}
         return {}
 
     def decoding(self, model: str) -> tuple[list[str], list[list[str]]]:

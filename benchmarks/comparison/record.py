@@ -107,7 +107,10 @@ class Record:
             for side in set(kept["sides"]) - set(sides):
                 kept["sides"][side] = {k: v for k, v in kept["sides"][side].items() if k in ("role", "peak_mib")}
         now = machine.measured()
-        kept.update(case, **(now if timed or "date" not in kept else {"peaks_commit": now["commit"]}))
+        # times that are kept are of a run before
+        # times that are kept are of a run before
+        beside = not timed and any("seconds" in found for found in kept["sides"].values())
+        kept.update(case, **({"peaks_commit": now["commit"]} if beside else now))
         self.write()
 
     def write(self) -> None:

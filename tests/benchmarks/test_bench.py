@@ -65,6 +65,14 @@ def test_a_run_of_several_commands_is_one_file(tmp_path: Path) -> None:
         record.load(path)
 
 
+def test_a_case_without_times_is_of_its_latest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit in ("earlier", "later"):
+        monkeypatch.setattr(machine, "measured", lambda commit=commit: {"date": "2026-11-27", "commit": commit})
+        path = run(tmp_path / "run.json", shares={"sides": {OURS: {"role": "ours", "figures": {"a": 1.0}}}})
+    kept = record.load(path)["cases"]["shares"]
+    assert kept["commit"] == "later" and "peaks_commit" not in kept
+
+
 def test_times_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
     """A peer that a later run did not measure has no time left, which would stand beside new times of ours."""
     path = run(tmp_path / "run.json", loss=case([1.0], [2.0]))
@@ -161,13 +169,15 @@ def test_decoding_is_limited_by_reading_where_that_takes_longer() -> None:
 
 
 def test_what_a_missed_bar_leaves_of_a_round() -> None:
-    one = case([1.0], [2.0], group="round", bars=[{"over": OURS, "under": "plain PyTorch", "at_most": 0.4}])
+    bars = [{"over": OURS, "under": "plain PyTorch", "at_most": 0.4}]
+    one = case([1.0], [2.0], group="round", flop=0.4e9, bars=bars)
     one["sides"][OURS]["phases"] = {"rollout": 0.25}
     one["sides"][record.UPDATE_PRODUCTS] = {"role": "reference", "seconds": [0.5]}
-    page = performance.Page({"cases": {"a round": one}}, None)
+    rate = {"group": "limits", "sides": {"torch": {"role": "limit", "figures": {"GFLOP a second": 1.0}}}}
+    page = performance.Page({"cases": {"float32 multiply-adds": rate, "a round": one}}, None)
     assert page.left_of_a_round() == {
-        "under": "plain PyTorch", "asked": "800 ms", "products": "500 ms", "rollout": "250 ms", "left": "50.0 ms",
-        "rest": "250 ms",
+        "under": "plain PyTorch", "asked": "800 ms", "products": "500 ms", "drawn": "100 ms", "share": "0.75",
+        "rollout": "250 ms", "left": "50.0 ms", "rest": "250 ms",
     }  # fmt: skip
     one["bars"][0]["at_most"] = 0.5
     assert page.left_of_a_round() == {}
