@@ -108,7 +108,6 @@ class Record:
                 kept["sides"][side] = {k: v for k, v in kept["sides"][side].items() if k in ("role", "peak_mib")}
         now = machine.measured()
         # times that are kept are of a run before
-        # times that are kept are of a run before
         beside = not timed and any("seconds" in found for found in kept["sides"].values())
         kept.update(case, **({"peaks_commit": now["commit"]} if beside else now))
         self.write()
