@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
@@ -17,22 +16,12 @@ if TYPE_CHECKING:
 
 
 class ReplicatedOptimizer(PolicyOptimizer):
-    """Every rank has all parameters and all state; gradients lie side by side and are summed in one call a step."""
-
-    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], **options: Any):
-        super().__init__(named_parameters, **options)
-        self._flat = []
-        for dtype in dict.fromkeys(master.dtype for master in self.masters):
-            masters = [master for master in self.masters if master.dtype == dtype]
-            flat = torch.zeros(sum(m.numel() for m in masters), dtype=dtype, device=masters[0].device)
-            for master, part in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
-                master.grad = part.view_as(master)
-            self._flat.append(flat)
+    """Every rank has all parameters and all state; gradients are summed in one call a step."""
 
     def step(self) -> Tensor:
         """As PolicyOptimizer.step, with the gradients of all ranks."""
-        for flat in self._flat:
-            dist.all_reduce(flat)
+        for gradient in self.gradients:
+            dist.all_reduce(gradient)
         return super().step()
 
 
@@ -61,8 +50,8 @@ class ShardedOptimizer(PolicyOptimizer):
         self._policy.stale = True
         return norm
 
-    def _norm(self, grads: list[Tensor]) -> Tensor:
-        return self._ranks.sum(super()._norm(grads).square()).sqrt()
+    def _norm(self) -> Tensor:
+        return self._ranks.sum(super()._norm().square()).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """As PolicyOptimizer.state_tensors, whole and in host memory, on the first rank; elsewhere {}."""

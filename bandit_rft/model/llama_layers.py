@@ -58,7 +58,7 @@ def shape_of(base: Any) -> Shape:
     refuse_unless(len(base.layers) == config.num_hidden_layers, "not all of its layers are computed")
     activations = {type(layer.mlp.act_fn).__name__ for layer in base.layers}
     refuse_unless(activations <= {"SiLU", "SiLUActivation"}, f"its activations are {', '.join(sorted(activations))}")
-    epsilons = {m.variance_epsilon for m in base.modules() if type(m).__name__.endswith("RMSNorm")}
+    epsilons = {m.variance_epsilon for m in _modules_of(base) if type(m).__name__.endswith("RMSNorm")}
     refuse_unless(len(epsilons) == 1, f"its norms have several epsilons: {epsilons}")
     scalings = {layer.self_attn.scaling for layer in base.layers}
     refuse_unless(len(scalings) == 1, f"its layers scale attention differently: {scalings}")
@@ -92,7 +92,7 @@ def plain_modules(base: Any) -> list[nn.Module]:
     Raises:
         NotImplementedError: naming those with hooks, of another class, or with another forward than their class.
     """
-    modules = list(base.modules())
+    modules = _modules_of(base)
     hooked = [m for m in modules if "forward" in (own := vars(m)) or any(map(own.get, HOOKS))]
     if hooked:
         names = [name for name, module in base.named_modules() if module in hooked]
@@ -103,6 +103,14 @@ def plain_modules(base: Any) -> list[nn.Module]:
     others = {k for k in set(map(type, modules)) if k.__module__ not in theirs and not _is_torchs(k)}
     refuse_unless(not others, f"it has modules of {', '.join(sorted(map(str, others)))}")
     return modules
+
+
+def _modules_of(base: Any) -> list[Any]:
+    """As `base.modules()`, without names, which take most of its time: this is asked several times a round."""
+    found = [base]
+    for module in found:  # which grows meanwhile
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _is_torchs(kind: type) -> bool:

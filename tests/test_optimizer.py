@@ -1,0 +1,48 @@
+"""The optimizer's arithmetic beside float64, and beside PyTorch's own steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bandit_rft.optimizer import PolicyOptimizer
+
+
+def test_the_norm_of_a_large_gradient_is_that_of_float64() -> None:
+    """PyTorch's own norm on a CPU adds up squares in float32: 0.07% are missing at 16 million entries, 1.4% at 134."""
+    parameter = nn.Parameter(torch.empty(1 << 24))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.0, max_grad_norm=0.0)
+    gradient = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    assert parameter.grad is not None
+    parameter.grad.copy_(gradient)
+    norm = optimizer.step()
+    assert float(norm) == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+
+
+def test_steps_are_those_of_clipped_adamw_for_parameters_of_any_layout() -> None:
+    """Gradients of transposed, strided, tiny and float64 parameters lie as the parameters do."""
+    torch.manual_seed(0)
+
+    def made() -> list[nn.Parameter]:
+        torch.manual_seed(1)
+        return [
+            nn.Parameter(torch.randn(40, 30).t()), nn.Parameter(torch.randn(7, 5)[:, ::2]),
+            nn.Parameter(torch.randn(2, 3, 4).permute(2, 0, 1)), nn.Parameter(torch.randn(())),
+            nn.Parameter(torch.randn(300, 400)), nn.Parameter(torch.randn(9, dtype=torch.float64)),
+        ]  # fmt: skip
+
+    ours, theirs = made(), made()
+    optimizer = PolicyOptimizer([(str(i), p) for i, p in enumerate(ours)], learning_rate=0.1, max_grad_norm=0.5)
+    plain = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        loss_of_ours, loss_of_theirs = (sum((p * p.detach().cos()).sum() for p in side) for side in (ours, theirs))
+        loss_of_ours.backward()  # type: ignore[union-attr]
+        loss_of_theirs.backward()  # type: ignore[union-attr]
+        norm = optimizer.step()
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, 0.5)))
+        plain.step()
+        plain.zero_grad()
+        assert not any(p.grad is not None and p.grad.any() for p in ours)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a, b, msg=lambda text, i=i: f"parameter {i}: {text}")
