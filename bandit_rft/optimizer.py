@@ -1,5 +1,7 @@
 """AdamW over the policy's parameters, with float32 master weights where the model itself is in lower precision.
 
+Parameters whose entries do not lie side by side have masters, too, for AdamW's kernel.
+
 At the learning rates of reinforcement fine-tuning an update is far below the spacing of bfloat16 numbers: added to a
 bfloat16 weight it is rounded away. So the optimizer keeps a float32 copy, updates that, and rounds it into the model.
 """
@@ -55,8 +57,10 @@ class PolicyOptimizer:
         self.masters = [p if _steps_in_place(p) else nn.Parameter(_master_of(p)) for p in self.parameters]
         #: All gradients side by side: one tensor a dtype and device, with zeros to whole rows of _ROW.
         self.gradients = _gradients_of(self.masters)
-        # A lower-precision gradient goes into the float32 buffer as soon as autograd has it: summed over micro-batches
-        # in its own precision, it would depend on how they were cut. A parameter belongs to its latest optimizer.
+        self._parts = [master.grad for master in self.masters]
+        # The gradient of a parameter with a master goes into the master's as soon as autograd has it: summed over
+        # micro-batches in its own precision, it would depend on how they were cut. A parameter belongs to its latest
+        # optimizer.
         self._hooks: Any = WeakTensorKeyDictionary()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
@@ -107,6 +111,7 @@ class PolicyOptimizer:
         Raises:
             FloatingPointError: on a CPU, the norm is not finite.
         """
+        self._take_replaced()
         norm = self._norm()
         if self.asynchronous:
             self.refuse(~torch.isfinite(norm))
@@ -125,6 +130,14 @@ class PolicyOptimizer:
         for gradient in self.gradients:
             gradient.zero_()
         return norm
+
+    def _take_replaced(self) -> None:
+        """See that every gradient is in `gradients`: `zero_grad` and a newer optimizer put others in their places."""
+        for master, part in zip(self.masters, self._parts, strict=True):
+            if master.grad is part or part is None:
+                continue
+            part.zero_() if master.grad is None else part.copy_(master.grad)
+            master.grad = part
 
     def _norm(self) -> Tensor:
         """The norm of all gradients together, 0-d.
@@ -173,8 +186,11 @@ class PolicyOptimizer:
             state = states.get(name, {})
             kept = state.pop("master", None)
             if (kept is None) != (parameter is master) and name in states:
-                was = "float32 or float64" if kept is None else "a lower precision, with a float32 master copy"
-                raise ValueError(f"optimizer state {name}: it was trained in {was}, and is {parameter.dtype} now")
+                was = "in place, in float32 or float64" if kept is None else "through a float32 master copy"
+                raise ValueError(
+                    f"optimizer state {name}: it was trained {was}, and is {parameter.dtype} with strides "
+                    f"{parameter.stride()} now"
+                )
             if kept is not None:
                 master.data.copy_(kept)
             for key, value in state.items():
@@ -182,7 +198,8 @@ class PolicyOptimizer:
                     raise ValueError(f"optimizer state {name}: {list(value.shape)} does not fit {list(master.shape)}")
             if state:
                 self._adamw.state[master] = {
-                    k: v.to(master.device, torch.float32 if k == "step" else None, copy=True) for k, v in state.items()
+                    k: v.to(master.device, torch.float32, copy=True) if k == "step" else _laid_out_as(master, v)
+                    for k, v in state.items()
                 }
 
 
@@ -192,7 +209,12 @@ def _steps_in_place(parameter: Tensor) -> bool:
 
 
 def _master_of(parameter: Tensor) -> Tensor:
-    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+    return parameter.detach().to(torch.float64 if parameter.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def _laid_out_as(master: Tensor, values: Tensor) -> Tensor:
+    """The values with the master's entries in its order: AdamW's kernel takes all of them in the order of memory."""
+    return torch.empty_like(master, dtype=values.dtype).copy_(values)
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:

@@ -192,9 +192,14 @@ void weight_gradient_product(const py::capsule& dz, const py::capsule& hidden, c
              threads, "out [V, H] (+)= dz [n, V]^T . hidden [n, H]");
 }
 
+float* writable(const py::capsule& capsule, const char* name, int64_t rows, int64_t columns) {
+    return const_cast<float*>(contiguous(memory.view(capsule, name, 2), name, rows, columns));
+}
+
 // q, k, v and out [T, heads * head_size] each.
 cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsule& key, const py::capsule& value,
-                                      const py::capsule& cu_seqlens, int64_t head_size, float scaling) {
+                                      const py::capsule& cu_seqlens, int64_t head_size, float scaling,
+                                      const OptionalCapsule& cos, const OptionalCapsule& sin) {
     const TensorView q = memory.view(query, "query", 2), k = memory.view(key, "key", 2),
                      c = memory.view(cu_seqlens, "cu_seqlens", 1);
     require(head_size > 0 && q.shape[1] % head_size == 0 && k.shape[1] % head_size == 0 && k.shape[1] > 0 &&
@@ -202,8 +207,8 @@ cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsul
             "query and key must have whole heads, and query a multiple of key's");
     require(c.dtype == DType::i64 && c.shape[0] > 0, "cu_seqlens must be int64 and not empty");
     cpu::PackedAttention a{};
-    a.query = contiguous(q, "query", q.shape[0], q.shape[1]);
-    a.key = contiguous(k, "key", q.shape[0], k.shape[1]);
+    a.query = writable(query, "query", q.shape[0], q.shape[1]);
+    a.key = writable(key, "key", q.shape[0], k.shape[1]);
     a.value = contiguous(memory.view(value, "value", 2), "value", q.shape[0], k.shape[1]);
     a.cu_seqlens = c.as<const int64_t>();
     a.sequences = c.shape[0] - 1;
@@ -211,6 +216,12 @@ cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsul
     a.key_value_heads = k.shape[1] / head_size;
     a.head_size = head_size;
     a.scaling = scaling;
+    require(cos.has_value() == sin.has_value(), "cos and sin go together");
+    if (cos) {
+        require(head_size % 2 == 0, "heads that are rotated must have an even size");
+        a.cos = writable(*cos, "cos", q.shape[0], head_size);
+        a.sin = writable(*sin, "sin", q.shape[0], head_size);
+    }
     require(a.cu_seqlens[0] == 0 && a.cu_seqlens[a.sequences] == q.shape[0],
             "cu_seqlens must begin with 0 and end with T");
     for (int64_t s = 0; s < a.sequences; ++s)
@@ -218,14 +229,10 @@ cpu::PackedAttention packed_attention(const py::capsule& query, const py::capsul
     return a;
 }
 
-float* writable(const py::capsule& capsule, const char* name, int64_t rows, int64_t columns) {
-    return const_cast<float*>(contiguous(memory.view(capsule, name, 2), name, rows, columns));
-}
-
 void attention_forward(const py::capsule& query, const py::capsule& key, const py::capsule& value,
-                       const py::capsule& cu_seqlens, int64_t head_size, float scaling, const py::capsule& out,
-                       const py::capsule& lse, int threads) {
-    const cpu::PackedAttention a = packed_attention(query, key, value, cu_seqlens, head_size, scaling);
+                       const py::capsule& cu_seqlens, int64_t head_size, float scaling, const OptionalCapsule& cos,
+                       const OptionalCapsule& sin, const py::capsule& out, const py::capsule& lse, int threads) {
+    const cpu::PackedAttention a = packed_attention(query, key, value, cu_seqlens, head_size, scaling, cos, sin);
     const int64_t tokens = a.cu_seqlens[a.sequences];
     float *to = writable(out, "out", tokens, a.queries()), *l = writable(lse, "lse", tokens, a.heads);
     py::gil_scoped_release release;
@@ -233,10 +240,11 @@ void attention_forward(const py::capsule& query, const py::capsule& key, const p
 }
 
 void attention_backward(const py::capsule& query, const py::capsule& key, const py::capsule& value,
-                        const py::capsule& cu_seqlens, int64_t head_size, float scaling, const py::capsule& out,
-                        const py::capsule& lse, const py::capsule& grad_out, const py::capsule& grad_query,
-                        const py::capsule& grad_key, const py::capsule& grad_value, int threads) {
-    const cpu::PackedAttention a = packed_attention(query, key, value, cu_seqlens, head_size, scaling);
+                        const py::capsule& cu_seqlens, int64_t head_size, float scaling, const OptionalCapsule& cos,
+                        const OptionalCapsule& sin, const py::capsule& out, const py::capsule& lse,
+                        const py::capsule& grad_out, const py::capsule& grad_query, const py::capsule& grad_key,
+                        const py::capsule& grad_value, int threads) {
+    const cpu::PackedAttention a = packed_attention(query, key, value, cu_seqlens, head_size, scaling, cos, sin);
     const int64_t tokens = a.cu_seqlens[a.sequences];
     const cpu::AttentionGradients g{writable(out, "out", tokens, a.queries()),
                                     writable(lse, "lse", tokens, a.heads),
@@ -271,16 +279,6 @@ void norm_backward(const py::capsule& x, const py::capsule& weight, float eps, c
           *w = dweight ? memory.vector(*dweight, "dweight", DType::f32, norm.size).as<float>() : nullptr;
     py::gil_scoped_release release;
     cpu::norm_backward(norm, d, more, to, w, threads);
-}
-
-void rotate(const py::capsule& x, const py::capsule& cos, const py::capsule& sin, bool back, int threads) {
-    const TensorView given = memory.view(x, "x", 2), angles = memory.view(cos, "cos", 2);
-    const int64_t rows = given.shape[0], width = given.shape[1], size = angles.shape[1];
-    require(size > 0 && size % 2 == 0 && width % size == 0, "x must have whole heads of cos's width, an even number");
-    float* to = writable(x, "x", rows, width);
-    const float *c = contiguous(angles, "cos", rows, size), *s = writable(sin, "sin", rows, size);
-    py::gil_scoped_release release;
-    cpu::rotate(to, c, s, rows, width / size, size, back, threads);
 }
 
 void gated_silu_forward(const py::capsule& gate, const py::capsule& up, const py::capsule& out, int threads) {
@@ -513,14 +511,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("weight_gradient_product", &weight_gradient_product, arg("dz"), arg("hidden"), arg("out"), arg("accumulate"),
           arg("threads"));
     m.def("attention_forward", &attention_forward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
-          arg("head_size"), arg("scaling"), arg("out"), arg("lse"), arg("threads"));
+          arg("head_size"), arg("scaling"), arg("cos"), arg("sin"), arg("out"), arg("lse"), arg("threads"));
     m.def("attention_backward", &attention_backward, arg("query"), arg("key"), arg("value"), arg("cu_seqlens"),
-          arg("head_size"), arg("scaling"), arg("out"), arg("lse"), arg("grad_out"), arg("grad_query"), arg("grad_key"),
-          arg("grad_value"), arg("threads"));
+          arg("head_size"), arg("scaling"), arg("cos"), arg("sin"), arg("out"), arg("lse"), arg("grad_out"),
+          arg("grad_query"), arg("grad_key"), arg("grad_value"), arg("threads"));
     m.def("norm_forward", &norm_forward, arg("x"), arg("weight"), arg("eps"), arg("out"), arg("threads"));
     m.def("norm_backward", &norm_backward, arg("x"), arg("weight"), arg("eps"), arg("dy"), arg("add"), arg("dx"),
           arg("dweight"), arg("threads"));
-    m.def("rotate", &rotate, arg("x"), arg("cos"), arg("sin"), arg("back"), arg("threads"));
     m.def("gated_silu_forward", &gated_silu_forward, arg("gate"), arg("up"), arg("out"), arg("threads"));
     m.def("gated_silu_backward", &gated_silu_backward, arg("gate"), arg("up"), arg("dy"), arg("dgate"), arg("dup"),
           arg("out"), arg("threads"));

@@ -46,3 +46,41 @@ def test_steps_are_those_of_clipped_adamw_for_parameters_of_any_layout() -> None
         assert not any(p.grad is not None and p.grad.any() for p in ours)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"parameter {i}: {text}")
+
+
+@pytest.mark.parametrize("way", ["zero_grad", "another gradient", "another optimizer"])
+def test_a_gradient_that_somebody_replaced_is_stepped_on_clipped_and_cleared(way: str) -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.0, max_grad_norm=1.0)
+    parameter.sum().backward()  # which is forgotten
+    parameter.grad = None
+    if way == "another optimizer":
+        PolicyOptimizer([("w", parameter)], learning_rate=0.0)
+    if way == "another gradient":
+        parameter.grad = torch.full((3,), 100.0)
+    else:
+        (100 * parameter).sum().backward()
+    assert float(optimizer.step()) == pytest.approx(100 * 3**0.5)
+    parameter.sum().backward()
+    assert float(optimizer.step()) == pytest.approx(3**0.5)
+    parameter.grad = None
+    assert float(optimizer.step()) == 0.0
+
+
+def test_a_transposed_parameter_goes_on_where_it_was() -> None:
+    gradient = torch.randn(3, 4)
+
+    def steps(parameter: nn.Parameter, state: dict[str, torch.Tensor] | None, count: int) -> dict[str, torch.Tensor]:
+        optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+        if state is not None:
+            optimizer.load_state_tensors({name: tensor.contiguous() for name, tensor in state.items()})
+        for _ in range(count):
+            (parameter * gradient * parameter.detach().cos()).sum().backward()
+            optimizer.step()
+        return {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+
+    start = torch.randn(4, 3)
+    whole, halves = nn.Parameter(start.clone().t()), nn.Parameter(start.clone().t())
+    steps(whole, None, 4)
+    steps(halves, steps(halves, None, 2), 2)
+    assert torch.equal(whole, halves)

@@ -20,6 +20,7 @@ class ReplicatedOptimizer(PolicyOptimizer):
 
     def step(self) -> Tensor:
         """As PolicyOptimizer.step, with the gradients of all ranks."""
+        self._take_replaced()
         for gradient in self.gradients:
             dist.all_reduce(gradient)
         return super().step()

@@ -107,9 +107,12 @@ def plain_modules(base: Any) -> list[nn.Module]:
 
 def _modules_of(base: Any) -> list[Any]:
     """As `base.modules()`, without names, which take most of its time: this is asked several times a round."""
-    found = [base]
+    found, seen = [base], {id(base)}
     for module in found:  # which grows meanwhile
-        found += [child for child in module._modules.values() if child is not None]
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
     return found
 
 

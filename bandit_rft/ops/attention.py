@@ -55,25 +55,42 @@ class _PackedAttention(torch.autograd.Function):
         return *once(gradients), None, None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(out [T, heads, head_size], lse [T, heads]: the logarithm of each softmax's denominator); contiguous tensors."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [T, heads, head_size], lse [T, heads]: the logarithm of each softmax's denominator); contiguous tensors.
+
+    With `rotation`, (cos, sin) [T, head_size] of rotary positions, query and key are rotated in place first.
+    """
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-    inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
+    inputs = _inputs(query, key, value, cu_seqlens, scaling, rotation)
     _native().attention_forward(*inputs, _flat(out), to_dlpack(lse), torch.get_num_threads())
     return out, lse
 
 
 def attend_backward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, out: Tensor, lse: Tensor,
-    grad_out: Tensor,
+    grad_out: Tensor, rotation: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What query, key and value are to get; contiguous tensors."""
+    """What query, key and value are to get; contiguous tensors, as `attend` has left them.
+
+    With `rotation`, query's and key's are of what they were before it.
+    """
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    inputs = [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling]
+    inputs = _inputs(query, key, value, cu_seqlens, scaling, rotation)
     _native().attention_backward(
         *inputs, _flat(out), to_dlpack(lse), _flat(grad_out), *map(_flat, gradients), torch.get_num_threads()
     )
     return gradients
+
+
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float,
+    rotation: tuple[Tensor, Tensor] | None,
+) -> list[Any]:  # fmt: skip
+    cos, sin = (None, None) if rotation is None else (to_dlpack(x.detach()) for x in rotation)
+    return [*map(_flat, (query, key, value)), to_dlpack(cu_seqlens), query.shape[2], scaling, cos, sin]
 
 
 def _flat(x: Tensor) -> Any:

@@ -117,10 +117,8 @@ class _DecoderLayer(torch.autograd.Function):
         q, k, v = _linear(h, w.q_proj, w.q_bias), _linear(h, w.k_proj, w.k_bias), _linear(h, w.v_proj, w.v_bias)
         plain_q, plain_k = q, k  # a norm of heads is differentiated at what went in
         q, k = _norm_heads(q, w.q_norm, eps), _norm_heads(k, w.k_norm, eps)
-        _rotate(q, layout)
-        _rotate(k, layout)
         out, lse = attend(
-            _heads(q, layout), _heads(k, layout), _heads(v, layout), layout.cu_seqlens, layout.scaling
+            _heads(q, layout), _heads(k, layout), _heads(v, layout), layout.cu_seqlens, layout.scaling, layout[1:3]
         )  # fmt: skip
         mixed, residual = out.flatten(1), x
         if rows is not None:
@@ -169,11 +167,9 @@ class _DecoderLayer(torch.autograd.Function):
             dmixed, dx = (t.new_zeros(len(x), t.shape[1]).index_add_(0, rows, t) for t in (dmixed, dx1))
         of_heads = attend_backward(
             _heads(q, layout), _heads(k, layout), _heads(v, layout), layout.cu_seqlens, layout.scaling, out, lse,
-            dmixed.view_as(out),
+            dmixed.view_as(out), layout[1:3],
         )  # fmt: skip
         dq, dk, dv = (t.flatten(1) for t in of_heads)
-        _rotate(dq, layout, back=True)
-        _rotate(dk, layout, back=True)
         dq, found["q_norm"] = _norm_heads_backward(plain_q, w.q_norm, layout.eps, dq, wanted.q_norm)
         dk, found["k_norm"] = _norm_heads_backward(plain_k, w.k_norm, layout.eps, dk, wanted.k_norm)
         for name, dz in (("q", dq), ("k", dk), ("v", dv)):
@@ -243,11 +239,6 @@ def _norm_heads_backward(
         return dy, None
     dx, dweight = _norm_backward(x.view(-1, len(weight)), weight, eps, dy.view(-1, len(weight)), wanted)
     return dx.view_as(x), dweight
-
-
-def _rotate(x: Tensor, layout: Layout, back: bool = False) -> None:
-    """In place."""
-    _native().rotate(_dl(x), _dl(layout.cos), _dl(layout.sin), back, torch.get_num_threads())
 
 
 def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:

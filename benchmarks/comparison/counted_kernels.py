@@ -105,10 +105,12 @@ def attention_kernels(core: Any, sequences: int, length: int) -> Iterator[Kernel
     tokens = sequences * length
     q, k, v = (normal(tokens, heads * SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
     bounds, out, lse = np.arange(sequences + 1) * length, np.empty_like(q), np.empty((tokens, HEADS), np.float32)
+    angles = normal(tokens, SIZE)
+    cos, sin = np.cos(angles), np.sin(angles)
     gradients = [np.empty_like(x) for x in (q, k, v)]
 
     def inputs() -> list[Any]:
-        return [*map(dl, (q, k, v, bounds)), SIZE, SIZE**-0.5, dl(out), dl(lse)]
+        return [*map(dl, (q, k, v, bounds)), SIZE, SIZE**-0.5, dl(cos), dl(sin), dl(out), dl(lse)]
 
     yield "attention_forward", tokens, lambda: core.attention_forward(*inputs(), 1)
     yield "attention_backward", tokens, lambda: core.attention_backward(*inputs(), dl(q), *map(dl, gradients), 1)
@@ -116,7 +118,7 @@ def attention_kernels(core: Any, sequences: int, length: int) -> Iterator[Kernel
 
 def layer_kernels(core: Any, tokens: int) -> Iterator[Kernel]:
     x, dy, weight, out = normal(tokens, HIDDEN), normal(tokens, HIDDEN), normal(HIDDEN), np.empty(HIDDEN, np.float32)
-    y, heads, angles = np.empty_like(x), normal(tokens, HEADS * SIZE), normal(tokens, SIZE)
+    y = np.empty_like(x)
     gate, up, grad = (normal(tokens, INTERMEDIATE) for _ in range(3))
     results = [np.empty_like(gate) for _ in range(3)]
     yield "norm_forward", tokens, lambda: core.norm_forward(dl(x), dl(weight), 1e-6, dl(y), 1)
@@ -124,7 +126,6 @@ def layer_kernels(core: Any, tokens: int) -> Iterator[Kernel]:
         "norm_backward", tokens,
         lambda: core.norm_backward(dl(x), dl(weight), 1e-6, dl(dy), dl(dy), dl(y), dl(out), 1),
     )  # fmt: skip
-    yield "rotate", tokens, lambda: core.rotate(dl(heads), dl(angles), dl(angles), False, 1)
     yield "gated_silu_forward", tokens, lambda: core.gated_silu_forward(dl(gate), dl(up), dl(results[0]), 1)
     yield (
         "gated_silu_backward", tokens,

@@ -17,14 +17,14 @@ from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.trainer import Trainer
 
 PROMPTS, TOKENS, LOSS = "reading prompts", "drawing tokens", "head and loss"
-ATTENTION, PRODUCTS, OPTIMIZER = "attention", "products of the layers", "clipping and optimizer"
-ELEMENTS, REST = "norms, activations, rotations, residuals, copies", "autograd, rewards, metrics, Python"
+ATTENTION, PRODUCTS, OPTIMIZER = "rotations and attention", "products of the layers", "clipping and optimizer"
+ELEMENTS, REST = "norms, activations, residuals, copies", "autograd, rewards, metrics, Python"
 KINDS = (PROMPTS, TOKENS, PRODUCTS, ATTENTION, ELEMENTS, LOSS, OPTIMIZER, REST)
 ROUND = "a round"
 #: The parts of a layer in the core.
 PARTS = {
     "_linear": PRODUCTS, "_input_gradient": PRODUCTS, "_weight_gradient": PRODUCTS, "attend": ATTENTION,
-    "attend_backward": ATTENTION, "_norm": ELEMENTS, "_norm_backward": ELEMENTS, "_rotate": ELEMENTS,
+    "attend_backward": ATTENTION, "_norm": ELEMENTS, "_norm_backward": ELEMENTS,
     "_gated_silu": ELEMENTS, "_gated_silu_backward": ELEMENTS,
 }  # fmt: skip
 OPERATIONS = {"aten::mm": PRODUCTS, "aten::addmm": PRODUCTS, "aten::bmm": PRODUCTS}

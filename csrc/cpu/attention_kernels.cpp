@@ -64,7 +64,6 @@ struct Block {
 
     Block(int64_t begin, int64_t length)
         : first(begin), count(smaller(kPanel, length - begin)), keys(begin + count), width(int(count)) {}
-    int lanes() const { return computed_lanes(width); }
 };
 
 // scores [keys, kPanel] with those a query does not see at -inf.
@@ -73,6 +72,47 @@ BRFT_INLINE void masked_scores(const Block& block, const float* keys, int64_t st
     product(block.keys, keys, stride, queries, size, block.width, scores);
     for (int64_t j = block.first; j < block.keys; ++j)
         for (int64_t l = 0; l < j - block.first; ++l) scores[j * kPanel + l] = -INFINITY;
+}
+
+// Calls each(G, lane) for vectors of the lanes that are computed where the first `width` of a panel count.
+template <class Each>
+BRFT_INLINE void by_vectors(int width, const Each& each) {
+    const int lanes = computed_lanes(width);
+    if (lanes < BRFT_LANES) return each(Group<kFew>(), 0);
+    for (int lane = 0; lane < lanes; lane += BRFT_LANES) each(Group<BRFT_LANES>(), lane);
+}
+
+// exp(scores - largest) over scores [keys, a vector of each kPanel], and their sums.
+template <class G>
+BRFT_INLINE void exponentiate(int64_t keys, float* scores, float* largest, float* total) {
+    auto most = G::load(scores), sum = typename G::Vector{};  // every query sees the first key
+    for (int64_t j = 1; j < keys; ++j) {
+        const auto s = G::load(scores + j * kPanel);
+        most = s > most ? s : most;
+    }
+    G::store(largest, most);
+    for (int64_t j = 0; j < keys; ++j) {
+        float* row = scores + j * kPanel;
+#pragma omp simd
+        for (int l = 0; l < G::kLanes; ++l) row[l] = exp_fast(row[l] - largest[l]);
+        sum += G::load(row);
+    }
+    G::store(total, sum);
+}
+
+// P = exp(weights - lse) over weights, and dS = P * (dP - mean) over grad_scores, of a vector of each kPanel.
+template <class G>
+BRFT_INLINE void softmax_backward(int64_t keys, float* weights, float* grad_scores, const float* lse,
+                                  const float* mean) {
+    for (int64_t j = 0; j < keys; ++j) {
+        float *row = weights + j * kPanel, *grad = grad_scores + j * kPanel;
+#pragma omp simd
+        for (int l = 0; l < G::kLanes; ++l) {
+            const float p = exp_fast(row[l] - lse[l]);
+            row[l] = p;
+            grad[l] = p * (grad[l] - mean[l]);
+        }
+    }
 }
 
 int64_t scratch_floats(const PackedAttention& a, int64_t longest) {
@@ -95,34 +135,18 @@ void forward(const PackedAttention& a, const AttentionUnit& unit, float* out, fl
             const int64_t first = (unit.begin + i) * a.queries() + head * size;
             to_panel(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
             masked_scores(block, keys, a.key_values(), queries_t, size, scores);
-            const int lanes = block.lanes();
             alignas(64) float largest[kPanel], total[kPanel];
-            for (int l = 0; l < lanes; ++l) {
-                largest[l] = scores[l];  // every query sees the first key
-                total[l] = 0.0f;
-            }
-            for (int64_t j = 1; j < block.keys; ++j) {
-#pragma omp simd
-                for (int l = 0; l < lanes; ++l) {
-                    const float s = scores[j * kPanel + l];
-                    largest[l] = s > largest[l] ? s : largest[l];
-                }
-            }
-            for (int64_t j = 0; j < block.keys; ++j) {
-#pragma omp simd
-                for (int l = 0; l < lanes; ++l) {
-                    const float e = exp_fast(scores[j * kPanel + l] - largest[l]);
-                    scores[j * kPanel + l] = e;
-                    total[l] += e;
-                }
-            }
+            by_vectors(block.width, [&](auto of, int lane) {
+                exponentiate<decltype(of)>(block.keys, scores + lane, largest + lane, total + lane);
+            });
             product(size, values_t, columns, scores, block.keys, block.width, out_t);
             for (int64_t l = 0; l < block.count; ++l)
                 lse[(unit.begin + i + l) * a.heads + head] = largest[l] + logf(total[l]);
-            for (int64_t d = 0; d < size; ++d) {
-#pragma omp simd
-                for (int l = 0; l < lanes; ++l) out_t[d * kPanel + l] /= total[l];
-            }
+            by_vectors(block.width, [&](auto of, int lane) {
+                const auto inverse = 1.0f / of.load(total + lane);
+                for (int64_t d = 0; d < size; ++d)
+                    of.store(out_t + d * kPanel + lane, of.load(out_t + d * kPanel + lane) * inverse);
+            });
             from_panel(out_t, block.count, size, out + first, a.queries());
         }
     }
@@ -148,27 +172,20 @@ void backward(const PackedAttention& a, const AttentionUnit& unit, const Attenti
             to_panel(a.query + first, a.queries(), block.count, size, a.scaling, queries_t);
             to_panel(g.grad_out + first, a.queries(), block.count, size, 1.0f, grad_out_t);
             alignas(64) float lse[kPanel] = {}, mean[kPanel] = {};
-            for (int64_t l = 0; l < block.count; ++l) {
-                const float *o = g.out + first + l * a.queries(), *d_o = g.grad_out + first + l * a.queries();
-                lse[l] = g.lse[(unit.begin + i + l) * a.heads + head];
-                float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t d = 0; d < size; ++d) sum += o[d] * d_o[d];
-                mean[l] = sum;
+            for (int64_t l = 0; l < block.count; ++l) lse[l] = g.lse[(unit.begin + i + l) * a.heads + head];
+            float* const out_t = grad_query_t;  // which is not there yet
+            to_panel(g.out + first, a.queries(), block.count, size, 1.0f, out_t);
+            for (int64_t d = 0; d < size; ++d) {
+#pragma omp simd
+                for (int l = 0; l < kPanel; ++l) mean[l] += out_t[d * kPanel + l] * grad_out_t[d * kPanel + l];
             }
             in_panels(a.query + first, a.queries(), block.count, size, a.scaling, queries);
             in_panels(g.grad_out + first, a.queries(), block.count, size, 1.0f, grad_outs);
             masked_scores(block, keys, a.key_values(), queries_t, size, weights);
             product(block.keys, values, a.key_values(), grad_out_t, size, block.width, grad_scores);
-            const int lanes = block.lanes();
-            for (int64_t j = 0; j < block.keys; ++j) {
-#pragma omp simd
-                for (int l = 0; l < lanes; ++l) {
-                    const float p = exp_fast(weights[j * kPanel + l] - lse[l]);
-                    weights[j * kPanel + l] = p;
-                    grad_scores[j * kPanel + l] = p * (grad_scores[j * kPanel + l] - mean[l]);
-                }
-            }
+            by_vectors(block.width, [&](auto of, int lane) {
+                softmax_backward<decltype(of)>(block.keys, weights + lane, grad_scores + lane, lse + lane, mean + lane);
+            });
             product(size, keys_t, columns, grad_scores, block.keys, block.width, grad_query_t);
 #pragma omp simd
             for (int64_t k = 0; k < size * kPanel; ++k) grad_query_t[k] *= a.scaling;
@@ -182,11 +199,10 @@ void backward(const PackedAttention& a, const AttentionUnit& unit, const Attenti
             }
         }
     }
-    for (int64_t j = 0; j < length; ++j)
-        for (int64_t d = 0; d < size; ++d) {
-            g.key[at + j * a.key_values() + d] = grad_keys[j * wide + d];
-            g.value[at + j * a.key_values() + d] = grad_values[j * wide + d];
-        }
+    for (int64_t j = 0; j < length; ++j) {
+        memcpy(g.key + at + j * a.key_values(), grad_keys + j * wide, sizeof(float) * size_t(size));
+        memcpy(g.value + at + j * a.key_values(), grad_values + j * wide, sizeof(float) * size_t(size));
+    }
 }
 
 }  // namespace BRFT_ISA

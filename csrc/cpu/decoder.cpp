@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -12,7 +11,6 @@
 namespace bandit_rft::cpu {
 namespace {
 
-constexpr size_t kLine = 64;
 constexpr int64_t kWorthAThread = 1 << 21;  // multiply-adds of a pass; some 50 microseconds
 constexpr int64_t kReadAtOnce = 256;        // tokens of prompts in one pass
 
@@ -29,18 +27,16 @@ struct Share {
 
 }  // namespace
 
-void Decoder::Freed::operator()(float* memory) const { ::operator delete(memory, std::align_val_t(kLine)); }
-
 float* Decoder::Buffer::of(size_t floats) {
     if (floats > size) {
-        memory.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(kLine))));
-        std::memset(memory.get(), 0, floats * sizeof(float));
+        memory = lines(floats);
         size = floats;
     }
     return memory.get();
 }
 
 Decoder::Decoder(const DecoderModel& model) : model_(model), kernels_(kernels().decoder) {
+    require(!model.layers.empty(), "a decoder needs a layer");
     require(model.head_size > 0 && model.head_size % 2 == 0, "head_size must be even and positive");
     require(model.key_value_heads > 0 && model.heads % model.key_value_heads == 0,
             "heads must be a multiple of key_value_heads");
@@ -101,7 +97,7 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
     int64_t sequence = 0, begin = 0;
     std::vector<int64_t> places;
     while (sequence < batch) {
-        Pass pass{0, tokens, nullptr, {}, hidden, &kernels_->wide};
+        Pass pass{0, tokens, nullptr, {}, {}, hidden, &kernels_->wide};
         places.clear();
         while (sequence < batch && pass.rows < kReadAtOnce) {
             const int64_t count = std::min(lengths[sequence] - begin, kReadAtOnce - pass.rows);
@@ -109,7 +105,9 @@ void Decoder::prefill(const int64_t* tokens, const int64_t* lengths, int64_t bat
             for (int64_t i = 0; i < count; ++i) places.push_back(begin + i);
             pass.rows += count;
             begin += count;
-            if (begin == lengths[sequence]) ++sequence, begin = 0;
+            if (begin < lengths[sequence]) continue;
+            pass.last.push_back({sequence, pass.rows - 1});
+            ++sequence, begin = 0;
         }
         pass.positions = places.data();
         tokens += pass.rows;
@@ -166,7 +164,7 @@ void Decoder::step(const int64_t* tokens, const int64_t* positions, float* hidde
     for (int64_t b = 0; b < batch_; ++b)
         require(positions[b] >= 0 && positions[b] < positions_, "positions must lie in the table of rotations");
     ++columns_;
-    run({batch_, tokens, positions, {}, hidden, alone() ? &kernels_->single : &kernels_->wide}, threads);
+    run({batch_, tokens, positions, {}, {}, hidden, alone() ? &kernels_->single : &kernels_->wide}, threads);
 }
 
 int64_t Decoder::computed(int64_t sequences) const {
@@ -218,8 +216,8 @@ void Decoder::run(const Pass& pass, int threads) {
 
 void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     const StepKernels& kernel = *pass.kernels;
-    const int64_t width = kernel.panel, panels = pass.panels(), hidden_size = model_.hidden_size;
-    const int64_t tile = kernels_->rows_at_once(pass.rows);
+    const int64_t width = kernel.panel, hidden_size = model_.hidden_size;
+    int64_t rows = pass.rows, panels = pass.panels(), tile = kernels_->rows_at_once(rows);
     const int64_t queries = model_.heads * model_.head_size, key_values = model_.key_value_heads * model_.head_size;
     const auto in_panels = [&](float* data, int64_t rows) { return Panels{data, rows * width}; };
     const Panels residual = in_panels(member.residual.memory.get(), hidden_size);
@@ -229,7 +227,7 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
     const Panels projected = in_panels(projected_.memory.get(), hidden_size);
     const Panels activated = in_panels(activated_.memory.get(), model_.intermediate_size);
     float* const scratch = member.scratch.memory.get();
-    const auto members_of = [&](int64_t p) { return int(std::min(width, pass.rows - p * width)); };
+    const auto members_of = [&](int64_t p) { return int(std::min(width, rows - p * width)); };
 
     const auto norm = [&](const Panels& x, const float* weight) {
         if (!weight) return x;
@@ -242,23 +240,23 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         for (int64_t p = 0; p < panels; ++p)
             kernel.add(residual.data + p * residual.stride, y.data + p * y.stride, hidden_size, members_of(p));
     };
-    // Calls work(begin, end) with this member's rows of a matrix that comes after `before` others' tiles, of `all` in
-    // total.
-    const auto rows_of = [&](int64_t rows, int64_t before, int64_t all, const auto& do_rows) {
+    const auto tiles = [&](int64_t outputs) { return (outputs + tile - 1) / tile; };
+    // Calls work(begin, end) with this member's outputs of a matrix that comes after `before` others' tiles, of `all`
+    // in total.
+    const auto outputs_of = [&](int64_t outputs, int64_t before, int64_t all, const auto& compute) {
         const Share share(all, index, size);
-        const int64_t tiles = (rows + tile - 1) / tile;
-        const int64_t begin = std::max<int64_t>(share.begin - before, 0), end = std::min(share.end - before, tiles);
-        if (begin < end) do_rows(begin * tile, std::min(end * tile, rows));
-        return before + tiles;
+        const int64_t begin = std::max<int64_t>(share.begin - before, 0);
+        const int64_t end = std::min(share.end - before, tiles(outputs));
+        if (begin < end) compute(begin * tile, std::min(end * tile, outputs));
+        return before + tiles(outputs);
     };
-    const auto tiles = [&](int64_t rows) { return (rows + tile - 1) / tile; };
     // Where every member has as many heads, of whole tiles, it attends with those that it multiplied itself, and waits
     // for nobody.
     const bool own_heads =
         model_.key_value_heads % size == 0 && model_.head_size % tile == 0 && !model_.norms_over_all_heads;
 
     for (int64_t r = 0; r < panels * width; ++r) {
-        const float* from = r < pass.rows ? model_.embedding + pass.tokens[r] * hidden_size : nullptr;
+        const float* from = r < rows ? model_.embedding + pass.tokens[r] * hidden_size : nullptr;
         float* to = residual.data + r / width * residual.stride + r % width;
         for (int64_t k = 0; k < hidden_size; ++k) to[k * width] = from ? from[k] : 0.0f;
     }
@@ -267,7 +265,7 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         Panels in = norm(residual, layer.before_attention);
         const struct {
             const float *weight, *bias;
-            int64_t rows, at;
+            int64_t outputs, at;
         } products[] = {{layer.q, layer.q_bias, queries, 0},
                         {layer.k, layer.k_bias, key_values, queries},
                         {layer.v, layer.v_bias, key_values, queries + key_values}};
@@ -275,13 +273,13 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         int64_t before = 0;
         for (const auto& m : products) {
             const auto some = [&](int64_t begin, int64_t end) {
-                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, pass.rows,
+                kernel.product(m.weight, m.bias, hidden_size, begin, end, in, rows,
                                {qkv.data + m.at * width, qkv.stride}, scratch);
             };
             if (own_heads)
-                some(m.rows * index / size, m.rows * (index + 1) / size);
+                some(m.outputs * index / size, m.outputs * (index + 1) / size);
             else
-                before = rows_of(m.rows, before, all, some);
+                before = outputs_of(m.outputs, before, all, some);
         }
         if (!own_heads) barrier_.wait(size);
         if (model_.norms_over_all_heads) {  // which reads what others rotate where it is
@@ -293,37 +291,49 @@ void Decoder::work(const Pass& pass, Member& member, int index, int size) {
         if (!pass.runs.empty()) {
             read_runs(pass, int64_t(l), member, index, size);
             barrier_.wait(size);
+            if (l + 1 == model_.layers.size()) {  // the others' keys and values were all that is wanted of them
+                if (pass.last.empty()) return;
+                const Share mine(queries, index, size);
+                keep_last(pass, residual, 0, hidden_size);
+                keep_last(pass, attended, mine.begin, mine.end);
+                rows = int64_t(pass.last.size());
+                panels = (rows + width - 1) / width;
+                tile = kernels_->rows_at_once(rows);
+                barrier_.wait(size);
+            }
         }
-        rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
-            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, pass.rows, projected, scratch);
+        outputs_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
+            kernel.product(layer.o, layer.o_bias, queries, begin, end, attended, rows, projected, scratch);
         });
         barrier_.wait(size);
         add(norm(projected, layer.after_attention));
         in = norm(residual, layer.before_mlp);
-        rows_of(model_.intermediate_size, 0, tiles(model_.intermediate_size), [&](int64_t begin, int64_t end) {
-            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, pass.rows, activated, scratch);
+        outputs_of(model_.intermediate_size, 0, tiles(model_.intermediate_size), [&](int64_t begin, int64_t end) {
+            kernel.gated_product(layer.gate, layer.up, hidden_size, begin, end, in, rows, activated, scratch);
         });
         barrier_.wait(size);
-        rows_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
-            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, pass.rows, projected,
+        outputs_of(hidden_size, 0, tiles(hidden_size), [&](int64_t begin, int64_t end) {
+            kernel.product(layer.down, nullptr, model_.intermediate_size, begin, end, activated, rows, projected,
                            scratch);
         });
         barrier_.wait(size);
         add(norm(projected, layer.after_mlp));
     }
     const Panels last = norm(residual, model_.final_norm);
-    const auto write = [&](int64_t row, float* to) {
-        const float* from = last.data + row / width * last.stride + row % width;
+    const Share mine(rows, index, size);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+        const float* from = last.data + r / width * last.stride + r % width;
+        float* to = pass.hidden + (pass.last.empty() ? r : pass.last[size_t(r)].sequence) * hidden_size;
         for (int64_t k = 0; k < hidden_size; ++k) to[k] = from[k * width];
-    };
-    if (pass.runs.empty()) {
-        const Share mine(pass.rows, index, size);
-        for (int64_t r = mine.begin; r < mine.end; ++r) write(r, pass.hidden + r * hidden_size);
-    } else if (index == 0) {
-        for (const Run& run : pass.runs)
-            if (run.begin + run.count == columns_ - first_[size_t(run.sequence)])
-                write(run.row + run.count - 1, pass.hidden + run.sequence * hidden_size);
     }
+}
+
+// Moves the last tokens of prompts to the first lanes, of the elements [begin, end) of each.
+void Decoder::keep_last(const Pass& pass, const Panels& x, int64_t begin, int64_t end) const {
+    const int64_t width = pass.kernels->panel;
+    const auto lane = [&](int64_t row) { return x.data + row / width * x.stride + row % width; };
+    for (size_t i = 0; i < pass.last.size(); ++i)
+        for (int64_t k = begin; k < end; ++k) lane(int64_t(i))[k * width] = lane(pass.last[i].row)[k * width];
 }
 
 // 1 / rms of each lane's queries and keys, for norms over all heads.
@@ -391,10 +401,11 @@ void Decoder::read_runs(const Pass& pass, int64_t which, Member& member, int ind
     const int64_t width = kernels_->wide.panel, head_size = model_.head_size, heads = model_.key_value_heads;
     const int64_t group = model_.heads / heads, queries = model_.heads * head_size, key_values = heads * head_size;
     const int64_t between = (queries + 2 * key_values) * width;
-    const Share share(int64_t(pass.runs.size()) * heads, index, size);
+    const int64_t runs = int64_t(pass.runs.size());
+    const Share share(runs * heads, index, size);  // by heads: lanes of a cache line are several sequences'
     for (int64_t unit = share.begin; unit < share.end; ++unit) {
-        const Run& run = pass.runs[size_t(unit / heads)];
-        const int64_t head = unit % heads, first = first_[size_t(run.sequence)];
+        const Run& run = pass.runs[size_t(unit % runs)];
+        const int64_t head = unit / runs, first = first_[size_t(run.sequence)];
         HeadPrefill a{};
         a.head_size = head_size;
         a.group = group;

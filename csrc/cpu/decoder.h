@@ -5,14 +5,15 @@
 //
 // A small model's step is some 200 operations of a few microseconds, so what calls them costs more than they do. Here
 // it is one call: the threads meet four to six times a layer, and each keeps its own copy of the residual stream in
-// between. Prompts are read the same way, with tokens side by side in the lanes instead of sequences.
+// between. Prompts are read the same way, with tokens side by side in the lanes instead of sequences; in the last layer
+// only their last tokens go on after attention.
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "decoder_kernels.h"
+#include "lines.h"
 #include "threads.h"
 
 namespace bandit_rft::cpu {
@@ -53,11 +54,8 @@ class Decoder {
     int64_t computed(int64_t sequences) const;
 
   private:
-    struct Freed {
-        void operator()(float* memory) const;
-    };
-    struct Buffer {  // grows, never initializes; on a cache line's boundary
-        std::unique_ptr<float, Freed> memory;
+    struct Buffer {  // grows, and is not cleared again
+        Lines memory;
         size_t size = 0;
         float* of(size_t floats);
     };
@@ -68,10 +66,14 @@ class Decoder {
     struct Run {  // consecutive tokens of one sequence in consecutive rows, after `begin` others
         int64_t sequence, begin, row, count;
     };
+    struct Last {  // the last token of a prompt, of which alone the hidden state is wanted
+        int64_t sequence, row;
+    };
     struct Pass {  // rows of tokens through all layers: one token of each sequence, or runs of a prompt's
         int64_t rows;
         const int64_t *tokens, *positions;
         std::vector<Run> runs;
+        std::vector<Last> last;
         float* hidden;
         const StepKernels* kernels;
         int64_t panels() const { return (rows + kernels->panel - 1) / kernels->panel; }
@@ -82,6 +84,7 @@ class Decoder {
     void work(const Pass& pass, Member& member, int index, int size);
     void inverses_of_heads(const Pass& pass, const DecoderLayer& layer, int index, int size);
     void attend(const Pass& pass, const DecoderLayer& layer, int64_t which, Member& member, int index, int size);
+    void keep_last(const Pass& pass, const Panels& x, int64_t begin, int64_t end) const;
     void read_runs(const Pass& pass, int64_t which, Member& member, int index, int size);
     int64_t panels_of(int64_t rows) const { return (rows + kernels_->wide.panel - 1) / kernels_->wide.panel; }
     // The cache is in blocks of the keys, or values, of one layer and panel, or of one sequence where each has its own.

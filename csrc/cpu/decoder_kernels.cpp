@@ -327,31 +327,47 @@ BRFT_INLINE void attend_to_one(const Cached<true>& keys, const Cached<true>& val
     mix_all<Lanes>(values, scores, total, head_size, 0, columns, out);
 }
 
-BRFT_INLINE float* lane(const Panels& panels, int64_t row, int64_t d) {
-    return panels.data + row / kPanel * panels.stride + d * kPanel + row % kPanel;
+// Calls each(floats before a panel's first row, i, n) for rows [row, row + count): row + i and the n - 1 after it lie
+// side by side there.
+template <class Each>
+BRFT_INLINE void side_by_side(const Panels& panels, int64_t row, int64_t count, const Each& each) {
+    for (int64_t i = 0; i < count;) {
+        const int64_t lane = (row + i) % kPanel, n = count - i < kPanel - lane ? count - i : kPanel - lane;
+        each((row + i) / kPanel * panels.stride + lane, i, n);
+        i += n;
+    }
+}
+
+// A head's new columns, `fresh`, into the cache and, after those before them, to `to` [columns, head_size].
+BRFT_INLINE void gather(const HeadPrefill& a, const Panels& fresh, float* cached, const Stride& stride, float* to) {
+    for (int64_t t = 0; t < a.begin; ++t)
+        for (int64_t d = 0; d < a.head_size; ++d)
+            to[t * a.head_size + d] = cached[t * stride.column + d * stride.element];
+    side_by_side(fresh, a.row, a.count, [&](int64_t at, int64_t i, int64_t n) {
+        for (int64_t t = 0; t < n; ++t)
+            for (int64_t d = 0; d < a.head_size; ++d) {
+                const float x = fresh.data[at + d * kPanel + t];
+                to[(a.begin + i + t) * a.head_size + d] = x;
+                cached[(a.begin + i + t) * stride.column + d * stride.element] = x;
+            }
+    });
 }
 
 void prefill(const HeadPrefill& a) {
     const int64_t columns = a.begin + a.count, size = a.head_size;
     float *q = a.scratch, *scores = q + size * kPanel, *keys = scores + columns * kPanel,
           *values = keys + columns * size;
-    for (int64_t t = 0; t < columns; ++t)
-        for (int64_t d = 0; d < size; ++d) {
-            float& key = a.keys[t * a.key_stride.column + d * a.key_stride.element];
-            float& value = a.values[t * a.value_stride.column + d * a.value_stride.element];
-            if (t >= a.begin) {
-                key = *lane(a.key, a.row + t - a.begin, d);
-                value = *lane(a.value, a.row + t - a.begin, d);
-            }
-            keys[t * size + d] = key;
-            values[t * size + d] = value;
-        }
+    gather(a, a.key, a.keys, a.key_stride, keys);
+    gather(a, a.value, a.values, a.value_stride, values);
     for (int64_t head = 0; head < a.group; ++head)
         for (int64_t i = 0; i < a.count; i += kPanel) {
             const int members = int(a.count - i < kPanel ? a.count - i : kPanel);
-            for (int64_t d = 0; d < size; ++d)
-                for (int l = 0; l < kPanel; ++l)
-                    q[d * kPanel + l] = l < members ? *lane(a.query, a.row + i + l, head * size + d) : 0.0f;
+            memset(q, 0, sizeof(float) * size_t(size * kPanel));
+            side_by_side(a.query, a.row + i, members, [&](int64_t at, int64_t first, int64_t n) {
+                const float* from = a.query.data + at + head * size * kPanel;
+                for (int64_t d = 0; d < size; ++d)
+                    memcpy(q + d * kPanel + first, from + d * kPanel, sizeof(float) * size_t(n));
+            });
             const auto attend = [&](auto lanes) {
                 attend_to_one<lanes.kLanes>({keys, size, 0}, {values, size, 0}, q, size, a.begin + i, members, scores,
                                             q);
@@ -366,8 +382,11 @@ void prefill(const HeadPrefill& a) {
                 default:
                     attend(Group<BRFT_LANES>());
             }
-            for (int64_t d = 0; d < size; ++d)
-                for (int l = 0; l < members; ++l) *lane(a.out, a.row + i + l, head * size + d) = q[d * kPanel + l];
+            side_by_side(a.out, a.row + i, members, [&](int64_t at, int64_t first, int64_t n) {
+                float* to = a.out.data + at + head * size * kPanel;
+                for (int64_t d = 0; d < size; ++d)
+                    memcpy(to + d * kPanel, q + d * kPanel + first, sizeof(float) * size_t(n));
+            });
         }
 }
 

@@ -38,15 +38,6 @@ void norm_backward(const Norm& n, const float* dy, const float* add, float* dx, 
         for (int64_t i = 0; i < n.size; ++i) dweight[i] += sums[size_t(b * n.size + i)];
 }
 
-void rotate(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t head_size, bool back,
-            int threads) {
-    const int64_t width = heads * head_size;
-    parallel(rows, rows_a_block(width), rows * width / kNumbersPerLogit, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-            kernels().layer->rotate(x + i * width, cos + i * head_size, sin + i * head_size, heads, head_size, back);
-    });
-}
-
 void gated_silu_forward(const float* gate, const float* up, int64_t count, float* out, int threads) {
     parallel(count, kNumbers, count / kSigmoidsPerLogit, threads, [&](int64_t begin, int64_t end) {
         kernels().layer->silu_forward(gate + begin, up + begin, end - begin, out + begin);

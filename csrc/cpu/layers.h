@@ -20,10 +20,6 @@ void norm_forward(const Norm&, float* out, int threads);
 // dx = add + the norm's own; `add` may be null, and dweight [size], if nobody wants it.
 void norm_backward(const Norm&, const float* dy, const float* add, float* dx, float* dweight, int threads);
 
-// In place, x [rows, heads, head_size] by cos and sin [rows, head_size]; `back`: the gradient's way.
-void rotate(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t head_size, bool back,
-            int threads);
-
 void gated_silu_forward(const float* gate, const float* up, int64_t count, float* out, int threads);
 // out is computed once more: its memory did not have to be kept. dup may be dy.
 void gated_silu_backward(const float* gate, const float* up, const float* dy, int64_t count, float* dgate, float* dup,
@@ -33,7 +29,8 @@ struct LayerKernels {
     void (*norm_forward)(const Norm&, int64_t begin, int64_t end, float* out);
     void (*norm_backward)(const Norm&, int64_t begin, int64_t end, const float* dy, const float* add, float* dx,
                           float* dweight);  // to which is added
-    void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t head_size, bool back);  // a row
+    // In place, x [heads, head_size] of one token by cos and sin [head_size]; `back`: the gradient's way.
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t head_size, bool back);
     void (*silu_forward)(const float* gate, const float* up, int64_t count, float* out);
     void (*silu_backward)(const float* gate, const float* up, const float* dy, int64_t count, float* dgate, float* dup,
                           float* out);

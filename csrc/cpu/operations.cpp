@@ -8,6 +8,7 @@
 
 #include "filter.h"
 #include "kernels.h"
+#include "lines.h"
 #include "threads.h"
 
 namespace bandit_rft::cpu {
@@ -156,14 +157,14 @@ void head_logits(const Head& head, float* out, int threads) {
     if (head.batch == 0) return;
     const Kernels& k = kernels();
     const int64_t panels = (head.batch + k.head_panel - 1) / k.head_panel;
-    const int64_t lanes = head.batch <= k.decoder->few ? head.batch : panels * k.head_panel;
-    std::vector<float> packed(size_t(lanes * head.hidden_size));
-    k.pack_hidden(head.hidden, head.hidden_dtype, head.hidden_stride, head.batch, head.hidden_size, packed.data());
+    const int64_t width = head.batch <= k.decoder->few ? head.batch : panels * k.head_panel;
+    const Lines packed = lines(size_t(width * head.hidden_size));
+    k.pack_hidden(head.hidden, head.hidden_dtype, head.hidden_stride, head.batch, head.hidden_size, packed.get());
     const int64_t work = panels * k.head_panel * head.hidden_size / 16 * head.vocabulary;
     const int rows = k.rows_at_once(head.batch);
     parallel(head.vocabulary, rows, work, threads, [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(head.weight_dtype == DType::f32 ? 0 : size_t(rows * head.hidden_size));
-        k.head_logits(packed.data(), head.batch, head.hidden_size, head.weight, head.weight_dtype, head.weight_stride,
+        k.head_logits(packed.get(), head.batch, head.hidden_size, head.weight, head.weight_dtype, head.weight_stride,
                       head.bias, begin, end, out, head.vocabulary, scratch.data());
     });
 }

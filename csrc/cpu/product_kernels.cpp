@@ -94,7 +94,8 @@ BRFT_INLINE void rows_of_tile(const Matrix& a, const float* columns, float* out,
         }
 }
 
-// A tile of few packed rows computes a multiple of 4: no more than 3 of zeros. Others are whole.
+// A tile of few rows side by side in memory computes a multiple of 4, of which packing has made the rest zeros. Others
+// are whole.
 void tile(const Matrix& a, const float* columns, float* out, int64_t stride, int some_columns, bool accumulate,
           Ahead ahead) {
     if (a.row_step != 1)

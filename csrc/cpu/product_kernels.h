@@ -29,7 +29,8 @@ struct ProductKernels {
     void (*pack_rows)(const Matrix& a, float* packed);
     void (*pack_columns)(const Matrix& b, float* packed);
     // out [a.rows, some_columns] (+)= a . packed columns; a is what pack_rows wrote, up to `rows` rows with a row_step
-    // of 1 and a column_step of `rows`, or all `rows` rows where they are, with a column_step of 1.
+    // of 1 and a column_step of `rows`; or it is where it was: all `rows` rows with a column_step of 1, or a multiple
+    // of 4 of them with a row_step of 1.
     void (*tile)(const Matrix& a, const float* columns, float* out, int64_t out_stride, int some_columns,
                  bool accumulate, Ahead ahead);
 };

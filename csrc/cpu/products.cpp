@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 
 #if defined(BRFT_X86_DISPATCH)
 #include <cpuid.h>
@@ -19,9 +20,11 @@ namespace {
 
 constexpr int64_t kDepth = 384;  // of a stretch: a packed panel of b is 48 KiB at most, and stays in the second cache
 constexpr int64_t kDepths = 5;   // stretches that are packed together
-constexpr int64_t kPacked = 512 << 10;  // floats of the operand that is packed once: 2 MiB
-constexpr int64_t kBlocks = 10;         // of a's rows, at most, that a thread packs together and takes through all of b
-constexpr int64_t kMost = kPacked / kDepth;  // rows of a, or columns of b, of which a stretch fits that
+constexpr int64_t kPacked = 512 << 10;   // floats of few rows, which are packed once, and of a small b: 2 MiB
+constexpr int64_t kBlocks = 10;          // of a's rows, at most, that a thread takes through all of its b together
+constexpr int64_t kOfThreads = 1 << 20;  // floats that all threads together pack of columns, but kFewPanels each
+constexpr int64_t kFewPanels = 4;
+constexpr int64_t kMost = kPacked / kDepth;  // rows of a, of which a stretch fits kPacked
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -119,8 +122,8 @@ Ahead next_panel(const Matrix& b, int64_t piece, int64_t pieces) {
     return {};
 }
 
-// The same of what will be read of the next blocks, a [some, depth], where they are one stretch of memory, or each of
-// their columns is.
+// The same of what will be read of the next blocks of a, or of the next stretch of b, where it is one stretch of
+// memory, or each of its columns is.
 Ahead next_blocks(const Matrix& a, int64_t piece, int64_t pieces) {
     if (a.rows <= 0) return {};
     if (a.row_step == a.columns) {
@@ -171,70 +174,78 @@ void few_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool
     by_a_team(a.rows * b.columns * a.columns, units, threads, member);
 }
 
-// Whether a tile may read the rows of a where they are: they are read side by side, and their lines must not all lie in
-// the same sets of the first cache.
+// Whether tiles may read a where it is: rows side by side, whose lines must not all lie in the same sets of the first
+// cache; or a stretch of columns, whose lines must not in the second's.
 bool lies_well(const Matrix& a, int64_t rows) {
     constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16;
-    if (a.row_step == 1) return false;
+    if (a.row_step == 1) return a.column_step % (kSets * kLineFloats) != 0;
     if (a.row_step % kLineFloats) return true;
     int64_t sets = 1;
     while (a.row_step / kLineFloats * sets % kSets) ++sets;
     return over(rows, sets) <= kWays / 2;
 }
 
-// product_of_many_rows for columns that are packed together.
+// product_of_many_rows. Threads share out rows of a, and columns of b where the rows are too few for that. Each packs
+// its columns for itself: what another has packed would have to come out of its cache.
 void many_rows(const Matrix& a, const Matrix& b, float* out, int64_t stride, bool accumulate, int threads) {
     const ProductKernels& kernel = *kernels().product;
-    const int64_t R = kernel.rows, C = kernel.columns, panels = over(b.columns, C);
-    const int64_t depth = packed_depth(b.columns, a.columns), block = depth * R + kSlack, panel = depth * C + kSlack;
-    const int64_t most = std::max<int64_t>(1, kBlocks * kDepth / std::max(depth, kDepth));
-    const int64_t together = std::min(most, over(a.rows, R));
-    float *packed = packing(panels * panel + threads * together * block), *of_threads = packed + panels * panel;
-    const bool direct = lies_well(a, R);
-    Barrier barrier;
-    auto member = [&](int index, int size) {
-        float* rows = of_threads + index * together * block;
-        const Share quarters(over(a.rows, 4), index, size);  // a tile computes 4 rows at least
-        const int64_t end = std::min(quarters.end * 4, a.rows);
+    const int64_t R = kernel.rows, C = kernel.columns, panels = over(b.columns, C), depth = std::min(kDepth, a.columns);
+    const int64_t panel = depth * C + kSlack, block = depth * R + kSlack;
+    const int64_t most = std::max(kFewPanels, kOfThreads / threads / (kDepth * C));
+    const int64_t parts = std::max(over(panels, most), std::min(panels, over(2 * R * threads, a.rows)));
+    const int64_t shares = std::min<int64_t>(threads / std::gcd<int64_t>(parts, threads), over(a.rows, 2 * R));
+    const int64_t of_rows = kBlocks * block, of_thread = of_rows + over(panels, parts) * panel;
+    float* packed = packing(threads * of_thread);
+    const bool in_place = lies_well(a, R);
+    // Operands are packed in the order of their memory: a few of the terms at a time where those are rows of it.
+    const int64_t a_few = a.row_step == 1 ? kTerms : depth, b_few = b.column_step == 1 ? kTerms : depth;
+
+    // The k-th stretch of terms of some blocks, times columns that are packed.
+    const auto multiply = [&](const Matrix& some, const float* columns, int64_t width, float* rows, float* to, bool add,
+                              const Matrix& next) {
+        const auto of_block = [&](int64_t i) {
+            return some.part(i * R, 0, std::min(R, some.rows - i * R), some.columns);
+        };
+        const auto is_packed = [&](int64_t i) {  // also what is less than a tile computes
+            return !in_place || (a.row_step == 1 ? of_block(i).rows % 4 : of_block(i).rows < R);
+        };
+        const int64_t blocks = over(some.rows, R), terms = some.columns, pieces = blocks * over(width, C);
+        for (int64_t l = 0; l < terms; l += a_few)
+            for (int64_t i = 0; i < blocks; ++i)
+                if (is_packed(i))
+                    kernel.pack_rows(of_block(i).part(0, l, of_block(i).rows, std::min(a_few, terms - l)),
+                                     rows + i * block + l * R);
+        int64_t piece = 0;
+        for (int64_t j = 0; j < width; j += C)
+            for (int64_t i = 0; i < blocks; ++i, ++piece)
+                kernel.tile(is_packed(i) ? Matrix{rows + i * block, of_block(i).rows, terms, 1, R} : of_block(i),
+                            columns + j / C * panel, to + i * R * stride + j, stride, int(std::min(C, width - j)), add,
+                            next_blocks(next, piece, pieces));
+    };
+    const auto unit = [&](const Share& some, const Share& quarters, float* rows, float* columns) {
+        const int64_t begin = some.begin * C, width = std::min(some.end * C, b.columns) - begin;
+        const int64_t end = std::min(quarters.end * 4, a.rows);  // a tile computes 4 rows at least
         for (int64_t k = 0; k < a.columns; k += depth) {
             const int64_t terms = std::min(depth, a.columns - k);
-            barrier.wait(size);  // nobody reads the terms before any more
-            // Both are read in the order of their memory: a few of the terms at a time where those are rows of it.
-            const int64_t of_b = b.column_step == 1 ? kTerms : terms, of_a = a.row_step == 1 ? kTerms : terms;
-            for (auto [piece, last] = Share(over(terms, of_b) * panels, index, size); piece < last; ++piece) {
-                const int64_t l = piece / panels * of_b, p = piece % panels;
-                kernel.pack_columns(b.part(k + l, p * C, std::min(of_b, terms - l), std::min(C, b.columns - p * C)),
-                                    packed + p * panel + l * C);
-            }
-            barrier.wait(size);
-            for (int64_t first = quarters.begin * 4; first < end; first += together * R) {
-                const int64_t count = over(std::min(together * R, end - first), R);
-                const auto blocks = [&](int64_t i) {
-                    return a.part(first + i * R, k, std::min(R, end - first - i * R), terms);
-                };
-                for (int64_t l = 0; l < terms; l += of_a)
-                    for (int64_t i = 0; i < count; ++i)
-                        if (!direct || blocks(i).rows < R)
-                            kernel.pack_rows(blocks(i).part(0, l, blocks(i).rows, std::min(of_a, terms - l)),
-                                             rows + i * block + l * R);
-                const int64_t after = first + count * R;
-                const Matrix next = a.part(after, k, std::min(together * R, end - after), terms);
-                const int64_t pieces = over(terms, kDepth) * panels * count;
-                int64_t piece = 0;
-                for (int64_t l = 0; l < terms; l += kDepth)
-                    for (int64_t p = 0; p < panels; ++p)
-                        for (int64_t i = 0; i < count; ++i, ++piece) {
-                            Matrix of_tile = blocks(i);
-                            if (!direct || of_tile.rows < R) of_tile = {rows + i * block, of_tile.rows, terms, 1, R};
-                            kernel.tile(of_tile.part(0, l, of_tile.rows, std::min(kDepth, terms - l)),
-                                        packed + p * panel + l * C, out + (first + i * R) * stride + p * C, stride,
-                                        int(std::min(C, b.columns - p * C)), accumulate || k + l > 0,
-                                        next_blocks(next, piece, pieces));
-                        }
+            for (int64_t l = 0; l < terms; l += b_few)
+                for (int64_t j = 0; j < width; j += C)
+                    kernel.pack_columns(b.part(k + l, begin + j, std::min(b_few, terms - l), std::min(C, width - j)),
+                                        columns + j / C * panel + l * C);
+            for (int64_t i = quarters.begin * 4, stop; i < end; i = stop) {
+                stop = std::min(end, i + kBlocks * R);
+                const Matrix next = stop < end ? a.part(stop, k, std::min(kBlocks * R, end - stop), terms)
+                                               : b.part(k + terms, begin, std::min(depth, b.rows - k - terms), width);
+                multiply(a.part(i, k, stop - i, terms), columns, width, rows, out + i * stride + begin,
+                         accumulate || k > 0, next);
             }
         }
     };
-    by_a_team(a.rows * b.columns * a.columns, over(a.rows, R), threads, member);
+    auto member = [&](int index, int size) {
+        float* own = packed + index * of_thread;
+        for (auto [i, end] = Share(parts * shares, index, size); i < end; ++i)
+            unit(Share(panels, i % parts, parts), Share(over(a.rows, 4), i / parts, shares), own, own + of_rows);
+    };
+    by_a_team(a.rows * b.columns * a.columns, parts * shares, threads, member);
 }
 
 // Whether there is nothing to multiply; a sum of no terms is 0.
@@ -263,7 +274,7 @@ bool products_pay() {
 void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                          int threads) {
     const int64_t rows = kernels().product->rows, blocks = over(a.rows, rows);
-    if (b.rows * b.columns <= kPacked && blocks >= 2 * threads && lies_well(a, rows))  // then only b is packed
+    if (b.rows * b.columns <= kPacked && blocks >= 2 * threads)
         return product_of_many_rows(a, b, out, out_stride, accumulate, threads);
     if (nothing_to_multiply(a, b, out, out_stride, accumulate)) return;
     for (int64_t i = 0; i < a.rows; i += kMost)
@@ -274,9 +285,7 @@ void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t o
 void product_of_many_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                           int threads) {
     if (nothing_to_multiply(a, b, out, out_stride, accumulate)) return;
-    for (int64_t j = 0; j < b.columns; j += kMost)
-        many_rows(a, b.part(0, j, b.rows, std::min(kMost, b.columns - j)), out + j, out_stride, accumulate,
-                  std::max(1, threads));
+    many_rows(a, b, out, out_stride, accumulate, std::max(1, threads));
 }
 
 }  // namespace bandit_rft::cpu

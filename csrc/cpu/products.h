@@ -2,8 +2,8 @@
 //
 // A sum of k terms is added up in stretches of 384, one after the other: its bits depend on its terms alone, not on the
 // rows beside it, the threads or the strides (but on the instruction set). The terms of a weight's gradient are the
-// rows of a chunk. Packed are about 2 MiB at most, and 0.25 MiB a thread, in memory that the calling thread keeps:
-// large pages of 2 MiB where the system has them.
+// rows of a chunk. Packed are about 4 MiB at most, or 0.4 MiB a thread where that is more, in memory that the calling
+// thread keeps: large pages of 2 MiB where the system has them.
 #pragma once
 
 #include "product_kernels.h"
@@ -14,13 +14,14 @@ namespace bandit_rft::cpu {
 bool products_pay();
 
 // out [m, n] (+)= a [m, k] . b [k, n] where a has few rows and b is large: logits, and the gradient of hidden states.
-// a is packed once (or a stretch of k at a time), and every thread takes columns of b. A small b (a layer's weight)
-// is packed instead, and a read where it is, if a has rows enough for the threads and they lie well in the cache.
+// a is packed once (or a stretch of k at a time), and every thread takes columns of b. A small b (a layer's weight) is
+// multiplied as below, if a has rows enough for the threads.
 void product_of_few_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                          int threads);
 
-// out [m, n] (+)= a [m, k] . b [k, n] where a has many rows, and b is small: the gradient of a head's weight.
-// b is packed once, and every thread takes rows of a.
+// out [m, n] (+)= a [m, k] . b [k, n] where a has many rows, and b is small: the gradient of a weight. Every thread
+// takes rows of a, packs b (a stretch of k at a time, or some columns) for itself, and reads a where it is, if it lies
+// well in the cache.
 void product_of_many_rows(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool accumulate,
                           int threads);
 

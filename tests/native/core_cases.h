@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/attention.h"
@@ -24,6 +25,8 @@ namespace {
 
 int checks = 0;
 long long current_example = -1;  // of core_fuzz.cpp
+
+bool is_near(double x, double exact) { return std::fabs(x - exact) < 1e-4 * (1 + std::fabs(exact)); }
 
 void check(bool condition, const char* what, int64_t rows, int64_t vocabulary) {
     ++checks;
@@ -219,13 +222,32 @@ void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_val
         for (float& value : x) value = normal(random);
         return x;
     };
-    const std::vector<float> q = filled(tokens * queries), k = filled(tokens * kv), v = filled(tokens * kv),
-                             g = filled(tokens * queries);
+    std::vector<float> q = filled(tokens * queries), k = filled(tokens * kv);
+    const std::vector<float> v = filled(tokens * kv), g = filled(tokens * queries), given_q = q, given_k = k;
+    const bool rotated = size % 2 == 0;
+    const std::vector<float> cos = filled(tokens * size), sin = filled(tokens * size);
     std::vector<float> out(q.size()), lse(size_t(tokens * heads)), dq(q.size()), dk(k.size()), dv(k.size());
     const float scaling = 0.4f;
-    const PackedAttention a{q.data(), k.data(),        v.data(), begins.data(), int64_t(lengths.size()),
-                            heads,    key_value_heads, size,     scaling};
+    const PackedAttention a{q.data(),
+                            k.data(),
+                            v.data(),
+                            begins.data(),
+                            int64_t(lengths.size()),
+                            heads,
+                            key_value_heads,
+                            size,
+                            scaling,
+                            rotated ? cos.data() : nullptr,
+                            rotated ? sin.data() : nullptr};
     attention_forward(a, out.data(), lse.data(), 3);
+    for (const auto& [got, given] : {std::pair{&q, &given_q}, std::pair{&k, &given_k}})
+        for (size_t i = 0; i < got->size(); ++i) {
+            const int64_t width = int64_t(got->size()) / std::max<int64_t>(tokens, 1), d = int64_t(i) % size;
+            const size_t at = size_t(int64_t(i) / width * size + d), half = size_t(size / 2);
+            const double other = !rotated ? 0 : d < size / 2 ? -(*given)[i + half] : (*given)[i - half];
+            const double want = rotated ? double((*given)[i]) * cos[at] + other * sin[at] : (*given)[i];
+            check(is_near((*got)[i], want), "attention: rotation", tokens, size);
+        }
     attention_backward(a, {out.data(), lse.data(), g.data(), dq.data(), dk.data(), dv.data()}, 3);
     std::vector<double> exact_dq(q.size()), exact_dk(k.size()), exact_dv(k.size());
     const auto dot = [&](const float* x, const float* y) {
@@ -260,6 +282,15 @@ void attention_case(std::vector<int64_t> lengths, int64_t group, int64_t key_val
                     check(std::fabs(out[at + size_t(d)] - o) < 1e-4, "attention: out", tokens, size);
                 }
             }
+    for (auto* of : {&exact_dq, &exact_dk})  // back to before the rotation
+        for (size_t i = 0; rotated && i < of->size(); ++i) {
+            const int64_t width = int64_t(of->size()) / tokens, d = int64_t(i) % size, half = size / 2;
+            if (d >= half) continue;
+            const size_t at = size_t(int64_t(i) / width * size + d), high = size_t(half);
+            const double low_grad = (*of)[i], high_grad = (*of)[i + high];
+            (*of)[i] = low_grad * cos[at] + high_grad * sin[at + high];
+            (*of)[i + high] = high_grad * cos[at + high] - low_grad * sin[at];
+        }
     for (size_t i = 0; i < q.size(); ++i) check(std::fabs(dq[i] - exact_dq[i]) < 1e-3, "attention: dq", tokens, size);
     for (size_t i = 0; i < k.size(); ++i) {
         check(std::fabs(dk[i] - exact_dk[i]) < 1e-3, "attention: dk", tokens, size);

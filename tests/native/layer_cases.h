@@ -13,8 +13,6 @@ std::vector<float> normals(int64_t count, std::mt19937& random) {
     return x;
 }
 
-bool is_near(double x, double exact) { return std::fabs(x - exact) < 1e-4 * (1 + std::fabs(exact)); }
-
 void norm_case(int64_t rows, int64_t size, int threads, std::mt19937& random) {
     const auto x = normals(rows * size, random), w = normals(size, random), dy = normals(rows * size, random),
                more = normals(rows * size, random);
@@ -43,25 +41,6 @@ void norm_case(int64_t rows, int64_t size, int threads, std::mt19937& random) {
     const std::vector<float> once = dw;
     norm_backward(norm, dy.data(), nullptr, alone.data(), dw.data(), 1);
     check(std::memcmp(once.data(), dw.data(), once.size() * 4) == 0, "norm: any number of threads", rows, size);
-}
-
-void rotation_case(int64_t rows, int64_t heads, int64_t size, int threads, std::mt19937& random) {
-    const auto x = normals(rows * heads * size, random), cos = normals(rows * size, random),
-               sin = normals(rows * size, random), dy = normals(rows * heads * size, random);
-    std::vector<float> y = x, dx = dy;
-    rotate(y.data(), cos.data(), sin.data(), rows, heads, size, false, threads);
-    rotate(dx.data(), cos.data(), sin.data(), rows, heads, size, true, threads);
-    double forward = 0, backward = 0;  // <dy, R x> = <R^T dy, x>
-    for (size_t i = 0; i < x.size(); ++i) {
-        forward += double(dy[i]) * y[i];
-        backward += double(dx[i]) * x[i];
-        const int64_t row = int64_t(i) / (heads * size), d = int64_t(i) % size, half = size / 2;
-        const float other = d < half ? -x[i + size_t(half)] : x[i - size_t(half)];
-        check(is_near(y[i], double(x[i]) * cos[size_t(row * size + d)] + double(other) * sin[size_t(row * size + d)]),
-              "rotation", rows, size);
-    }
-    check(std::fabs(forward - backward) < 1e-4 * (1 + std::fabs(forward) + double(x.size())), "rotation back", rows,
-          size);
 }
 
 void gated_silu_case(int64_t count, int threads, std::mt19937& random) {

@@ -221,10 +221,6 @@ def test_what_it_serves() -> None:
         ("norm_backward", [(3, 4), (4,), 1e-5, (3, 5), None, (3, 4), None], "dy"),
         ("norm_backward", [(3, 4), (4,), 1e-5, (3, 4), (2, 4), (3, 4), None], "add"),
         ("norm_backward", [(3, 4), (4,), 1e-5, (3, 4), None, (3, 4), (3,)], "dweight"),
-        ("rotate", [(3, 8), (3, 3), (3, 3), False], "x must have whole heads"),
-        ("rotate", [(3, 8), (3, 6), (3, 6), False], "x must have whole heads"),
-        ("rotate", [(3, 8), (2, 4), (3, 4), False], "cos"),
-        ("rotate", [(3, 8), (3, 4), (3, 2), False], "sin"),
         ("gated_silu_forward", [(3, 4), (3, 5), (3, 4)], "up"),
         ("gated_silu_backward", [(3, 4), (3, 4), (4, 3), (3, 4), (3, 4), (3, 4)], "dy"),
         ("gated_silu_backward", [(3, 4), (3, 4), (3, 4), (3, 4), (3, 4), (3, 3)], "out"),
@@ -235,6 +231,23 @@ def test_the_core_refuses_shapes_that_do_not_fit(function: str, arguments: list[
     given = [to_dlpack(torch.zeros(a)) if isinstance(a, tuple) else a for a in arguments]
     with pytest.raises(ValueError, match=message):
         getattr(backends.native, function)(*given, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "cos", "sin", "message"),
+    [
+        (4, (2, 4), (3, 4), "cos"), (4, (3, 4), (3, 2), "sin"), (4, (3, 4), None, "cos and sin go together"),
+        (1, (3, 1), (3, 1), "an even size"),
+    ],
+)  # fmt: skip
+def test_the_core_refuses_rotations_that_do_not_fit(
+    size: int, cos: tuple[int, int], sin: tuple[int, int] | None, message: str
+) -> None:
+    q, k, cu_seqlens = torch.zeros(3, 8), torch.zeros(3, 4), torch.tensor([0, 3])
+    angles = [None if shape is None else to_dlpack(torch.zeros(shape)) for shape in (cos, sin)]
+    results = map(to_dlpack, (torch.zeros(3, 8), torch.zeros(3, 8 // size)))
+    with pytest.raises(ValueError, match=message):
+        backends.native.attention_forward(*map(to_dlpack, (q, k, k, cu_seqlens)), size, 1.0, *angles, *results, 1)
 
 
 def test_attention_is_that_of_the_operation() -> None:

@@ -257,7 +257,7 @@ def test_an_optimizer_state_of_another_precision_is_refused(low: bool) -> None:
     )
     saved.step()
     with pytest.raises(
-        ValueError, match=f"optimizer state w: it was trained in .*, and is {other.parameters[0].dtype}"
+        ValueError, match=f"optimizer state w: it was trained .*, and is {other.parameters[0].dtype}"
     ):
         other.load_state_tensors(saved.state_tensors())
 
