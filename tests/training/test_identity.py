@@ -256,9 +256,7 @@ def test_an_optimizer_state_of_another_precision_is_refused(low: bool) -> None:
         PolicyOptimizer([("w", torch.nn.Parameter(torch.ones(3, dtype=kind)))], learning_rate=0.1) for kind in kinds
     )
     saved.step()
-    with pytest.raises(
-        ValueError, match=f"optimizer state w: it was trained .*, and is {other.parameters[0].dtype}"
-    ):
+    with pytest.raises(ValueError, match=f"optimizer state w: it was trained .*, and is {other.parameters[0].dtype}"):
         other.load_state_tensors(saved.state_tensors())
 
 
