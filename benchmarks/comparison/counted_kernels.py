@@ -105,7 +105,7 @@ def attention_kernels(core: Any, sequences: int, length: int) -> Iterator[Kernel
     tokens = sequences * length
     q, k, v = (normal(tokens, heads * SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
     bounds, out, lse = np.arange(sequences + 1) * length, np.empty_like(q), np.empty((tokens, HEADS), np.float32)
-    angles = normal(tokens, SIZE)
+    angles = np.tile(normal(tokens, SIZE // 2), 2)
     cos, sin = np.cos(angles), np.sin(angles)
     gradients = [np.empty_like(x) for x in (q, k, v)]
 
