@@ -54,7 +54,7 @@ class PolicyOptimizer:
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
         self.masters = [p if _steps_in_place(p) else nn.Parameter(_master_of(p)) for p in self.parameters]
-        #: All gradients side by side: one tensor a dtype and device, with zeros to whole rows of _ROW.
+        #: All gradients side by side: one vector a dtype and device.
         self.gradients = _gradients_of(self.masters)
         self._parts = [cast(Tensor, master.grad) for master in self.masters]
         # The gradient of a parameter with a master goes into the master's as soon as autograd has it: summed over
@@ -142,8 +142,11 @@ class PolicyOptimizer:
 
         By rows: on a CPU, PyTorch adds up the squares of a whole tensor in float32, whose sum outgrows what is added.
         """
-        rows = [torch.linalg.vector_norm(gradient.view(-1, _ROW), dim=1) for gradient in self.gradients]
-        norm: Tensor = torch.linalg.vector_norm(torch.cat([of.to(rows[0].device) for of in rows]))
+        norms = []
+        for gradient in self.gradients:
+            rows, rest = gradient.tensor_split([len(gradient) // _ROW * _ROW])
+            norms += [torch.linalg.vector_norm(part, dim=1) for part in (rows.view(-1, _ROW), rest.view(1, -1))]
+        norm: Tensor = torch.linalg.vector_norm(torch.cat([of.to(norms[0].device) for of in norms]))
         return norm
 
     def refuse(self, condition: Tensor) -> None:
@@ -225,16 +228,12 @@ def _gradients_of(masters: list[nn.Parameter]) -> list[Tensor]:
     found = []
     for kind in dict.fromkeys((master.dtype, master.device) for master in masters):
         of_kind = [master for master in masters if (master.dtype, master.device) == kind]
-        places = [0, *itertools.accumulate(_up_to(_ALIGNED, master.numel()) for master in of_kind)]
-        whole = torch.zeros(_up_to(_ROW, max(1, places[-1])), dtype=kind[0], device=kind[1])
+        places = [0, *itertools.accumulate(-(-master.numel() // _ALIGNED) * _ALIGNED for master in of_kind)]
+        whole = torch.zeros(places[-1], dtype=kind[0], device=kind[1])
         for master, place in zip(of_kind, places, strict=False):
             master.grad = whole.as_strided(master.shape, _dense_stride(master), place)
         found.append(whole)
     return found
-
-
-def _up_to(multiple: int, number: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _move_gradient(master: nn.Parameter, parameter: Tensor) -> None:

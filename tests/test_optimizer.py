@@ -48,6 +48,19 @@ def test_steps_are_those_of_clipped_adamw_for_parameters_of_any_layout() -> None
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"parameter {i}: {text}")
 
 
+@pytest.mark.parametrize("sizes", [(0,), (0, 5), (1 << 16,), (70_000, 3), (200_000, 16, 0)])
+def test_gradients_side_by_side_take_their_own_memory(sizes: tuple[int, ...]) -> None:
+    """What lies in `gradients` is what ranks send each other; each gradient begins where a vector may."""
+    parameters = [nn.Parameter(torch.empty(size)) for size in sizes]
+    optimizer = PolicyOptimizer([(str(i), p) for i, p in enumerate(parameters)], learning_rate=0.0)
+    (gradients,) = optimizer.gradients
+    assert sum(sizes) <= len(gradients) < sum(sizes) + 16 * len(sizes)
+    for parameter in parameters:
+        assert parameter.grad is not None and parameter.grad.storage_offset() % 16 == 0
+        parameter.grad.fill_(3.0)
+    assert float(optimizer.step()) == pytest.approx(3 * sum(sizes) ** 0.5)
+
+
 @pytest.mark.parametrize("way", ["zero_grad", "another gradient", "another optimizer"])
 def test_a_gradient_that_somebody_replaced_is_stepped_on_clipped_and_cleared(way: str) -> None:
     parameter = nn.Parameter(torch.zeros(3))
