@@ -51,8 +51,8 @@ from bandit_rft.sections import (
 from bandit_rft.tasks import task_option_model
 from bandit_rft.text import html_table
 
-#: Keys whose own keys are up to the task or the advantage.
-FREE = ("task_options", "advantage_options")
+#: Keys whose own keys are up to the task, the advantage or the model's chat template.
+FREE = ("task_options", "advantage_options", "chat_template_kwargs")
 
 
 class ConfigError(ValueError):
@@ -116,6 +116,7 @@ class Config(Section):
     chat_template: Literal["auto", "never"] = Key(
         "auto", "plain prompts to a chat model become user messages, or are sent as they are"
     )
+    chat_template_kwargs: dict[str, Any] = Key({}, "what else the chat template reads, e.g. enable_thinking: false")
     max_generated_tokens: int | None = Key(
         None, "stop after the round in which so many tokens were drawn; null: never",
         may_change=True, design=False, ge=1,
@@ -354,12 +355,11 @@ def build_config(
                 raise ConfigError(f"{key}: {part} is given a value of its own, {node!r}")
         node[last] = read_value(Any, value) if len(path) > 1 and path[0] in FREE and key in texts else value
     advantage = ADVANTAGES.get(tree.get("advantage", Config.advantage))
-    for key, model in (
-        ("task_options", task_option_model(tree.get("task", ""))),
-        ("advantage_options", advantage.option_model if advantage else None),
-    ):
+    task = task_option_model(tree.get("task", ""))
+    models = {"task_options": task, "advantage_options": advantage.option_model if advantage else None}
+    for key in FREE:
         if isinstance(options := tree.get(key), dict):
-            options |= read_given(model, {k: v for k, v in options.items() if f"{key}.{k}" in texts})
+            options |= read_given(models.get(key), {k: v for k, v in options.items() if f"{key}.{k}" in texts})
     config = _from_tree(tree)
     if not config.output_dir:
         config.output_dir = f"runs/{config.task or 'run'}"

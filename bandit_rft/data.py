@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,8 +36,8 @@ class PromptSet:
         lengths: of every prompt, in tokens, those left out among them.
 
     Raises:
-        ValueError: where most of the prompts would be left out (tasks.checks.MAX_FILTERED), or a row has a prompt that
-            cannot be tokenized; the message names it.
+        ValueError: where most of the prompts would be left out (tasks.checks.MAX_FILTERED), a row has a prompt that
+            cannot be tokenized (the message names it), or the chat template does not read what it is given.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class PromptSet:
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         max_prompt_length: int,
         limit: int | None = None,
     ):
+        check_template_kwargs(chat_template_kwargs or {}, tokenizer, chat_template)
         self.name = name
         self.indices: list[int] = []
         self.tokens: list[list[int]] = []
@@ -58,7 +62,7 @@ class PromptSet:
             if limit is not None and len(self.indices) == limit:
                 break
             try:
-                ids = prompt_tokens(example.prompt, tokenizer, chat_template)
+                ids = prompt_tokens(example.prompt, tokenizer, chat_template, chat_template_kwargs)
             except ValueError as error:
                 raise ValueError(f"{name} row {index}: {error}") from error
             self.lengths.append(len(ids))
@@ -79,13 +83,34 @@ class PromptSet:
         return len(self.indices)
 
 
+def check_template_kwargs(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+    """Refuse what no prompt would show.
+
+    Raises:
+        ValueError: something is given, and no chat template is used, or it does not read it.
+    """
+    if not given:
+        return
+    if chat_template == "never" or tokenizer.chat_template is None:
+        why = "chat_template=never" if chat_template == "never" else "the model's tokenizer has no chat template"
+        raise ValueError(f"chat_template_kwargs: {why}, so nothing reads {', '.join(given)}")
+    read = set(re.findall(r"\w+", tokenizer.get_chat_template(tools=given.get("tools"))))
+    own = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"}
+    if unread := [name for name in given if name not in read or name in own]:
+        raise ValueError(f"chat_template_kwargs: the tokenizer's chat template does not read {', '.join(unread)}")
+
+
 def prompt_tokens(
-    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat_template: str
+    prompt: str | list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt: chat messages, or text that becomes a user message where the model is a chat model.
 
-    Where the last message is the assistant's, the completion continues it. An end-of-text token that the tokenizer puts
-    behind every text is left out: nothing can continue a text that has ended.
+    The template also reads `chat_template_kwargs`. Where the last message is the assistant's, the completion continues
+    it. An end-of-text token that the tokenizer puts behind every text is left out: nothing can continue a text that has
+    ended.
 
     Raises:
         ValueError: for chat messages and a tokenizer without a chat template, messages that the template refuses, and
@@ -110,6 +135,7 @@ def prompt_tokens(
             continue_final_message=continued,
             tokenize=True,
             return_dict=False,
+            **(chat_template_kwargs or {}),
         )
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(

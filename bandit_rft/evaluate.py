@@ -20,7 +20,7 @@ from bandit_rft.assemble import configured_task, embedded_engine, load_policy, m
 from bandit_rft.budget import evaluation_rollouts
 from bandit_rft.config import Config, ConfigError
 from bandit_rft.data import PromptSet, Scorer, completion_texts, prompt_text, score
-from bandit_rft.intervals import Interval, reward_interval
+from bandit_rft.intervals import Interval, earned, reward_interval
 from bandit_rft.metrics import Metrics
 from bandit_rft.rollout import Engine, Sampling, sequence_ids
 from bandit_rft.rollout_batch import RolloutBatch
@@ -93,8 +93,7 @@ def evaluate(
         }  # fmt: skip
         for name, values in rows.items():
             columns[name][1].extend(values)
-        # A completion that could not be scored has earned nothing: leaving it out would flatter the policy.
-        by_question = np.array([reward or 0.0 for reward in rewards]).reshape(questions, count).tolist()
+        by_question = np.array(earned(rewards)).reshape(questions, count).tolist()
         metrics["unscored"] = (metrics.get("unscored") or 0) + sum(reward is None for reward in rewards)
         return rollouts, by_question
 
@@ -198,7 +197,8 @@ def evaluate_splits(
     splits = [
         PromptSet(
             name, task.splits[name], policy.tokenizer, chat_template=config.chat_template,
-            max_prompt_length=config.max_prompt_length, limit=e.max_queries,
+            chat_template_kwargs=config.chat_template_kwargs, max_prompt_length=config.max_prompt_length,
+            limit=e.max_queries,
         )
         for name in names
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""95% intervals of a mean reward over questions, in plain Python."""
+"""Mean rewards over questions and their 95% intervals, in plain Python."""
 
 import math
 from collections.abc import Sequence
@@ -26,6 +26,15 @@ def mean_interval(mean: float, deviation: float, count: int) -> Interval:
     """Normal interval of a mean, for rewards that are not 0/1."""
     half = Z95 * deviation / math.sqrt(count)
     return Interval(mean - half, mean + half)
+
+
+def earned(rewards: Sequence[float | None]) -> list[float]:
+    """Rewards with a number for what could not be scored: 0, or the lowest of the others where that is less.
+
+    Leaving it out would flatter the policy, and so would a 0 where others are punished.
+    """
+    lowest = min((reward for reward in rewards if reward is not None), default=0.0)
+    return [min(0.0, lowest) if reward is None else reward for reward in rewards]
 
 
 def reward_interval(rewards: Sequence[float]) -> Interval | None:

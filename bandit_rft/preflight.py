@@ -117,7 +117,7 @@ def _prompts(config: Config, found: Preflight) -> Iterator[tuple[bool | None, st
     for name in dict.fromkeys(("train", *(config.evaluation.splits or found.task.splits))):
         examples = found.task.splits[name]
         messages = not all(isinstance(example.prompt, str) for example in examples)
-        if messages or (config.chat_template == "auto" and _has_chat_template(folder)):
+        if messages or config.chat_template_kwargs or (config.chat_template == "auto" and _has_chat_template(folder)):
             from transformers import AutoTokenizer
 
             from bandit_rft.data import PromptSet
@@ -125,7 +125,8 @@ def _prompts(config: Config, found: Preflight) -> Iterator[tuple[bool | None, st
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             kept = PromptSet(
                 name, examples, tokenizer,
-                chat_template=config.chat_template, max_prompt_length=config.max_prompt_length,
+                chat_template=config.chat_template,
+                chat_template_kwargs=config.chat_template_kwargs, max_prompt_length=config.max_prompt_length,
             )  # fmt: skip
             longest, filtered, how = max(kept.lengths), kept.filtered, "with the chat template"
         else:  # by the tokenizer's own library, which loads in no time

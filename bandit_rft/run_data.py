@@ -60,6 +60,7 @@ class RunData:
     def _prompts(self, split: str, limit: int | None = None) -> PromptSet:
         return PromptSet(
             split, self._task.splits[split], self._tokenizer, chat_template=self.config.chat_template,
+            chat_template_kwargs=self.config.chat_template_kwargs,
             max_prompt_length=self.config.max_prompt_length, limit=limit,
         )  # fmt: skip
 

@@ -289,6 +289,8 @@ def test_texts_are_read_as_the_option_wants_them() -> None:
     mine = build_config({**NEEDED, "task": "my own", "task_options.rate": "1e-3", "task_options": "{size: 2}"})
     assert mine.task_options == {"rate": 0.001, "size": 2}
     assert build_config({**NEEDED, "kl.target": "none", "max_rounds": "1e3"}).max_rounds == 1000
+    read = build_config({**NEEDED, "chat_template_kwargs.enable_thinking": "false", "chat_template_kwargs.n": {"a": 1}})
+    assert read.chat_template_kwargs == {"enable_thinking": False, "n": {"a": 1}}
 
 
 def test_an_option_of_a_file_and_one_of_the_command_line_are_both_taken(tmp_path: Path) -> None:

@@ -89,6 +89,46 @@ def test_where_a_chat_goes_on(turns: tuple[str, ...], expected: str) -> None:
     assert tokenizer.decode(prompt_tokens(messages, tokenizer, "auto")) == expected
 
 
+THINKING = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    "{% if add_generation_prompt %}={% if enable_thinking is false %}so{% endif %}{% endif %}"
+)
+
+
+def test_the_chat_template_reads_what_it_is_given() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = THINKING
+    rows = [Example("1+1", {}), Example([{"role": "user", "content": "2"}], {})]
+
+    def texts(**given: object) -> list[str]:
+        prompts = PromptSet("test", rows, tokenizer, chat_template_kwargs=given, max_prompt_length=20)
+        return [tokenizer.decode(ids) for ids in prompts.tokens]
+
+    assert texts() == texts(enable_thinking=True) == ["1+1=", "2="]
+    assert texts(enable_thinking=False) == ["1+1=so", "2=so"]
+    assert texts(documents=[{"title": "t", "text": "a"}]) == ["1+1a=", "2a="]
+
+
+@pytest.mark.parametrize(
+    ("template", "use", "given", "message"),
+    [
+        (THINKING, "auto", {"enable_thinkin": False}, "does not read enable_thinkin$"),
+        (THINKING, "auto", {"enable_thinking": False, "add_generation_prompt": False}, "read add_generation_prompt$"),
+        (THINKING, "never", {"enable_thinking": False}, "chat_template=never, so nothing reads enable_thinking"),
+        (None, "auto", {"enable_thinking": False}, "no chat template, so nothing reads enable_thinking"),
+    ],
+)
+def test_what_no_template_reads_is_refused(
+    template: str | None, use: str, given: dict[str, bool], message: str
+) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"chat_template_kwargs: .*{message}"):
+        PromptSet(
+            "test", [Example("1", {})], tokenizer, chat_template=use, chat_template_kwargs=given, max_prompt_length=9
+        )
+
+
 def test_a_prompt_that_cannot_be_tokenized_names_its_row() -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = CHAT

@@ -194,6 +194,8 @@ def test_prompt_lengths_count_the_chat_template(make: Make, tmp_path: Path) -> N
         in dict(map(itemgetter(0, 2), found.lines))["prompts"]
     )
     assert preflight.preflight(make(chat_template="never")).failed == []
+    found = preflight.preflight(make(max_prompt_length=40, chat_template_kwargs={"enable_thinking": False}))
+    assert "does not read enable_thinking" in dict(map(itemgetter(0, 2), found.lines))["prompts"]
 
 
 def test_the_probe_predicts_a_wall_time(make: Make, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.intervals import earned
 from bandit_rft.report.pairs import OF_BINARY, OF_OTHERS, Pair, evaluation_files, first_and_last, is_binary, showcase
 from bandit_rft.report.stats import Interval, mean_interval, wilson
 
@@ -176,15 +177,17 @@ def _read_table(run: Run, path: Path, columns: list[str], row_group: int | None 
 def _load_evaluations(run: Run, files: dict[str, list[tuple[int, Path]]]) -> None:
     """How many questions stand behind a Pass@1: those with a first sample (sample -1 is the greedy answer).
 
-    A completion that could not be scored counts as 0, as it does in the Pass@1 itself.
+    A completion that could not be scored counts as it does in the Pass@1 itself.
     """
     for split, round_, path in [(split, *file) for split, found in files.items() for file in found]:
         table = _read_table(run, path, ["query", "sample", "reward"])
         if not {"query", "reward"} <= table.keys():
             continue
         samples = table.get("sample") or [0] * len(table["query"])
-        pairs = zip(samples, table["reward"], strict=True)
-        rewards = [float(r) if r is not None and abs(r) < 1e100 else 0.0 for sample, r in pairs if sample == 0]
+        scores = [None if r is None or not abs(r) < 1e100 else float(r) for r in table["reward"]]
+        drawn = [(sample, score) for sample, score in zip(samples, scores, strict=True) if sample >= 0]
+        numbers = earned([score for _, score in drawn])
+        rewards = [reward for (sample, _), reward in zip(drawn, numbers, strict=True) if sample == 0]
         mean = math.fsum(rewards) / len(rewards) if rewards else 0.0
         variance = math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1)
         binary = is_binary(table["reward"])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bandit_rft.intervals import earned
+
 #: What became of a question: of rewards 0 and 1, and of others, which do not say what is right.
 OF_BINARY = ("gained", "lost", "still right", "still wrong")
 OF_OTHERS = ("gained", "lost", "same")
@@ -35,8 +37,9 @@ class Pair:
 
     @property
     def gain(self) -> float:
-        """Change of the reward; what could not be scored earned 0, as in the mean reward."""
-        return (self.after_reward or 0.0) - (self.before_reward or 0.0)
+        """Change of the reward, with `earned`'s numbers for what could not be scored."""
+        before, after = earned([self.before_reward, self.after_reward])
+        return after - before
 
 
 def first_answers(table: Table) -> dict[int, dict[str, Any]]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bandit_rft.intervals import earned
+
 SPLITS = ("train", "test")
 #: Summed over the rounds of a run.
 TOTALS = ("tokens/generated", "tokens/trained", "seconds/round", "seconds/evaluate")
@@ -28,7 +30,7 @@ class Evaluations:
     Attributes:
         rounds: when it was evaluated, ascending [E].
         queries: the questions' places in their split, ascending [Q].
-        rewards: of all K samples, [E, Q, K] float32; 0 where a completion was not scored.
+        rewards: of all K samples, [E, Q, K] float32; of one that was not scored what `intervals.earned` says.
         asked: a checksum of the questions' text. Tasks that make their questions from a run's seed ask other questions
             under the same places.
     """
@@ -142,7 +144,7 @@ def _evaluations(files: list[tuple[int, Path]]) -> Evaluations:
 
 
 def question_rewards(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Questions [Q] and the rewards of all their samples [Q, K]; a completion that was not scored earned 0."""
+    """Questions [Q] and the rewards of all their samples [Q, K]; see `intervals.earned` for those not scored."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -159,8 +161,8 @@ def question_rewards(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
         fits = bool((numbers == np.arange(samples)).all() and (queries == queries[:, :1]).all())
     if not fits:
         raise ValueError(f"{path.name} must hold the first sample of every question, and of others equally many")
-    reward = np.where(np.isnan(reward), 0, reward).astype(np.float32)[order].reshape(-1, samples)
-    return queries[:, 0].copy(), reward
+    reward = np.array(earned([None if np.isnan(one) else one for one in reward[order]]), np.float32)
+    return queries[:, 0].copy(), reward.reshape(-1, samples)
 
 
 def _asked(path: Path) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from tiny_models import sums
@@ -22,7 +24,11 @@ from bandit_rft.evaluate import EvaluatedSplit, Evaluation, evaluate
 from bandit_rft.intervals import reward_interval, wilson
 from bandit_rft.listener import Listener
 from bandit_rft.metrics import read_metrics
+from bandit_rft.model_card import _interval
 from bandit_rft.progress import EvaluationProgress, show_evaluations
+from bandit_rft.report.load import load_run
+from bandit_rft.report.pairs import Pair
+from bandit_rft.study.measured import question_rewards
 from bandit_rft.tasks import Task, load_task
 from bandit_rft.trainer import Trainer
 
@@ -147,6 +153,32 @@ def test_batches_change_nothing(configure: Callable[..., Config]) -> None:
     assert parts.columns == whole.columns and parts.metrics == whole.metrics and parts.intervals == whole.intervals
     assert once == [72, 24] and sum(often) == 96 and len(often) > 20
     assert whole.columns["query"][1][:6] == [0, 0, 0, 1, 1, 1]
+
+
+def test_what_cannot_be_scored_is_not_the_best_where_others_are_punished(configure: Callable[..., Config]) -> None:
+    """The metrics, the report, the model card and the study agree on what it earned."""
+
+    def penalty(prompts: list[str], completions: list[str]) -> list[float | None]:
+        return [[None, -0.5, -1.0][len(prompt + text) % 3] for prompt, text in zip(prompts, completions, strict=True)]
+
+    config = configure(
+        max_rounds=0, **{"evaluation.num_samples": 3, "evaluation.splits": "train", "reward.functions": []}
+    )
+    folder = Path(config.output_dir)
+    Trainer(config, task=Task("sums", sums().splits, [penalty])).run()
+    stored = pq.read_table(folder / "evaluations" / "round-000000-train.parquet").to_pydict()
+    of_samples = [r for r, sample in zip(stored["reward"], stored["sample"], strict=True) if sample >= 0]
+    assert {None, -0.5, -1.0} == set(of_samples)
+    numbers = np.reshape([-1.0 if reward is None else reward for reward in of_samples], (-1, 3))
+    metrics = read_metrics(folder)[0]
+    assert metrics["eval/train/pass@1"] == pytest.approx(numbers[:, 0].mean())
+    assert metrics["eval/train/pass@3"] == pytest.approx(numbers.max(1).mean())
+    low, high = _interval(folder / "evaluations", 0, "train", "pass@1")[0] or (0.0, 0.0)
+    assert (low + high) / 2 == pytest.approx(numbers[:, 0].mean())
+    assert load_run(folder).evaluations[0, "train"].deviation == pytest.approx(numbers[:, 0].std(ddof=1))
+    assert np.array_equal(question_rewards(folder / "evaluations" / "round-000000-train.parquet")[1], numbers)
+    pair = Pair("test", 0, "", None, "", "", before_reward=-1.0, after_reward=None, outcome="lost")
+    assert pair.gain == 0.0
 
 
 def test_the_trainer_tells_how_far_an_evaluation_is(configure: Callable[..., Config]) -> None:
