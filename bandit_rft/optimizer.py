@@ -71,7 +71,8 @@ class PolicyOptimizer:
         self.max_grad_norm = max_grad_norm
         #: Whether a step is refused on the device, and the host hears of it from `refused`; elsewhere `step` raises.
         self.asynchronous = self.masters[0].device.type != "cpu"
-        self._refused = torch.zeros((), device=self.masters[0].device)  # 1: no step is applied until `refused`
+        # 1: no step is applied until `refused`. AdamW's fused kernel takes it in float32.
+        self._refused = torch.zeros((), dtype=torch.float32, device=self.masters[0].device)
         self._adamw = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
@@ -94,9 +95,8 @@ class PolicyOptimizer:
 
     def grad_buffer(self, parameter: Tensor) -> Tensor:
         """The gradient buffer [as parameter], into which a gradient of this parameter may be added."""
-        grad = self.masters[next(i for i, p in enumerate(self.parameters) if p is parameter)].grad
-        assert grad is not None
-        return grad
+        self._take_replaced()
+        return self._parts[next(i for i, p in enumerate(self.parameters) if p is parameter)]
 
     def step(self) -> Tensor:
         """Clip, update, and clear the gradients.

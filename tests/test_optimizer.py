@@ -80,6 +80,18 @@ def test_a_gradient_that_somebody_replaced_is_stepped_on_clipped_and_cleared(way
     assert float(optimizer.step()) == 0.0
 
 
+def test_a_gradient_buffer_is_there_after_zero_grad() -> None:
+    """The head adds its weight's gradient into it; what autograd has put in its place stays in the sum."""
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.0)
+    parameter.grad = None
+    optimizer.grad_buffer(parameter).add_(1.0)
+    (2 * parameter).sum().backward()
+    parameter.grad = torch.full((3,), 4.0)
+    optimizer.grad_buffer(parameter).add_(1.0)
+    assert float(optimizer.step()) == pytest.approx(5 * 3**0.5)
+
+
 def test_a_transposed_parameter_goes_on_where_it_was() -> None:
     gradient = torch.randn(3, 4)
 

@@ -113,7 +113,7 @@ def narrow_gradient(z: Tensor, dtype: torch.dtype) -> Tensor | None:
     return z.view(dtype)[:, z.shape[1] :]
 
 
-def columns_that_count(dz: Tensor, floor: float) -> Tensor | None:
+def columns_that_count(dz: Tensor, floor: float | Tensor) -> Tensor | None:
     """The columns of dz [n, V], in blocks of 128, where some |dz| is not below floor, int64; None: most, so take all.
 
     On a GPU the host waits for their number.
@@ -174,6 +174,8 @@ def takes_out_dtype(product: str, device: torch.device, dtype: torch.dtype) -> b
             torch.mm(operand, operand, out_dtype=torch.float32, out=wide)
         else:
             torch.addmm(wide, operand, operand, out_dtype=torch.float32, out=wide)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # of memory, or of a kernel before: it says nothing of this product
     except (RuntimeError, TypeError):  # refused on the host, before anything is launched
         return False
     return True

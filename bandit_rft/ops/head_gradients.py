@@ -133,7 +133,8 @@ class HeadGradients:
     def _add(self, dz: Tensor, h: Tensor, taken: slice | Tensor) -> None:
         """Add what dL/dlogits [n, V] of the rows h [n, H], which are hidden[taken], contribute."""
         weight = self.inputs.weight
-        columns = head.columns_that_count(dz, self.floor) if self.floor else None
+        floor = self.floor if self.scale is None else self.floor * self.scale
+        columns = head.columns_that_count(dz, floor) if self.floor else None
         of_hidden = (dz, weight) if columns is None else (dz[:, columns], weight[columns])
         if self.hidden is not None:
             if isinstance(taken, slice):

@@ -59,7 +59,7 @@ class StopCheck:
             pinned = torch.empty((), dtype=count.dtype, pin_memory=True)
             count = pinned.copy_(count, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(alive.device))  # by default it is that of the current device
         self._asked.append((count, event))
         if len(self._asked) <= self.lag:
             return None

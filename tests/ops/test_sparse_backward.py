@@ -27,13 +27,15 @@ def peaked() -> dict[str, Any]:
     return {"hidden": hidden, "weight": weight, "targets": targets}
 
 
-def gradients(dtype: torch.dtype = torch.float32, into: bool = False, **options: Any) -> tuple[torch.Tensor, ...]:
+def gradients(
+    dtype: torch.dtype = torch.float32, into: bool = False, size: float = 1.0, **options: Any
+) -> tuple[torch.Tensor, ...]:
     case = peaked()
     hidden, weight = (case[k].to(dtype).requires_grad_() for k in ("hidden", "weight"))
     bounds = torch.tensor([0, 20, 45, N], dtype=torch.int32)
     buffer = torch.ones(V, H) if into else None
     result = linear_policy_loss(
-        hidden, weight, case["targets"], torch.tensor([1.0, 0.0, -0.5]), bounds, objective=PolicyObjective(),
+        hidden, weight, case["targets"], torch.tensor([1.0, 0.0, -0.5]) * size, bounds, objective=PolicyObjective(),
         weight_grad=buffer, **options,
     )  # fmt: skip
     result.loss.backward()
@@ -70,6 +72,28 @@ def test_off_by_default_and_without_effect_where_every_block_counts() -> None:
 def test_bfloat16() -> None:
     exact, sparse = gradients(torch.bfloat16), gradients(torch.bfloat16, gradient_threshold=2.0**-10)
     for a, b in zip(exact, sparse, strict=True):
+        assert (a - b).float().norm() <= 0.01 * a.float().norm()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_float16_products_leave_out_the_same_blocks(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dL/dlogits comes multiplied by a power of two for them, and so must the threshold."""
+    taken, choose = list[list[int]](), head.columns_that_count
+
+    def chosen(dz: torch.Tensor, floor: float) -> torch.Tensor | None:
+        columns = choose(dz, floor)
+        taken.append([] if columns is None else columns.tolist())
+        return columns
+
+    monkeypatch.setattr(head, "columns_that_count", chosen)
+    gradients(size=size, gradient_threshold=2.0**-10)
+    monkeypatch.setattr(head, "widens", lambda tensor: False)
+    head.takes_out_dtype.cache_clear()
+    exact, sparse = (gradients(torch.float16, size=size, gradient_threshold=of) for of in (0.0, 2.0**-10))
+    head.takes_out_dtype.cache_clear()
+    in_float32, in_float16 = taken
+    assert in_float32 == in_float16 and 0 < len(in_float32) <= V / 2
+    for a, b in zip(exact[1:], sparse[1:], strict=True):
         assert (a - b).float().norm() <= 0.01 * a.float().norm()
 
 

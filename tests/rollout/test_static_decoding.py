@@ -230,6 +230,28 @@ def test_buckets() -> None:
     assert bucket(257) == 384
 
 
+def test_the_stop_check_waits_for_the_stream_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a second GPU, too, while the first is the current device: an event there would be over at once."""
+    recorded = []
+
+    class Event:
+        def record(self, stream: object = "of the current device") -> None:
+            recorded.append(stream)
+
+    class Alive:
+        device = torch.device("cuda", 1)
+
+        def sum(self) -> torch.Tensor:
+            return torch.tensor(3)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    assert StopCheck(1)(Alive()) is None  # type: ignore[arg-type]
+    assert recorded == ["of cuda:1"]
+
+
 def test_stop_check_answers_late() -> None:
     alive = torch.ones(5, dtype=torch.bool)
     late, at_once = StopCheck(2), StopCheck(0)
