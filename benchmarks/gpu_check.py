@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from gpu_measurements.operations import Setting
 from gpu_measurements.plan import TESTS, Measurement, injected, plan
-from gpu_measurements.record import CRASHED, DONE, FAILED, TIMED_OUT, Record, record_path
+from gpu_measurements.record import CRASHED, DONE, FAILED, SKIPPED, TIMED_OUT, Record, record_path
 from gpu_measurements.worker import Worker, serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def newest(folder: Path, device: str) -> Path:
 def run_tests(measurement: Measurement, seconds: float, log: Path) -> tuple[str, str]:
     """(status, last lines) of pytest over tests/gpu; what it had said is kept where it hangs."""
     command = [
-        sys.executable, "-u", "-m", "pytest", "-rfE", "tests/gpu", "-k", TESTS[measurement.name],
+        sys.executable, "-u", "-m", "pytest", "-rfEs", "tests/gpu", "-k", TESTS[measurement.name],
         "-p", "no:cacheprovider",
     ]  # fmt: skip
     with log.open("ab") as output:
@@ -61,9 +61,15 @@ def run_tests(measurement: Measurement, seconds: float, log: Path) -> tuple[str,
     with log.open("rb") as said:
         said.seek(start)
         lines = said.read().decode(errors="replace").strip().splitlines()
-    kept = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40] + lines[-1:]
-    status = TIMED_OUT if code is None else DONE if code == 0 else CRASHED if code < 0 else FAILED
-    return status, "\n".join(kept)
+    kept = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))][:40] + lines[-1:]
+    return status_of(code, kept), "\n".join(kept)
+
+
+def status_of(code: int | None, lines: list[str]) -> str:
+    """Of a pytest that ended with this code (None: it was stopped) and said these lines. Skipped is not done."""
+    if code:
+        return CRASHED if code < 0 else FAILED
+    return TIMED_OUT if code is None else SKIPPED if any(line.startswith("SKIPPED") for line in lines) else DONE
 
 
 class Checker:

@@ -5,8 +5,9 @@
     dz_j = c ([j = target] - p_j) + e p_j (log p_j + entropy),  c = dL/dlogp,  e = -dL/dentropy
 
 No probability is ever in memory. A row is read twice and written once, by one block, the second time backwards: what
-was read last is still in the cache. float32 throughout; p_target - 1 is formed as expm1(logp), without cancellation.
-Written in place, so nothing here may be autotuned: a second trial would read the first one's gradient.
+was read last is still in the cache, and a 16-bit gradient may lie over the second half of its own logits. float32
+throughout; p_target - 1 is formed as expm1(logp), without cancellation. Written in place, so nothing here may be
+autotuned: a second trial would read the first one's gradient.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def visit_rows(
             if SOFTCAP:
                 capped = z * tl.div_rn(temperature, softcap)
                 dz *= 1.0 - capped * capped
+            if gradient.dtype != logits.dtype:  # perhaps over the row's second half: all threads have read their part
+                tl.debug_barrier()
             tl.store(gradient + start + column, (dz * chain).to(gradient.dtype.element_ty), mask=inside)
 
 

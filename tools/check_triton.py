@@ -93,6 +93,7 @@ def cases(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     found.append(("merge_tiles", head_tile.merge_tiles, {**merge, **head_tile.MERGE}))
     found.append(("logprob_rows", policy_rows.visit_rows, {**policy, "KIND": -1}))
     found.append(("policy_rows", policy_rows.visit_rows, policy))
+    found.append(("policy_rows, bfloat16 out", policy_rows.visit_rows, {**policy, "types": {"gradient": "*bf16"}}))
     found.append(("sample_rows", sample_rows.draw_rows, draw))
     found.append(("sample_rows, filtered", sample_rows.draw_rows, filtered))
     found.append(("scale_gradient", scale_gradient.scale_all, {"BLOCK": scale_gradient.BLOCK}))
@@ -186,7 +187,7 @@ def compiled(name: str, kernel: Any, constants: dict[str, Any], capability: int)
     instructions = None
     if name.startswith("linear"):
         instructions = tile_instructions(code) * 32 * warps / (constants["BLOCK_N"] * constants["BLOCK_V"])
-    elif name in ("logprob_rows", "policy_rows", "sample_rows"):
+    elif name.split(",")[0].endswith("_rows") and not name.endswith("filtered"):
         instructions = row_instructions(code) * 32 * warps / constants["BLOCK"]
     return {
         "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "shared": binary.metadata.shared,

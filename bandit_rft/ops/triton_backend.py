@@ -16,6 +16,7 @@ class TritonBackend(Backend):
     """float32, bfloat16 and float16. A module of the kernels, and with it Triton, is imported when first needed."""
 
     name = "triton"
+    writes_narrow = True
 
     def logprob_rows(self, logits: Tensor, targets: Tensor, scaling: Scaling) -> RowStatistics:
         """By kernels/policy_rows.py."""
@@ -26,7 +27,7 @@ class TritonBackend(Backend):
         into: Tensor | None = None,
     ) -> RowStatistics:  # fmt: skip
         """By kernels/policy_rows.py."""
-        seen = _module("policy_rows").gradient_rows(logits, targets, *scaling, grad_logprobs, grad_entropy)
+        seen = _module("policy_rows").gradient_rows(logits, targets, *scaling, grad_logprobs, grad_entropy, into)
         return RowStatistics(*seen)
 
     def policy_rows(
@@ -37,7 +38,7 @@ class TritonBackend(Backend):
         o = objective
         seen = _module("policy_rows").policy_rows(
             logits, targets, *scaling, KINDS[o.kind], *ratio_bounds(o), o.dual_clip or 0.0,
-            KLS[o.kl] if o.kl_coef else 0, o.kl_coef, o.entropy_coef, *inputs,
+            KLS[o.kl] if o.kl_coef else 0, o.kl_coef, o.entropy_coef, *inputs, into,
         )  # fmt: skip
         return RowStatistics(*seen)
 

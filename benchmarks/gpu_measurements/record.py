@@ -12,7 +12,7 @@ from typing import Any
 from . import machine
 
 SCHEMA = 2
-DONE, FAILED, CRASHED, TIMED_OUT = "done", "failed", "crashed", "timed out"
+DONE, FAILED, CRASHED, TIMED_OUT, SKIPPED = "done", "failed", "crashed", "timed out", "skipped"
 
 
 def record_path(folder: Path, device: str, day: str) -> Path:
@@ -31,6 +31,11 @@ class Record:
             earlier = json.loads(resumed.read_text())
             if earlier.get("schema") != SCHEMA or earlier["machine"]["device"] != about["device"]:
                 raise ValueError(f"--resume: {resumed} is of another format or device than this {about['device']}")
+            if (was := earlier["machine"].get("commit")) != about.get("commit"):
+                raise ValueError(
+                    f"--resume: {resumed} is of commit {was}, and this is {about.get('commit')}: measure anew, into "
+                    "another folder (OUT=) to keep both"
+                )
             self.data = {**earlier, "machine": about}
             self.path = folder / resumed.name
         self.write()

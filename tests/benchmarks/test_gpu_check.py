@@ -147,6 +147,32 @@ def test_a_file_of_another_machine_is_not_continued(tmp_path: Path) -> None:
     assert done.returncode == gpu_check.REFUSED and "--resume" in done.stderr and "another" in other.read_text()
 
 
+def test_a_file_of_another_commit_is_not_continued(tmp_path: Path) -> None:
+    """What was measured before would stand under the new commit's name."""
+    about = {"device": "a", "versions": {}, "dtype": "float32", "commit": "old"}
+    path = record.Record(tmp_path, about).path
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"--resume: .* is of commit old, and this is new"):
+        record.Record(tmp_path, {**about, "commit": "new"}, path)
+    assert path.read_text() == before
+    record.Record(tmp_path, about, path)
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "status"),
+    [
+        (0, "3 passed in 1s", record.DONE),
+        (0, "SKIPPED [1] tests/gpu/test_cuda_rows.py:189: compute-sanitizer is not installed", record.SKIPPED),
+        (1, "1 failed, 2 passed", record.FAILED),
+        (5, "2 deselected", record.FAILED),
+        (-11, "", record.CRASHED),
+        (None, "", record.TIMED_OUT),
+    ],
+)
+def test_tests_that_were_skipped_are_not_done(code: int | None, line: str, status: str) -> None:
+    assert gpu_check.status_of(code, [line]) == status
+
+
 # --- the build --------------------------------------------------------------------------------------------------------
 
 

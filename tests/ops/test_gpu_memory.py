@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bandit_rft.ops import head
-from bandit_rft.ops.backend import Head
+from bandit_rft.ops.backend import Backend, Head
 from bandit_rft.ops.core_backend import CudaBackend
 from bandit_rft.ops.head_gradients import HeadGradients
+from bandit_rft.ops.triton_backend import TritonBackend
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpu_measurements import machine
@@ -58,10 +59,11 @@ def test_the_count_is_right() -> None:
         assert (seen.peak, c.numel()) == (8000, 100)
 
 
+@pytest.mark.parametrize("backend", [CudaBackend(None), TritonBackend()], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("skipped", [False, True], ids=["every row", "some rows skipped"])
 @pytest.mark.parametrize("n, h, v", SHAPES)
 def test_gradients_need_at_most_a_gib_and_a_quarter(
-    n: int, h: int, v: int, skipped: bool, monkeypatch: pytest.MonkeyPatch
+    n: int, h: int, v: int, skipped: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "multiprocessors", lambda device: 132)
     monkeypatch.delenv("BANDIT_RFT_WORKSPACE_MIB", raising=False)
@@ -70,7 +72,7 @@ def test_gradients_need_at_most_a_gib_and_a_quarter(
     index = torch.empty(n - 100, dtype=torch.int64, device="meta") if skipped else None
     sizes: list[int] = []
     with Allocations() as seen:
-        gradients = HeadGradients(Head(hidden, weight, None), [True, True, False], CudaBackend(None))
+        gradients = HeadGradients(Head(hidden, weight, None), [True, True, False], backend)
         gradients.accumulate(index, lambda z, rows, into: sizes.append(len(z)))
         of_hidden, of_weight, _ = gradients.results()
     assert of_weight.dtype == torch.bfloat16 and of_weight.shape == weight.shape and of_hidden.shape == hidden.shape
