@@ -82,7 +82,7 @@ def window_of(base: Any) -> int | None:
 
 def numbers_of(modules: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
     """What `shape_of` and `layer_weights` read of modules: equal to an earlier answer, they need not look again."""
-    names = ("variance_epsilon", "scaling", "rope_type")
+    names = ("variance_epsilon", "scaling", "rope_type", "max_norm")
     return [(type(m), len(m._modules), *map(vars(m).get, names)) for m in modules]
 
 
@@ -122,6 +122,7 @@ def _is_torchs(kind: type) -> bool:
 
 def outside_weights(base: Any) -> dict[str, Tensor]:
     """The weights that are in no layer, by the names that the core knows."""
+    refuse_unless(base.embed_tokens.max_norm is None, "its embeddings are scaled down to a norm")
     return {"embed_tokens": _weight(base.embed_tokens), "norm": _weight(base.norm)}
 
 

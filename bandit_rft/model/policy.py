@@ -283,11 +283,14 @@ class Policy:
             rows: int64 [N], which of the T tokens are wanted: [N, H] is returned. None: all.
 
         Raises:
-            ValueError: for lengths that do not add up to T, a sequence longer than the model is served for, or dropout.
+            ValueError: for lengths that do not add up to T, a sequence longer than the model is served for, rows of
+                another dtype or shape, or dropout.
         """
         self.refuse_dropout()
         if input_ids.ndim != 1 or input_ids.shape[0] != sum(lengths):
             raise ValueError(f"input_ids must be [{sum(lengths)}] to match lengths; got {list(input_ids.shape)}")
+        if rows is not None and (rows.dtype not in (torch.int64, torch.int32) or rows.ndim != 1):
+            raise ValueError(f"rows must be int64 [N], indices of tokens; got {rows.dtype} {list(rows.shape)}")
         checkpointed = self._checkpointed if torch.is_grad_enabled() else []
         if self._in_core is not None and not checkpointed:
             layers = self._in_core.weights(self.base, lengths)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -258,3 +258,27 @@ def _cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             cache.layers[i] = InPlaceLayer(capacity)
     return cache
+
+
+def check_arguments(prompts: Sequence[Sequence[int]], ids: Tensor, n: int, vocabulary: int) -> None:
+    """What an engine is asked for: n completions of each prompt, a random stream each.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be a whole number >= 1; got {n!r}")
+    if len(prompts) == 0:
+        raise ValueError("prompts must hold at least one list of token ids; got none")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} has no tokens; every prompt needs at least one")
+        if not isinstance(prompt[0], SupportsIndex):
+            raise TypeError(f"prompts must be lists of token ids, whole numbers; prompt {i} is {prompt!r:.60}")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            token = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise ValueError(f"prompt {i} has the token {token}; the model's are 0 to {vocabulary - 1}")
+    total = len(prompts) * n
+    if not isinstance(ids, Tensor) or ids.shape != (total,) or ids.dtype != torch.int64:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.60}"
+        raise ValueError(f"ids must be int64 [{total}], a tensor with one a completion (`sequence_ids`); got {got}")

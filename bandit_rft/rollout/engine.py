@@ -8,6 +8,7 @@ What makes it exact: a draw depends on (seed, sequence id, position) and the row
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from bandit_rft.model import Policy
 from bandit_rft.model.surroundings import plain_surroundings
-from bandit_rft.rollout.decoding import Batch, Drawn, ModelDecoder, Padding, Source, is_idle
+from bandit_rft.rollout.decoding import Batch, Drawn, ModelDecoder, Padding, Source, check_arguments, is_idle
 from bandit_rft.rollout.graphs import CHECK_EVERY, CapturedDecoder
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout.probe import probe_decoding, probe_static_decoding
@@ -192,7 +193,9 @@ class RolloutEngine:
             served = [n for n in (positions, self._plan.max_length, policy.plan.max_length) if n]
             max_completion_length = min([COMPLETION_LENGTH, *(max(1, n // 2) for n in served)])
         self.max_completion_length = max_completion_length
-        self._native, self._window = self._probe_native(), self._model_decoder().window
+        self._native = self._probe_native()
+        # The decoders that stay hold one batch. Another thread, or who is called by a `Watch`, goes without them.
+        self._taken = threading.Lock()
         config, padding = policy.model.config, self._plan.padding
         if static_cache is None:
             static_cache = static_cache_serves(policy.device.type, padding, has_plain_cache(config))
@@ -228,12 +231,14 @@ class RolloutEngine:
 
         Returns:
             The rollouts in host memory, with `query` the prompt's position in `prompts`.
+
+        Raises:
+            TypeError, ValueError: naming the argument; or the model is in train mode and has dropout.
         """
+        check_arguments(prompts, ids, n, self.policy.vocab_size)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling; got {sampling!r:.60}")
         total = len(prompts) * n
-        if ids.shape != (total,) or ids.dtype != torch.int64:
-            raise ValueError(f"ids must be int64 [{total}], one a completion; got {ids.dtype} {list(ids.shape)}")
-        if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
-            raise ValueError(f"prompt {empty[0]} has no tokens; every prompt needs at least one")
         self.policy.refuse_dropout()
         ids, sampling = ids.cpu(), sampling or Sampling()
         order: list[int] = []
@@ -242,7 +247,12 @@ class RolloutEngine:
             with torch.inference_mode():
                 ended = torch.zeros(len(rows), dtype=torch.int64)
                 of_batch = [prompts[i] for i in sorted({r // n for r in rows})]
-                tables = self._decode(of_batch, rows, n, ids, seed, sampling, watch, ended)
+                alone = self._taken.acquire(blocking=False)
+                try:
+                    tables = self._decode(of_batch, rows, n, ids, seed, sampling, watch, ended, alone)
+                finally:
+                    if alone:
+                        self._taken.release()
                 # The hand-over to the rewards: the one copy of a batch from the device.
                 on_host = [*to_host(*tables), ended]
             tokens, logprobs, entropy, lengths, truncated = self._collect(*on_host)
@@ -301,11 +311,12 @@ class RolloutEngine:
 
     def _decode(
         self, prompts: list[Sequence[int]], rows: list[int], n: int, ids: Tensor, seed: int, sampling: Sampling,
-        watch: Watch | None, ended: Tensor,
+        watch: Watch | None, ended: Tensor, alone: bool,
     ) -> Tables:  # fmt: skip
         """Tokens, log-probabilities and entropy [B, steps] of `rows`; after a stop token they mean nothing.
 
         In `ended` [B], on the host, stands after how many tokens `watch` has ended a completion; 0 where it has not.
+        `alone`: whether the decoders that stay may be used.
         """
         policy, device = self.policy, self.policy.device
         lengths = [len(prompt) for prompt in prompts]
@@ -315,12 +326,11 @@ class RolloutEngine:
         if n > 1:
             place_of = {query: i for i, query in enumerate(sorted({r // n for r in rows}))}
             which = to_device([place_of[r // n] for r in rows], device)
-        if self._static is not None and watch is None and self._within_static(capacity):
+        if alone and self._static is not None and watch is None and self._within_static(capacity):
             return self._static.decode(
                 prompts, which, row_ids, capacity=capacity, seed=seed, sampling=sampling.__dict__
             )
-        in_window = self._window is None or capacity <= self._window
-        native = self._native if in_window and self._native is not None and self._native.ready() else None
+        native = self._native if alone and self._native is not None and self._native.ready(capacity) else None
         decoder: NativeDecoder | ModelDecoder = native or self._model_decoder()
         hidden = decoder.prefill(prompts, len(rows), capacity)
 

@@ -26,6 +26,7 @@ from bandit_rft.model.llama_layers import (
     plain_modules,
     refuse_unless,
     shape_of,
+    window_of,
 )
 from bandit_rft.ops import backends, checks, head
 from bandit_rft.ops.decoder_layer import serves
@@ -56,13 +57,17 @@ class NativeDecoder:
         computed: int = self._core.computed(sequences)
         return computed
 
-    def ready(self) -> bool:
-        """Whether the model still is what the core computes; reads the weights' addresses again if they have moved."""
+    def ready(self, capacity: int) -> bool:
+        """Whether the model still is what the core computes, for texts of up to `capacity` tokens.
+
+        Reads the weights' addresses again if they have moved.
+        """
         try:
             self._refresh()
-        except (NotImplementedError, AttributeError):  # parts that another kind of module does not have
+        except (NotImplementedError, AttributeError, ValueError):  # other modules, or of other sizes
             return False
-        return True
+        window = window_of(self._base)
+        return window is None or capacity <= window
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int, capacity: int) -> Tensor:
         """Start a batch of P prompts, with room for so many sequences and columns; the last hidden states, [P, H].
@@ -122,8 +127,9 @@ class NativeDecoder:
         served = weight.dtype == torch.float32 and backends.select(device, torch.float32) == "cpu"
         refuse_unless(served, f"it is {weight.dtype} on {device}, or another backend is forced")
         modules = plain_modules(self._base)
-        addresses = [p.data_ptr() for m in modules for p in m._parameters.values() if p is not None]
-        seen = addresses, numbers_of(modules), self._base.config.get_text_config().num_hidden_layers
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        places = [(p.data_ptr(), p.stride()) for p in parameters]
+        seen = places, numbers_of(modules), self._base.config.get_text_config().num_hidden_layers
         if seen == self._seen:
             return
         refuse_unless(shape_of(self._base) == self._shape, "it was changed")

@@ -174,22 +174,53 @@ def another_projection(model: Any) -> None:
     mlp.up_proj = torch.nn.Sequential(mlp.up_proj, torch.nn.ReLU())
 
 
+def wider_mlp(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(32, 64, bias=False)
+    mlp.down_proj = torch.nn.Linear(64, 32, bias=False)
+
+
+def transposed_projection(model: Any) -> None:
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    weight.data = weight.data.t()
+
+
+def embeddings_of_a_norm(model: Any) -> None:
+    model.model.embed_tokens.max_norm = 0.5
+
+
 def no_mlp(model: Any) -> None:
     model.model.layers[1].mlp = torch.nn.Identity()
 
 
+@pytest.mark.parametrize("served", [True, False], ids=["core", "modules"])
+def test_rows_are_indices(served: bool) -> None:
+    """A mask would be read as tokens 0 and 1 in the core."""
+    policy = Policy(tiny_llama())
+    policy._in_core = policy._in_core if served else None
+    assert served == (policy._in_core is not None)
+    for rows in (torch.zeros(7, dtype=torch.bool), torch.tensor([3.9]), torch.tensor(3), torch.tensor([[3]])):
+        with pytest.raises(ValueError, match=r"rows must be int64 \[N\], indices of tokens; got torch"):
+            policy.hidden_states(torch.arange(7), [7], rows)
+    whole = policy.hidden_states(torch.arange(7), [7])
+    for dtype in (torch.int32, torch.int64):
+        rows = torch.tensor([2, 5], dtype=dtype)
+        torch.testing.assert_close(policy.hidden_states(torch.arange(7), [7], rows), whole[[2, 5]])
+
+
 CHANGES = [
-    shorter, another_mlp, another_activation, another_epsilon, another_scaling, another_projection, no_mlp,
+    shorter, another_mlp, another_activation, another_epsilon, another_scaling, another_projection, embeddings_of_a_norm,
+    no_mlp,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, wider_mlp, transposed_projection])
 def test_numbers_and_parts_that_were_changed_are_heeded_in_decoding(change: Callable[[Any], None]) -> None:
     policy = Policy(tiny_llama())
     decoder = NativeDecoder(policy)
-    assert decoder.ready()
+    assert decoder.ready(40)
     change(policy.model)
-    assert not decoder.ready()
+    assert not decoder.ready(40)
 
 
 def test_a_rotary_embedding_that_changes_with_the_length_is_not_served() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ma
 from bandit_rft import ops
 from bandit_rft.config import Config
 from bandit_rft.model import Policy, UnsupportedModelError
-from bandit_rft.rollout import RolloutEngine, Sampling, sequence_ids
+from bandit_rft.rollout import RolloutEngine, Sampling, Watch, sequence_ids
 from bandit_rft.rollout.engine import COMPLETION_LENGTH
 from bandit_rft.rollout.native import NativeDecoder
 from bandit_rft.rollout_batch import RolloutBatch
@@ -383,6 +384,45 @@ def test_a_decoder_without_the_memory_it_asked_for_refuses_to_step() -> None:
     assert torch.equal(native.step(one, one * 3), expected[1])
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["the core's", "static"])
+def test_several_threads_draw_with_one_engine(policy: Policy, static: bool) -> None:
+    """The decoders that stay hold one batch: who comes meanwhile goes without them."""
+    engine = RolloutEngine(policy, max_completion_length=12, static_cache=static)
+    sizes = range(1, 5)
+    alone = {n: engine.generate([[5, 6] * n], sequence_ids(0, n, range(n)), seed=1, n=n).token_lists() for n in sizes}
+
+    def draw(n: int) -> bool:
+        drawn = engine.generate([[5, 6] * n], sequence_ids(0, n, range(n)), seed=1, n=n)
+        return drawn.token_lists() == alone[n]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(draw, list(sizes) * 15))
+
+
+def test_who_is_called_by_a_watch_may_draw(policy: Policy) -> None:
+    engine = RolloutEngine(policy, max_completion_length=12)
+    ids, plain, other = sequence_ids(0, range(4)), list[RolloutBatch](), sequence_ids(1, range(2))
+
+    def told(rows: list[int], tokens: list[list[int]]) -> list[bool]:
+        plain.append(engine.generate([[9, 10, 11]], other, seed=2, n=2))
+        return [False] * len(rows)
+
+    watched = engine.generate([[5, 6, 7]], ids, seed=1, n=4, watch=Watch(4, told))
+    assert watched.token_lists() == engine.generate([[5, 6, 7]], ids, seed=1, n=4).token_lists()
+    assert plain[0].token_lists() == engine.generate([[9, 10, 11]], other, seed=2, n=2).token_lists()
+
+
+def test_a_window_that_was_narrowed_is_heeded(policy: Policy) -> None:
+    config = copy.copy(CONFIGS["mistral"])
+    config.sliding_window = 30
+    narrowed = Policy(AutoModelForCausalLM.from_config(config))
+    engine = RolloutEngine(narrowed, max_completion_length=12)
+    for window in (30, 4):
+        narrowed.model.config.sliding_window = window
+        rollouts = engine.generate(PROMPTS[:2], sequence_ids(0, range(8)), seed=1, n=4)
+        torch.testing.assert_close(rollouts.logprobs, trainer_logprobs(narrowed, rollouts), atol=1e-5, rtol=0)
+
+
 def test_seed_and_round_change_the_draw(policy: Policy) -> None:
     engine = RolloutEngine(policy, max_completion_length=16)
     draws = [
@@ -404,8 +444,19 @@ def test_bad_arguments(policy: Policy) -> None:
     engine = RolloutEngine(policy, max_completion_length=4)
     with pytest.raises(ValueError, match="ids must be int64"):
         engine.generate(PROMPTS, sequence_ids(0, 1, [0, 1], 0), seed=0)
-    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
-        engine.generate([[1], []], sequence_ids(0, 1, [0, 1], 0), seed=0)
+    two = sequence_ids(0, 1, [0, 1], 0)
+    for prompts, ids, options, message in (
+        ([[1], []], two, {}, "prompt 1 has no tokens"),
+        ([[1], [3, 97]], two, {}, "prompt 1 has the token 97; the model's are 0 to 44"),
+        ([[1], [-1]], two, {}, "prompt 1 has the token -1"),
+        (["1+1=", [1]], two, {}, "prompts must be lists of token ids, whole numbers; prompt 0 is '1"),
+        ([], two[:0], {}, "prompts must hold at least one"),
+        (PROMPTS[:2], [0, 1], {}, r"ids must be int64 \[2\], a tensor .*; got \[0, 1\]"),
+        (PROMPTS[:2], two, {"n": 0}, "n must be a whole number >= 1; got 0"),
+        (PROMPTS[:2], two, {"sampling": 3}, "sampling must be a Sampling; got 3"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            engine.generate(prompts, ids, seed=0, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_completion_length"):
         RolloutEngine(policy, max_completion_length=0)
 
