@@ -209,8 +209,8 @@ def test_rows_are_indices(served: bool) -> None:
 
 
 CHANGES = [
-    shorter, another_mlp, another_activation, another_epsilon, another_scaling, another_projection, embeddings_of_a_norm,
-    no_mlp,
+    shorter, another_mlp, another_activation, another_epsilon, another_scaling, another_projection, no_mlp,
+    embeddings_of_a_norm,
 ]  # fmt: skip
 
 
