@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _HOOKS: Any = WeakTensorKeyDictionary()
 _ROW = 1 << 16  # gradients whose squares are added up together
+_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of a parameter that has been stepped on
 _ALIGNED = 16  # entries, so that vectors of any kernel begin where a gradient does
 
 
@@ -98,6 +99,12 @@ class PolicyOptimizer:
         self._take_replaced()
         return self._parts[next(i for i, p in enumerate(self.parameters) if p is parameter)]
 
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for gradient in self.gradients:
+            gradient.zero_()
+
+    @torch.no_grad()
     def step(self) -> Tensor:
         """Clip, update, and clear the gradients.
 
@@ -108,8 +115,12 @@ class PolicyOptimizer:
             The gradients' norm before clipping, 0-d.
 
         Raises:
-            FloatingPointError: on a CPU, the norm is not finite.
+            FloatingPointError: on a CPU, the norm is not finite. The gradients are forgotten.
+            RuntimeError: a newer optimizer has the parameters, a parameter lies otherwise in memory than it did, or
+                this optimizer is closed.
         """
+        if any(_HOOKS.get(parameter) is not hook for parameter, hook in self._hooks.items()):
+            raise RuntimeError("the parameters have a newer optimizer, or this one is closed: make another")
         self._take_replaced()
         norm = self._norm()
         if self.asynchronous:
@@ -117,6 +128,7 @@ class PolicyOptimizer:
             # AdamW's fused kernel leaves everything as it is where this is 1.
             self._adamw.found_inf = self._refused  # type: ignore[attr-defined]
         elif not torch.isfinite(norm):
+            self.clear()
             raise FloatingPointError(f"the gradient norm is {float(norm)}: the update was not applied")
         if self.max_grad_norm > 0:
             coefficient = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as PyTorch's clip_grad_norm_ has it
@@ -126,13 +138,17 @@ class PolicyOptimizer:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
                 parameter.data.copy_(master.detach())
-        for gradient in self.gradients:
-            gradient.zero_()
+        self.clear()
         return norm
 
+    @torch.no_grad()
     def _take_replaced(self) -> None:
         """See that every gradient is in `gradients`: `zero_grad` and a newer optimizer put others in their places."""
-        for master, part in zip(self.masters, self._parts, strict=True):
+        for name, master, part in zip(self.names, self.masters, self._parts, strict=True):
+            if master.stride() != part.stride():  # as somebody has set its data
+                raise RuntimeError(
+                    f"{name} has the strides {master.stride()} now, {part.stride()} when it was taken up"
+                )
             if master.grad is not part:
                 part.zero_() if master.grad is None else part.copy_(master.grad)
                 master.grad = part
@@ -185,18 +201,22 @@ class PolicyOptimizer:
             raise ValueError(f"the optimizer state lacks parameters that are trained now: {missing[:3]}")
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             state = states.get(name, {})
-            kept = state.pop("master", None)
-            if (kept is None) != (parameter is master) and name in states:
-                was = "in place, in float32 or float64" if kept is None else "through a float32 master copy"
+            if ("master" not in state) != (parameter is master) and name in states:
+                was = "in place, in float32 or float64" if parameter is not master else "through a float32 master copy"
                 raise ValueError(
                     f"optimizer state {name}: it was trained {was}, and is {parameter.dtype} with strides "
                     f"{parameter.stride()} now"
                 )
-            if kept is not None:
-                master.data.copy_(kept)
+            if state.keys() - {"master"} not in (set(), _STATE):
+                raise ValueError(f"optimizer state {name}: expected {sorted(_STATE)}; got {sorted(state)}")
             for key, value in state.items():
                 if key != "step" and value.shape != master.shape:
                     raise ValueError(f"optimizer state {name}: {list(value.shape)} does not fit {list(master.shape)}")
+        self._adamw.state.clear()
+        for name, master in zip(self.names, self.masters, strict=True):
+            state = states.get(name, {})
+            if (kept := state.pop("master", None)) is not None:
+                master.data.copy_(kept)
             if state:
                 self._adamw.state[master] = {
                     k: v.to(master.device, torch.float32, copy=True) if k == "step" else _laid_out_as(master, v)

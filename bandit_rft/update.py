@@ -107,7 +107,11 @@ class PolicyUpdater:
         # In the only step of a round the sampler is this policy: the ratio is 1 by definition, not by rounding.
         off_policy = off_policy or self.epochs * self.minibatches > 1 or self.objective.weighs_sampler
         for rows in self._minibatches(batch, round_index):
-            self._step(batch, rows, sums, round_index, off_policy)
+            try:
+                self._step(batch, rows, sums, round_index, off_policy)
+            except BaseException:
+                self.optimizer.clear()  # or they would be part of the next step, if there is one
+                raise
         zero = sums.losses[0].new_zeros(())
         totals = ranks.sum(torch.stack([sums.statistics.get(name, zero) for name in STATISTICS]))
         ratios = torch.zeros(3, len(LENGTHS), device=zero.device) if sums.ratios is None else sums.ratios

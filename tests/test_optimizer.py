@@ -109,3 +109,75 @@ def test_a_transposed_parameter_goes_on_where_it_was() -> None:
     steps(whole, None, 4)
     steps(halves, steps(halves, None, 2), 2)
     assert torch.equal(whole, halves)
+
+
+def test_gradients_of_a_refused_step_are_not_part_of_the_next() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.0)
+    (parameter * torch.nan).sum().backward()
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        optimizer.step()
+    parameter.sum().backward()
+    assert float(optimizer.step()) == pytest.approx(3**0.5)
+
+
+def test_no_graph_grows_behind_the_gradients() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+    (parameter**2).sum().backward(create_graph=True)
+    optimizer.step()
+    assert parameter.grad is None or not parameter.grad.requires_grad
+
+
+@pytest.mark.parametrize("way", ["a newer optimizer", "closed"])
+def test_an_optimizer_that_gets_no_gradients_any_more_refuses_to_step(way: str) -> None:
+    """It would write its own, older, masters over what has been trained since."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+    if way == "closed":
+        optimizer.close()
+    else:
+        newer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+        parameter.sum().backward()
+        newer.step()
+    before = parameter.detach().clone()
+    with pytest.raises(RuntimeError, match="a newer optimizer, or this one is closed"):
+        optimizer.step()
+    assert torch.equal(parameter.detach(), before)
+
+
+def test_a_parameter_that_lies_otherwise_now_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+    parameter.data = torch.ones(4, 3).t()
+    with pytest.raises(RuntimeError, match=r"w has the strides \(1, 3\) now, \(4, 1\) when it was taken up"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w|master": torch.ones(1, 3)}, r"optimizer state w: \[1, 3\] does not fit \[4, 3\]"),
+        ({"w|exp_avg": torch.ones(3)}, r"optimizer state w: \[3\] does not fit \[4, 3\]"),
+        ({"w|exp_avg_sq": None}, r"optimizer state w: expected \['exp_avg', 'exp_avg_sq', 'step'\]; got"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, torch.Tensor | None], message: str) -> None:
+    parameter = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    state = {name: tensor for name, tensor in {**before, **change}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_tensors({name: 2 * tensor for name, tensor in state.items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_tensors().items())
+
+
+def test_the_state_of_an_optimizer_without_a_step_is_taken_up_too() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    optimizer.load_state_tensors({})
+    assert optimizer.state_tensors() == {}

@@ -38,6 +38,7 @@ class ShardedOptimizer(PolicyOptimizer):
             assert master.grad is not None
             share.grad = like_share(master.grad, share, policy.mesh)  # FSDP adds to it in place
             self._grads[id(share)] = master.grad
+        self._split = [share.grad for share in self._shares]
 
     def grad_buffer(self, parameter: Tensor) -> Tensor:
         """The buffer [V, H] of the gathered head's gradient."""
@@ -46,10 +47,24 @@ class ShardedOptimizer(PolicyOptimizer):
 
     def step(self) -> Tensor:
         """As PolicyOptimizer.step, with the gradients of all ranks."""
+        self._take_replaced()
         self._policy.reduce_head(self._grads)
         norm = super().step()
         self._policy.stale = True
         return norm
+
+    def clear(self) -> None:
+        """As PolicyOptimizer.clear, the gathered head's gradient too."""
+        super().clear()
+        self._policy.forget_head_sums()
+
+    def _take_replaced(self) -> None:
+        """As PolicyOptimizer's; autograd knows the shares, not the masters."""
+        for share, split, part in zip(self._shares, self._split, self._parts, strict=True):
+            if share.grad is not split:
+                part.zero_() if share.grad is None else part.copy_(local(share.grad))
+                share.grad = split
+        super()._take_replaced()
 
     def _norm(self) -> Tensor:
         return self._ranks.sum(super()._norm().square()).sqrt()

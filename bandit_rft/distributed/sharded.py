@@ -114,6 +114,10 @@ class ShardedPolicy(Policy):
                 gradients[id(share)].add_(whole.redistribute(placements=SPLIT).to_local())
         self._sums.clear()
 
+    def forget_head_sums(self) -> None:
+        """Without them; their next use begins with zeros."""
+        self._sums.clear()
+
     # --- the whole policy ---------------------------------------------------------------------------------------------
 
     def gather_whole(self) -> None:

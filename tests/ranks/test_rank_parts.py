@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import SUPPORT
 from tiny_models import tiny_llama
 
 from bandit_rft.cli import main
@@ -109,3 +113,36 @@ def test_a_model_of_several_dtypes_is_not_split() -> None:
     policy.base.norm.float()  # type: ignore[operator, union-attr]
     with pytest.raises(UnsupportedModelError, match=r"dtypes .*bfloat16.*float32.*distributed\.shard=ddp"):
         ShardedPolicy(policy)
+
+
+ZERO_GRAD = """
+import sys, tempfile, torch, torch.distributed as dist
+from tiny_models import tiny_llama
+from bandit_rft.distributed.process import ProcessRanks
+from bandit_rft.model import Policy
+dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+ranks = ProcessRanks(sharded=True)
+policy = ranks.shard(Policy(tiny_llama()))
+optimizer = ranks.optimizer(policy, learning_rate=0.0)
+norms = []
+for way in ("", "parameters", "base", ""):
+    if way == "parameters":
+        for parameter in policy.parameters():
+            parameter.grad = None
+    elif way == "base":
+        policy.base.zero_grad()
+    with ranks.working(policy):
+        policy.hidden_states(torch.arange(3, 20), [9, 8]).square().sum().backward()
+    norms.append(float(optimizer.step()))
+optimizer.close()
+print(*norms)
+"""
+
+
+def test_shares_are_trained_after_zero_grad() -> None:
+    """Autograd puts a new gradient into the share, where nobody would look for it."""
+    command = [sys.executable, "-c", ZERO_GRAD]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SUPPORT)})
+    assert done.returncode == 0, done.stderr
+    norms = [float(norm) for norm in done.stdout.split()]
+    assert len(norms) == 4 and norms[0] > 0 and norms == pytest.approx([norms[0]] * 4)

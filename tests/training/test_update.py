@@ -116,6 +116,20 @@ def test_a_loss_or_a_gap_is_refused_on_the_device(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(before, torch.cat([p.detach().flatten() for p in updater.policy.parameters()]))
 
 
+def test_a_round_that_was_refused_is_not_part_of_the_next() -> None:
+    """On a CPU a gate raises before the optimizer's step, and the gradients stayed."""
+    batch, norms = some_rollouts(count=16).with_columns(advantage=1.0), []
+    for refused in (False, True):
+        updater = updater_of(False, max_logprob_gap=0.0)
+        if refused:
+            updater.max_logprob_gap = 1e-9
+            with pytest.raises(GateError):
+                updater(batch, 1)
+            updater.max_logprob_gap = 0.0
+        norms.append(updater(batch, 1).grad_norm)
+    assert norms[0] == norms[1] > 0
+
+
 def test_a_step_waits_for_nothing() -> None:
     """All of a step but AdamW's kernel, which has no meta device: norm, clipping, gate, what is kept for later."""
     policy = on_a_device_that_cannot_answer(Policy(tiny_llama(), character_tokenizer()))
