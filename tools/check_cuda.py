@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,7 +310,8 @@ def occupancies(kernels: list[Kernel]) -> dict[tuple[str, int], Occupancy]:
     return found
 
 
-def tables(kernels: list[Kernel]) -> str:
+def tables(kernels: list[Kernel], shown: Sequence[int] = (90,)) -> str:
+    """Counts on all architectures; shared memory, occupancy and accesses on those that are `shown`."""
     of = {(k.name, k.architecture): k for k in kernels}
     fits = occupancies(kernels)
     names = list(dict.fromkeys(k.name for k in kernels))
@@ -327,22 +329,25 @@ def tables(kernels: list[Kernel]) -> str:
         # What is selected by filters is visited a number of times that depends on the row: no share is predicted.
         share = "" if "filtered" in name else f"{min(1.0, of[name, 90].copy_bandwidth):.2f}"
         lines.append(f"| `{name}` | {' | '.join(cells)} | {share} |")
-    lines += [
-        "",
-        f"Registers a thread / bytes spilled; then for a row of {VOCABULARY:,} logits on sm_90: blocks on it x shared",
-        "memory of each, warps on a multiprocessor, and the accesses of one turn of each loop (16 logits a lane).",
-        "",
-        f"| kernel |{head} blocks, shared memory | warps | accesses |",
-        "|---|" + "---|" * (len(ARCHITECTURES) + 3),
-    ]
-    for name in names:
-        cells = [f"{of[name, a].registers} / {of[name, a].spilled}" for a in ARCHITECTURES]
-        fit = fits[name, 90]
-        loops = dict.fromkeys(
-            ", ".join(f"{n} {what}" for what, n in sorted(loop.accesses.items())) for loop in of[name, 90].loops
-        )
-        cells += [f"{fit.cluster} x {fit.shared / 1024:.1f} KiB", str(fit.warps), "; ".join(loops)]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    for architecture in shown:
+        lines += [
+            "",
+            f"Registers a thread / bytes spilled; then for a row of {VOCABULARY:,} logits on sm_{architecture}: "
+            "blocks on it x shared",
+            "memory of each, warps on a multiprocessor, and the accesses of one turn of each loop (16 logits a lane).",
+            "",
+            f"| kernel |{head} blocks, shared memory | warps | accesses |",
+            "|---|" + "---|" * (len(ARCHITECTURES) + 3),
+        ]
+        for name in names:
+            cells = [f"{of[name, a].registers} / {of[name, a].spilled}" for a in ARCHITECTURES]
+            fit = fits[name, architecture]
+            loops = dict.fromkeys(
+                ", ".join(f"{n} {what}" for what, n in sorted(loop.accesses.items()))
+                for loop in of[name, architecture].loops
+            )
+            cells += [f"{fit.cluster} x {fit.shared / 1024:.1f} KiB", str(fit.warps), "; ".join(loops)]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -365,12 +370,13 @@ def main() -> None:
                     for way in row_ways([i for i in code if i.operation != "NOP"]):
                         print(*(f"{i.address:05x}  {i.text}" for i in way), "", sep="\n")
         return
-    text = tables(every_kernel(nvcc))
+    kernels = every_kernel(nvcc)
     if options.write:
+        text = tables(kernels)
         before, _, rest = BUILDING.read_text().partition(BEGIN)
         BUILDING.write_text(before + BEGIN + text + END + rest.partition(END)[2])
     else:
-        print(text, end="")
+        print(tables(kernels, ARCHITECTURES), end="")
 
 
 if __name__ == "__main__":

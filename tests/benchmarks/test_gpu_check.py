@@ -264,12 +264,10 @@ def test_predictions_follow_from_the_machine_and_never_count_as_measured(tmp_pat
     }.items():
         counted = next(line for line in building.splitlines() if line.startswith(f"| `{kernel}, plain>`"))
         assert float(counted.split("|")[3].split()[0]) == machine.INSTRUCTIONS[kind]  # sm_90
-    for kind, kernel in {
-        "score": "linear_logprobs, 8192 rows",
-        "draw": "linear_sample, 64 rows",
-    }.items():
+    kernels = {f"linear_sample, {rows} rows": count for rows, count in machine.DRAW.items()}
+    for kernel, count in {"linear_logprobs, 8192 rows": machine.SCORE, **kernels}.items():
         counted = next(line for line in building.splitlines() if line.startswith(f"| {kernel} |"))
-        assert float(counted.split("|")[3].split(";")[0]) == machine.FUSED[kind]
+        assert float(counted.split("|")[3].split(";")[0]) == count
     assert machine.machine_of("NVIDIA H200", {"copy GB/s": 4000.0}) == machine.H200._replace(copy=4e12)
     assert machine.machine_of("a CPU", {}) is None
     about = {"device": "NVIDIA H200", "dtype": "bfloat16", "versions": {}}
@@ -281,6 +279,33 @@ def test_predictions_follow_from_the_machine_and_never_count_as_measured(tmp_pat
     assert (result["predicted"], result["ratio"]) == (1.0, 0.5) and record.met(result) is False
     line = next(line for line in kept.path.with_suffix(".md").read_text().splitlines() if "logprob rows" in line)
     assert [cell.strip() for cell in line.split("|")][-5:-1] == ["1.00", "0.500", ">= 0.85", "MISSED"]
+
+
+@pytest.mark.parametrize("name", ["nvidia-h100-80gb-hbm3-2026-11-27", "nvidia-h200-2026-11-27"])
+def test_the_model_of_the_machine_has_learned_from_what_was_measured(name: str) -> None:
+    data = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    results = results_of(data)
+    limits = {name: value for result in results for name, value in result.get("limits", {}).items()}
+    gpu = machine.machine_of(data["machine"]["device"], limits)
+    assert gpu is not None
+    ratios = {
+        ("linear_sample", "bare product"): machine.sample_ratio,
+        ("linear_policy_loss, fwd + bwd", "three bare products"): machine.loss_ratio,
+        ("the same, 70% of rows at 0", "every advantage"): machine.sparse_ratio,
+        ("linear_logprobs, forward", "bare product"): machine.logprobs_ratio,
+    }
+    compared = 0
+    for result in results:
+        case = result.get("case", ""), result.get("against")
+        predicted = None
+        if case in ratios:
+            predicted = ratios[case](gpu, *json.loads("[" + result["shape"].strip("()") + "]"))
+        elif case[0].endswith(" rows (cuda)") and (kind := case[0].split()[0]) in machine.INSTRUCTIONS:
+            predicted = machine.row_share(gpu, kind)
+        if predicted is not None:
+            assert 0.8 <= predicted / result["ratio"] <= 1.25, (case, result["shape"], predicted, result["ratio"])
+            compared += 1
+    assert compared >= 18
 
 
 def test_out_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import warnings
 from importlib import import_module
 
 import pytest
+import stride_cases
 import torch
 from ops_cases import CASES, OBJECTIVES, Case, assert_close_to_truth, plain_in
 from torch import Tensor
@@ -349,23 +350,11 @@ def results_of(operation: str, given: dict[str, Tensor], factor: float = 1.0) ->
     return list(function(**given, seed=3, **filters))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", stride_cases.OPERATIONS)
 def test_any_strides_are_accepted(operation: str) -> None:
     """Every argument behind every view, and expanded: the values decide, never how they lie."""
-    values = arguments_of(operation)
-    want = results_of(operation, values)
-    for name in values:
-        for view, tensor in views_of(values[name]).items():
-            assert torch.equal(tensor, values[name])
-            for w, g in zip(want, results_of(operation, {**values, name: tensor}), strict=True):
-                torch.testing.assert_close(
-                    g, w, rtol=1e-4, atol=1e-4, msg=lambda m, n=name, how=view: f"{n}, {how}: {m}"
-                )
-        if values[name].dim() == 1 and name != "cu_seqlens":
-            same = values[name][1:2].expand(len(values[name]))
-            once, shown = (results_of(operation, {**values, name: t}) for t in (same.clone(), same))
-            for w, g in zip(once, shown, strict=True):
-                torch.testing.assert_close(g, w, msg=lambda m, n=name: f"{n}, expanded: {m}")
+    stride_cases.check_any_strides(operation, DEVICE)
+    stride_cases.check_expanded(operation, DEVICE)
 
 
 def test_row_kernels_take_any_strides_themselves() -> None:
