@@ -100,6 +100,40 @@ def cases(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     return found
 
 
+def variants(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """What other calls launch than `cases`, each of a kind: that they compile, before a user's first call does."""
+    import torch
+    from bandit_rft.kernels import head_tile, linear_logprobs, linear_sample
+
+    found = []
+    for name, kernel, constants in cases(capability):
+        if name.startswith("linear") and "pointers" not in name:
+            others = {k: v for k, v in constants.items() if k not in ("bias", "temperatures")}
+            types = {k: v.replace("bf16", "fp16") for k, v in constants["types"].items()}
+            found.append((f"{name}, float16", kernel, {**others, "H": 2040, "SOFTCAP": True, "types": types}))
+    for rows, kernel, draws in ((64, linear_sample.draw_tiles, True), (8192, linear_logprobs.score_tiles, False)):
+        for dtype, name in ((torch.float32, "*fp32"), (torch.float16, "*fp16")):
+            tile = head_tile.configuration(rows, dtype, capability, draws)
+            constants = {"H": 901, "SOFTCAP": False, "WIDEN": False, "DESCRIBED": False, **tile._asdict()}
+            constants |= {"types": {"hidden": name, "weight": name, "bias": name}}
+            if not draws:
+                constants["WIDTH"] = head_tile.state_width(dtype)
+            found.append((f"{kernel.__name__} by pointers, {name}", kernel, constants))
+    rows_of = {name: (kernel, constants) for name, kernel, constants in cases(capability)}
+    kernel, policy = rows_of["policy_rows"]
+    given = {k: v for k, v in policy.items() if k not in ("given_logprob", "given_entropy", "temperatures")}
+    found.append(("policy_rows, given", kernel, {**given, "KIND": 0, "SOFTCAP": True}))
+    for kind in range(1, 6):
+        constants = {k: v for k, v in policy.items() if k not in ("reference", "temperatures")}
+        constants |= {"KIND": kind, "KL": 1 + kind % 3, "types": {"gradient": "*fp16"}}
+        found.append((f"policy_rows, objective {kind}", kernel, constants))
+    kernel, filtered = rows_of["sample_rows, filtered"]
+    for only in ("TOP_K", "TOP_P", "MIN_P"):
+        constants = {**filtered, **dict.fromkeys(("TOP_K", "TOP_P", "MIN_P"), False), only: True, "SOFTCAP": True}
+        found.append((f"sample_rows, {only}", kernel, {k: v for k, v in constants.items() if k != "temperatures"}))
+    return found
+
+
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +236,11 @@ def every_kernel(capability: int) -> dict[str, dict[str, Any]]:
     return {name: compiled(name, kernel, c, capability) for name, kernel, c in cases(capability)}
 
 
+def every_variant(capability: int) -> dict[str, dict[str, Any]]:
+    """The same of what other calls launch; their instructions are not counted."""
+    return {name: compiled(f"({name})", kernel, c, capability) for name, kernel, c in variants(capability)}
+
+
 # --- other Tritons ----------------------------------------------------------------------------------------------------
 
 
@@ -214,12 +253,12 @@ def folder_of(version: str) -> Path:
     return folder
 
 
-def by_version(version: str, capability: int) -> dict[str, dict[str, Any]]:
+def by_version(version: str, capability: int, *more: str) -> dict[str, dict[str, Any]]:
     """As `every_kernel`, in a process of its own that finds this version of Triton first."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if version != metadata.version("triton"):
         environment["PYTHONPATH"] = str(folder_of(version))
-    command = [sys.executable, __file__, "--json", str(capability)]
+    command = [sys.executable, __file__, "--json", str(capability), *more]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"Triton {version} does not compile for sm_{capability}:\n{done.stderr[-4000:]}")
@@ -293,6 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/building.md")
     parser.add_argument("--json", type=int, metavar="ARCHITECTURE", help="one architecture, by the installed Triton")
+    parser.add_argument("--variants", action="store_true", help="with --json: what other calls launch instead")
     parser.add_argument("--versions", nargs="+", metavar="VERSION", help="compile with these versions of Triton")
     options = parser.parse_args()
     if options.versions:
@@ -302,7 +342,8 @@ def main() -> None:
         import triton
 
         if options.json:
-            print(json.dumps({"triton": triton.__version__, **every_kernel(options.json)}))
+            made = every_variant(options.json) if options.variants else every_kernel(options.json)
+            print(json.dumps({"triton": triton.__version__, **made}))
             return
         text, begin, end = tables({a: every_kernel(a) for a in ARCHITECTURES}, triton.__version__), BEGIN, END
     if options.write:

@@ -56,7 +56,7 @@ def kernels(architecture: int) -> dict[str, dict[str, Any]]:
 def test_every_kernel_compiles_and_next_to_nothing_spills(architecture: int) -> None:
     found = kernels(architecture)
     heads = {80: 2, 90: 6, 100: 3}[architecture]
-    assert len(found) == heads + 6
+    assert len(found) == heads + 7
     for name, used in found.items():
         head = name.startswith("linear")
         assert used["spilled"] <= 16, f"{name} spills: {used}"  # four registers: none at all costs more elsewhere
@@ -77,6 +77,15 @@ def test_every_kernel_compiles_and_next_to_nothing_spills(architecture: int) -> 
             small = found[name]
             assert programs * 32 * small["warps"] * small["registers"] <= 65536
             assert programs * (small["shared"] + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_other_calls_launch_compiles(architecture: int) -> None:
+    """float16, biases, softcaps, temperatures, hidden sizes of no multiple, every objective, each filter alone."""
+    found = tool().by_version(version("triton"), architecture, "--variants")
+    assert len(found) == {80: 2, 90: 5, 100: 3}[architecture] + 4 + 6 + 3
+    for name, used in found.items():
+        assert used["spilled"] <= 64 and used["shared"] <= SHARED[architecture], f"{name}: {used}"
 
 
 #: Instructions a logit on sm_90: at most this.
