@@ -517,6 +517,18 @@ def test_env_reports_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in text and "transformers" in text and "python" in text
 
 
+def test_env_goes_on_where_the_forced_backend_cannot_serve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug report is wanted most where something does not work."""
+    monkeypatch.setenv("BANDIT_RFT_BACKEND", "nonsense")
+    assert cli.main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "operations    BANDIT_RFT_BACKEND must be one of" in text and "got 'nonsense'" in text
+    assert re.search(r"^cpu  float32 +-> \w+$", text, re.MULTILINE)  # without it
+    assert os.environ["BANDIT_RFT_BACKEND"] == "nonsense"
+
+
 def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     given = arguments(setup, run, **{"evaluation.greedy": "true", "evaluation.num_samples": 2})
