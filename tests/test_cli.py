@@ -113,6 +113,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("train gsm8k", "unexpected argument 'gsm8k'"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --preset minimal --tsak gsm8k", "did you mean task?"),
+        ("train --preset demo --evaluation 5", "evaluation: expected a mapping of keys, such as evaluation.splits"),
         ("train --preset minimal --dry-rn", "unknown key 'dry_rn'"),
         ("train --config a.yaml --config b.yaml", "--config is given twice"),
         ("train --dry_run=no", "--dry_run ignored explicit argument 'no'"),
@@ -126,6 +127,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("study run x.yaml --jobs", "--jobs needs a value"),
         ("study run x.yaml --jobs 1 --jobs 2", "--jobs is given twice"),
         ("study status", "which study?"),
+        ("study run", "bandit-rft study run STUDY.yaml: which study?"),
         ("report", "which run?"),
         ("report nowhere", "no run folder"),
         ("eval nowhere", "no model folder"),
@@ -552,7 +554,8 @@ def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, cap
 
     # training the same again has nothing left to do, and says where things are
     assert cli.main(["train", *given]) == 0
-    assert "continuing after round 3" in capfd.readouterr().out
+    text = capfd.readouterr().out
+    assert "continuing after round 3" in text and "nothing is left to do" in text
 
 
 @pytest.mark.slow
