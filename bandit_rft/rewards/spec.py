@@ -197,10 +197,11 @@ class RewardFunction:
                 file, _, path = self.target.rpartition(":")
                 own = f"sample:{Path(file).name}:{path}"
                 raise RewardError(f"reward {self.name!r} takes 'completion', one at a time: write {own}")
-            near = [found[0] for name in missing if (found := difflib.get_close_matches(name, columns, 1, 0.5))]
+            alike = {name: found[0] for name in missing if (found := difflib.get_close_matches(name, columns, 1, 0.5))}
+            near = [f"{own!r}" + f", answer_column={own}" * (name == "answer") for name, own in alike.items()]
             raise RewardError(
                 f"reward {self.name!r} takes {missing}, but the data have only the columns {sorted(columns)}"
-                + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
+                + (f"; did you mean {', '.join(near)}?" if near else "")
             )
 
     def calls(

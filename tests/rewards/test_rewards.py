@@ -808,6 +808,14 @@ def test_refused_at_the_start(rewards, spec, error, message):
         pass
 
 
+def test_a_column_that_may_be_the_answer_is_named():
+    message = (
+        "takes .'answer'., but the data have only the columns .'anser'.; did you mean 'anser', answer_column=anser"
+    )
+    with pytest.raises(RewardError, match=message), RewardRunner(["exact_match"], columns=["anser"]):
+        pass
+
+
 def test_a_broken_file_says_where(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def f(:\n")
