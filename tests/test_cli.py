@@ -438,6 +438,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 SAMPLES: dict[str, str] = {
     "preset": "demo", "task": "countdown", "advantage": "weighted --advantage_options.positive_weight 0.2",
     "advantage_options": "'{positive_weight: 1}' --advantage weighted", "task_options": "'{digits: 1}'",
+    "chat_template_kwargs": "'{enable_thinking: false}'",
     "objective.kl": "k3 --objective.kl_coef 0.1",
     "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4",
     "objective.importance_cap": "0.25 --objective.kind importance --objective.dual_clip null",
