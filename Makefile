@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu te
 help:
 	@echo "make demo      set up, build, and teach a small model arithmetic from its outcome reward alone"
 	@echo "make test      set up, build, lint, type-check and test"
-	@echo "make test-fast the tests that are quick: half of them, in less than two minutes"
+	@echo "make test-fast the tests that are quick, in less than two minutes"
 	@echo "make lint      ruff, clang-format, mypy and the import contract, as pre-commit runs them"
 	@echo "make docs      the documentation site in build/site, with the reference from the docstrings"
 	@echo "make test-torch TORCH=2.8.0   the tests with another torch, in an environment of its own (gigabytes)"

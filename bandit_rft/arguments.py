@@ -106,7 +106,7 @@ def make_parser(keys: bool = True) -> Parser:
     completion.missing = f"which shell? {' | '.join(SHELLS)}"
 
     study = command("study", "plan, run, watch or report a study (docs/study.md)", "study ACTION STUDY.yaml ...")
-    actions = study.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    actions = study.add_subparsers(dest="action", metavar="ACTION", title="actions", prog="bandit-rft study")
     plan = command("plan", "print the cells of a study and their price", "study plan STUDY.yaml", actions)
     plan.add_argument("--dry_run", action="store_true", help="what plan does in any case: nothing is run")
     run = command(

@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -38,13 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_version("bandit_rft"))
         return 0
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": train,
-        "eval": evaluate,
-        "report": report,
-        "study": study,
-        "env": env,
-        "completion": completion,
-    }
+        "train": train, "eval": evaluate, "report": report, "study": study, "env": env, "completion": completion,
+    }  # fmt: skip
     given = argparse.Namespace()
     try:
         given = parse(arguments)
@@ -400,9 +395,13 @@ def env(given: argparse.Namespace) -> int:
     print(f"threads       {torch.get_num_threads()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda          {torch.version.cuda or 'none'}; {', '.join(devices) or 'no device'}")
-    described = ops.describe()
-    for key, value in described.items() if isinstance(described, Mapping) else (("operations", described),):
-        print(f"{key:<14}{value}")
+    try:
+        described = ops.describe()
+    except ValueError as error:  # the backend that is asked for cannot serve here
+        forced = os.environ.pop("BANDIT_RFT_BACKEND", "")
+        described = f"{error}; without it:\n{ops.describe()}"
+        os.environ["BANDIT_RFT_BACKEND"] = forced
+    print(f"operations    {described}")
     return 0
 
 

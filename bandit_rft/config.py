@@ -303,10 +303,11 @@ MAY_CHANGE = frozenset(key.name for key in keys().values() if key.may_change)
 NOT_DESIGN = frozenset(key.name for key in keys().values() if not key.design)
 
 
-def unknown_key(dotted: str) -> str:
-    """That there is no such key, and which one may be meant."""
+def unknown_key(dotted: str, *given: object) -> str:
+    """That there is no such key, and which one may be meant; of a section also what it was given."""
     if of_section := [name for name in keys() if name.startswith(f"{dotted}.")]:
-        return f"unknown key {dotted!r}: it is a section of keys, such as {of_section[0]}"
+        got = "".join(f"; got {shown(value)}" for value in given)
+        return f"{dotted}: expected a mapping of keys, such as {of_section[0]}{got}"
     meant = [key.name for key in keys().values() if dotted in key.also]
     own = [name for name in keys() if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
     in_section = any(name.startswith(dotted.partition(".")[0] + ".") for name in keys())
@@ -343,7 +344,7 @@ def build_config(
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {shown(preset)}{nearest(preset, PRESETS)}")
     flat = {**dict(_flatten(PRESETS.get(preset, {}))), **from_file, **given}
     if unknown := [key for key in flat if key not in keys() and key.partition(".")[0] not in FREE]:
-        raise ConfigError("\n".join(map(unknown_key, unknown)))
+        raise ConfigError("\n".join(unknown_key(key, flat[key]) for key in unknown))
     tree: dict[str, Any] = {}
     texts = {key for key, value in given.items() if isinstance(value, str)}
     for key, value in flat.items():

@@ -74,9 +74,10 @@ class PromptSet:
             self.examples.append(example)
         check_filtered(name, max_prompt_length, self.lengths)
         if self.filtered:
+            which = name if limit is None else f"{name}, the first {limit} to evaluate"
             logger.warning(
                 "%s: %d of %d prompts are longer than max_prompt_length=%d (or empty) and were left out",
-                name, self.filtered, self.filtered + len(self), max_prompt_length,
+                which, self.filtered, self.filtered + len(self), max_prompt_length,
             )  # fmt: skip
 
     def __len__(self) -> int:

@@ -113,7 +113,8 @@ class ConsoleListener(Listener):
         if getattr(trainer.scorer, "isolation", None) == "fork":
             self.say("Rewards run in forks of this process: one of them cannot be imported.")
         if trainer.round:
-            self.say(f"continuing after round {trainer.round}")
+            left = "; nothing is left to do" if trainer.finished else ""
+            self.say(f"continuing after round {trainer.round}{left}")
         self.say(
             "A loss near 0 is normal here: it is a weighted log-probability, not an error. Watch reward and Pass@1."
         )

@@ -88,7 +88,7 @@ class RunFolder:
         Raises:
             ConfigError: when the folder holds a run and resume is never or a checkpoint of another folder, or the
                 checkpoint was made under other settings.
-            CheckpointError: when the folder named is no intact checkpoint.
+            CheckpointError: when the folder named is not there, or is no intact checkpoint.
         """
         used = bool(read_metrics(self.path) or list_checkpoints(self.checkpoints))  # by a run that began
         if resume == "never":
@@ -98,7 +98,7 @@ class RunFolder:
                     "remove it, or continue it with --resume auto"
                 )
             return None
-        found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), read_state(Path(resume)))
+        found = latest_checkpoint(self.checkpoints) if resume == "auto" else (Path(resume), _state_of(resume))
         if found is not None:
             _refuse_other_run(found[1], config, found[0], self.path, rewards, same_model)
         if resume != "auto" and used and Path(resume).resolve().parent != self.checkpoints.resolve():
@@ -294,6 +294,18 @@ def _round_of(path: Path) -> int:
     """The last round of checkpoint-N, round-N.parquet, round-N-SPLIT.parquet or rounds-A-B.parquet."""
     match = re.match(r"(?:checkpoint-|round-|rounds-\d+-)(\d+)", path.name)
     return int(match[1]) if match else -1
+
+
+def _state_of(resume: str) -> dict[str, Any]:
+    """state.json of the checkpoint that the key `resume` names."""
+    if not Path(resume).is_dir():
+        raise CheckpointError(
+            f"resume must be auto, never or the folder of a checkpoint; there is no folder {resume!r}"
+        )
+    try:
+        return read_state(Path(resume))
+    except CheckpointError as error:
+        raise type(error)(f"resume={resume}: {error}") from None
 
 
 def _refuse_other_run(

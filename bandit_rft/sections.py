@@ -70,12 +70,9 @@ class ObjectiveConfig(Section):
         "token-mean", "from token losses to the loss (verl's names)"
     )
     clip_low: float = Key(
-        0.2,
-        "the ratio is clipped below at 1 - clip_low (ppo, cispo, gspo)",
-        also=("epsilon", "epsilon_low"),
-        ge=0,
-        le=1,
-    )
+        0.2, "the ratio is clipped below at 1 - clip_low (ppo, cispo, gspo)", also=("epsilon", "epsilon_low"),
+        ge=0, le=1,
+    )  # fmt: skip
     clip_high: float = Key(
         0.2, "the ratio is clipped above at 1 + clip_high (ppo, cispo, gspo)", also=("epsilon_high",), ge=0
     )
@@ -446,3 +443,7 @@ class EvaluationConfig(Section):
     def _named(cls, value: list[str]) -> list[str]:
         named_files(value)
         return value
+
+    def fits(self, config: Config) -> None:
+        if not self.num_samples and not self.greedy:
+            raise ValueError("evaluation.num_samples=0 with evaluation.greedy=false measures nothing: choose one")

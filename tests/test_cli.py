@@ -113,6 +113,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("train gsm8k", "unexpected argument 'gsm8k'"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --preset minimal --tsak gsm8k", "did you mean task?"),
+        ("train --preset demo --evaluation 5", "evaluation: expected a mapping of keys, such as evaluation.splits"),
         ("train --preset minimal --dry-rn", "unknown key 'dry_rn'"),
         ("train --config a.yaml --config b.yaml", "--config is given twice"),
         ("train --dry_run=no", "--dry_run ignored explicit argument 'no'"),
@@ -126,6 +127,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("study run x.yaml --jobs", "--jobs needs a value"),
         ("study run x.yaml --jobs 1 --jobs 2", "--jobs is given twice"),
         ("study status", "which study?"),
+        ("study run", "bandit-rft study run STUDY.yaml: which study?"),
         ("report", "which run?"),
         ("report nowhere", "no run folder"),
         ("eval nowhere", "no model folder"),
@@ -436,6 +438,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 SAMPLES: dict[str, str] = {
     "preset": "demo", "task": "countdown", "advantage": "weighted --advantage_options.positive_weight 0.2",
     "advantage_options": "'{positive_weight: 1}' --advantage weighted", "task_options": "'{digits: 1}'",
+    "chat_template_kwargs": "'{enable_thinking: false}'",
     "objective.kl": "k3 --objective.kl_coef 0.1",
     "objective.kl_coef": "0.1 --objective.kl k3", "objective.dual_clip": "4",
     "objective.importance_cap": "0.25 --objective.kind importance --objective.dual_clip null",
@@ -517,6 +520,18 @@ def test_env_reports_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in text and "transformers" in text and "python" in text
 
 
+def test_env_goes_on_where_the_forced_backend_cannot_serve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug report is wanted most where something does not work."""
+    monkeypatch.setenv("BANDIT_RFT_BACKEND", "nonsense")
+    assert cli.main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "operations    BANDIT_RFT_BACKEND must be one of" in text and "got 'nonsense'" in text
+    assert re.search(r"^cpu  float32 +-> \w+$", text, re.MULTILINE)  # without it
+    assert os.environ["BANDIT_RFT_BACKEND"] == "nonsense"
+
+
 def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     given = arguments(setup, run, **{"evaluation.greedy": "true", "evaluation.num_samples": 2})
@@ -540,7 +555,8 @@ def test_train_then_eval_gives_the_same_numbers(setup: Path, tmp_path: Path, cap
 
     # training the same again has nothing left to do, and says where things are
     assert cli.main(["train", *given]) == 0
-    assert "continuing after round 3" in capfd.readouterr().out
+    text = capfd.readouterr().out
+    assert "continuing after round 3" in text and "nothing is left to do" in text
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_resolved_yaml_reads_back_to_the_same(tmp_path: Path) -> None:
         ("beta", 0.1, "did you mean objective.kl_coef?"),
         ("learning_rat", 1, "did you mean learning_rate?"),
         ("max_new_tokens", 1, "did you mean max_completion_length?"),
-        ("objective", 1, "unknown key 'objective'"),
+        ("objective", 1, "objective: expected a mapping of keys"),
         ("objective.kind", "ppoo", "did you mean ppo?"),
         ("advantage", "group_nrm", "did you mean group_norm?"),
         ("preset", "papper", "did you mean paper?"),
@@ -266,7 +266,13 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ),
         ({"objective": {"kind": "ppo", "clip_low": 2}}, "objective.clip_low must be >= 0 and <= 1; got 2"),
         ({"objective.kind.x": 1}, "unknown key 'objective.kind.x'"),
-        ({"kl": 0.1}, "unknown key 'kl': it is a section of keys, such as kl.where"),
+        ({"kl": 0.1}, "kl: expected a mapping of keys, such as kl.where; got 0.1"),
+        ({"objective": "ppo"}, "objective: expected a mapping of keys, such as objective.kind; got 'ppo'"),
+        ({"evaluation": None}, "evaluation: expected a mapping of keys, such as evaluation.splits; got None"),
+        (
+            {"evaluation.num_samples": 0, "evaluation.greedy": False},
+            "evaluation.num_samples=0 with evaluation.greedy=false measures nothing",
+        ),
     ],
 )  # fmt: skip
 def test_errors_of_options_name_them(choices: dict[str, object], message: str) -> None:

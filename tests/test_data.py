@@ -155,6 +155,17 @@ def test_too_many_prompts_that_are_too_long_are_refused() -> None:
     assert len(PromptSet("train", [], character_tokenizer(), max_prompt_length=2)) == 0
 
 
+def test_prompts_left_out_of_what_is_evaluated_are_told_from_those_of_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    examples = [Example("1" * n, {}) for n in (3, 9, 3, 3)]
+    for limit in (None, 2):
+        PromptSet("train", examples, character_tokenizer(), max_prompt_length=5, limit=limit)
+    whole, part = caplog.messages
+    assert whole.startswith("train: 1 of 4 prompts are longer than max_prompt_length=5")
+    assert part.startswith("train, the first 2 to evaluate: 1 of 3 prompts are longer")
+
+
 def test_gsm8k_with_64_tokens_is_refused(data_dir: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data_dir / "model-stories260K" / "hf")
     examples = load_task("gsm8k", data_path=str(data_dir / "gsm8k")).splits["train"][:500]

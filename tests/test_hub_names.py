@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from bandit_rft import cli
+from bandit_rft.assemble import load_policy
+from bandit_rft.config import build_config
 from bandit_rft.hub import _CHATTER, asking, check_place
 from bandit_rft.tasks import load_task
 
@@ -46,6 +48,20 @@ def test_the_commands_ask_no_hub_for_a_path(
     assert "model_name_or_path: there is no folder or file './runs/x'" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="data_path: there is no folder or file 'my/own/data'"):
         load_task("dataset", data_path="my/own/data", reward=["exact_match"])
+
+
+def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one line: a study keeps the last lines of what a run printed."""
+
+    def load(*given: object, **options: object) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr("bandit_rft.assemble.Policy.load", load)
+    config = build_config({"model_name_or_path": "nonexistent/model", "task": "arithmetic"})
+    with pytest.raises(OSError) as caught:
+        load_policy(config.model_name_or_path, config)
+    assert str(caught.value).startswith("model_name_or_path='nonexistent/model' could not be loaded: it is no folder")
+    assert "We couldn't connect" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_retries_are_said_once(caplog: pytest.LogCaptureFixture) -> None:

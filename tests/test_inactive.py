@@ -33,11 +33,13 @@ CASES: dict[str, tuple[Any, dict[str, Any] | None, dict[str, Any]]] = {
     "lora.alpha": (32.0, {"lora.rank": 8}, {}),
     "lora.targets": (["q_proj"], {"lora.rank": 8}, {}),
     "rollout.on_logprob_gap": ("correct", {"rollout.max_logprob_gap": 0.1}, {**SERVER, "rollout.max_logprob_gap": 0}),
-    "evaluation.temperature": (0.5, {"evaluation.num_samples": 4}, {"evaluation.num_samples": 0}),
+    "evaluation.temperature": (
+        0.5, {"evaluation.num_samples": 4}, {"evaluation.num_samples": 0, "evaluation.greedy": True}
+    ),
     "max_verify_error": (0.01, {"verify_steps": 10}, {"verify_steps": 0}),
     "distributed.shard": ("ddp", None, {}),
     "distributed.timeout_s": (60.0, None, {}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)

@@ -79,7 +79,8 @@ def test_what_would_run_passes_and_leaves_nothing_behind(make: Make, tmp_path: P
         ({"device": "banana"}, "device", "device='banana' cannot be used"),
         ({"device": "cuda:77"}, "device", "device='cuda:77' cannot be used"),
         ({"output_dir": "{tmp}/test.jsonl/run"}, "run folder", "is no folder that may be written to"),
-        ({"resume": "{tmp}/nowhere"}, "run folder", "has no readable state.json"),
+        ({"resume": "{tmp}/nowhere"}, "run folder", "resume must be auto, never or the folder of a checkpoint"),
+        ({"resume": "{tmp}"}, "run folder", "resume={tmp}: {tmp} has no readable state.json"),
     ],
 )  # fmt: skip
 def test_what_would_fail_is_found(
@@ -91,7 +92,7 @@ def test_what_would_fail_is_found(
 
     config = make(**{key: at(value) for key, value in changes.items()})
     found = preflight.preflight(config)
-    assert what in found.failed and any(message in text for name, well, text in found.lines if well is False), (
+    assert what in found.failed and any(at(message) in text for name, well, text in found.lines if well is False), (
         found.lines
     )
     # and it is true: training fails, too

@@ -14,7 +14,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")  # besides what is linked to
-LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
+# A Markdown link or picture, or what an HTML tag of a page shows or leads to.
+LINK = re.compile(r"""(?:(?<=\]\()|(?<=\ssrc=")|(?<=\shref="))(?!\w+:|//|#)([^)\s#"]+)""")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 

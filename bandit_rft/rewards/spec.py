@@ -193,8 +193,15 @@ class RewardFunction:
             ]
         have = {*columns, *self.options, *(["prompt"] if self.kind == "sample" else ["prompts", "completions"])}
         if missing := [name for name in needed if name not in have]:
+            if self.kind == "batch" and "completion" in missing:
+                file, _, path = self.target.rpartition(":")
+                own = f"sample:{Path(file).name}:{path}"
+                raise RewardError(f"reward {self.name!r} takes 'completion', one at a time: write {own}")
+            alike = {name: found[0] for name in missing if (found := difflib.get_close_matches(name, columns, 1, 0.5))}
+            near = [f"{own!r}" + f", answer_column={own}" * (name == "answer") for name, own in alike.items()]
             raise RewardError(
                 f"reward {self.name!r} takes {missing}, but the data have only the columns {sorted(columns)}"
+                + (f"; did you mean {', '.join(near)}?" if near else "")
             )
 
     def calls(

@@ -11,6 +11,7 @@ of its own; the second runs every level with the value that was best for it (tun
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from bandit_rft.presets import PRESETS
 
 #: budget.rule -> the key of a run that it sets.
 BUDGETS = {"rounds": "max_rounds", "tokens": "max_generated_tokens", "seconds": "max_seconds"}
+#: What budget.amount has to be.
+AMOUNTS = {"rounds": "a whole number >= 0", "tokens": "a whole number >= 1", "seconds": "a number > 0"}
 KEYS = (
     "name",
     "preset",
@@ -306,6 +309,10 @@ def _fill_in(settings: dict[str, Any]) -> None:
         if baseline.get("preset", preset) != preset:
             raise StudyError(f"preset={preset!r} and baseline.preset={baseline['preset']!r}: give one of them")
         settings["baseline"] = baseline = {"preset": preset, **baseline}
+    chosen = baseline.get("preset")
+    if chosen is not None and (not isinstance(chosen, str) or chosen not in PRESETS):
+        key = "preset" if preset is not None else "baseline.preset"
+        raise StudyError(f"{key} must be one of {', '.join(PRESETS)}; got {chosen!r}{nearest(chosen, PRESETS)}")
     keys = {"models": "model_name_or_path", "tasks": "task"}
     for name, key in keys.items():
         if name not in settings:
@@ -379,8 +386,12 @@ def _budget(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise StudyError(f"budget must be {{rule: {' | '.join(BUDGETS)}, amount: a number}}; got {budget!r}")
     if not isinstance(stopping, dict) or set(stopping) - {"max_rounds", "failed_cells"}:
         raise StudyError(f"stopping knows max_rounds and failed_cells; got {stopping!r}")
-    rounds = {} if budget["rule"] == "rounds" else {"max_rounds": stopping.get("max_rounds", MAX_ROUNDS)}
-    return {**rounds, BUDGETS[budget["rule"]]: budget["amount"]}
+    rule, amount = budget["rule"], read_value(float if budget["rule"] == "seconds" else int, budget["amount"])
+    number = isinstance(amount, float if rule == "seconds" else int) and not isinstance(amount, bool)
+    if not number or not 0 <= amount < math.inf or (amount == 0 and rule != "rounds"):
+        raise StudyError(f"budget.amount must be {AMOUNTS[rule]} with rule={rule}; got {budget['amount']!r}")
+    rounds = {} if rule == "rounds" else {"max_rounds": stopping.get("max_rounds", MAX_ROUNDS)}
+    return {**rounds, BUDGETS[rule]: budget["amount"]}
 
 
 def _levels(plan: Plan) -> dict[Level, Mapping[str, Any]]:

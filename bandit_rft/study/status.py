@@ -178,9 +178,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     if (warning := seed_warning(plan)) is not None:
         console.print(f"note: {warning}", markup=False, style="yellow")
-    console.print(
-        "tokens and GPU-hours are estimates (docs/study.md: how a plan is priced); nothing has been run", markup=False
-    )
+    console.print("tokens and GPU-hours are estimates (docs/study.md, Price); nothing has been run", markup=False)
 
 
 def _cost_columns(cost: Cost) -> list[str]:

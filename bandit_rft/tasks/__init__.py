@@ -87,7 +87,7 @@ def load_task(
         task = module.load(data_path, seed, options or {})
     for split, path in named_files(evaluation_files).items():
         if split in task.splits:
-            raise ValueError(f"evaluation_files: task {task.name!r} has a split {split!r}; give the file another name")
+            raise ValueError(f"evaluation.files: task {task.name!r} has a split {split!r}; give the file another name")
         task.splits[split] = _read_file(path, READ.get(key, "dataset"), seed, options or {}, key in READ)
     if rewards:
         task = Task(task.name, task.splits, rewards)
@@ -104,13 +104,13 @@ def load_task(
 def _read_file(path: str, module: str, seed: int, options: dict[str, Any], own: bool) -> list[Example]:
     """The examples of one file, read as the task reads its own; of one that makes its own, as a dataset."""
     if not Path(path).expanduser().is_file():
-        raise ValueError(f"evaluation_files: there is no file {path!r}")
+        raise ValueError(f"evaluation.files: there is no file {path!r}")
     kept = {name: value for name, value in options.items() if own and name not in ("test_path", "test_size")}
     read = importlib.import_module(f"bandit_rft.tasks.{module}")
     try:
         splits: dict[str, list[Example]] = read.load(path, seed, kept).splits
     except ValueError as error:
-        raise ValueError(f"evaluation_files, {path}: {error}") from error
+        raise ValueError(f"evaluation.files, {path}: {error}") from error
     if not splits:
-        raise ValueError(f"evaluation_files: {path} has no row with an answer")
+        raise ValueError(f"evaluation.files: {path} has no row with an answer")
     return next(iter(splits.values()))

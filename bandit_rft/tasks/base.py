@@ -47,6 +47,13 @@ class Task:
             raise ValueError(
                 f"reward_weights: expected {len(self.rewards)}, one a reward, got {len(self.reward_weights)}"
             )
+        for name, examples in self.splits.items():
+            for row, example in enumerate(examples):
+                if not isinstance(example, Example):
+                    given = printable(repr(example), 100, one_line=True)
+                    raise TypeError(
+                        f"task {self.name!r} {name} row {row}: expected an Example(prompt, columns), got {given}"
+                    )
         if empty := [name for name, examples in self.splits.items() if not examples]:
             raise ValueError(f"task {self.name!r}: the splits {empty} hold no examples")
 

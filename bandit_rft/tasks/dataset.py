@@ -8,6 +8,7 @@ own names.
 
 import logging
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,10 @@ def _example(row: Row, where: str, prompt_column: str | None, answer_column: str
         if (own := getattr(options, name)) is not None and own not in row:
             raise ValueError(f"{where}: {unknown_name(name, own, sorted(row))}")
     if prompt_column is None:
+        near = next((found[0] for name in PROMPT if (found := get_close_matches(name, sorted(row), 1, 0.5))), "")
         raise ValueError(
             f"{where}: no prompt; expected one of the columns {', '.join(PROMPT)}, or the option prompt_column; "
-            f"got {sorted(row)}"
+            f"got {sorted(row)}" + (f"; did you mean {near!r}, prompt_column={near}?" if near else "")
         )
     columns = {name: value for name, value in row.items() if name not in (prompt_column, answer_column)}
     if clash := sorted({"prompt", "prompts", "completion", "completions"} & set(columns)):

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import logging
 import random
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from bandit_rft.text import printable
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+log = logging.getLogger(__name__)
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -108,8 +110,11 @@ def read_hub(
 def hold_out(splits: dict[str, list[Row]], test_path: str | None, test_size: int, seed: int) -> dict[str, list[Row]]:
     """Add the split "test" from a file, or from the rows of "train"."""
     if test_path is not None:
-        return {**splits, "test": read_rows(Path(test_path).expanduser(), "test_path")}
-    if test_size and "test" not in splits:
+        splits = {**splits, "test": read_rows(Path(test_path).expanduser(), "test_path")}
+    if test_size and "test" in splits:
+        rows = len(splits["test"])
+        log.warning("test_size=%d cannot act: the data have a split test (%d rows)", test_size, rows)
+    elif test_size:
         train = splits.get("train", [])
         if not 0 < test_size < len(train):
             raise ValueError(f"test_size: expected 1 to {len(train) - 1} of {len(train)} rows, got {test_size}")

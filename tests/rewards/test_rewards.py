@@ -37,6 +37,12 @@ def match(prompts, completions, answer):
 def trl_style(completions, **kwargs):
     return [float(len(text) + len(kwargs["prompts"][0])) for text in completions]
 
+def one_at_a_time(completion, answer):
+    return 1.0
+
+def misspelt(completion, anwser):
+    return 1.0
+
 def needs_level(prompts, completions, answer, level):
     return [1.0] * len(completions)
 
@@ -784,11 +790,29 @@ def test_a_worker_outlives_neither_context_nor_parent(rewards, tmp_path):
         ("{path}:lenght", RewardError, "unknown reward function 'lenght'; did you mean 'length'"),
         ("{path}:os", RewardError, "is a module, not a function"),
         ("no_such_module:f", RewardError, "no_such_module could not be imported: ModuleNotFoundError"),
+        (
+            "{path}:one_at_a_time",
+            RewardError,
+            r"takes 'completion', one at a time: write sample:my_rewards.py:one_at_a_t",
+        ),
+        (
+            "sample:{path}:misspelt",
+            RewardError,
+            r"takes \['anwser'\], but .* columns \['answer'\]; did you mean 'answer'",
+        ),
         ("{path}:needs_level", RewardError, r"'needs_level' takes \['level'\], but the data have only .*'answer'"),
     ],
 )
 def test_refused_at_the_start(rewards, spec, error, message):
     with pytest.raises(error, match=message), RewardRunner([spec.format(path=rewards)], columns=["answer"]):
+        pass
+
+
+def test_a_column_that_may_be_the_answer_is_named():
+    message = (
+        "takes .'answer'., but the data have only the columns .'anser'.; did you mean 'anser', answer_column=anser"
+    )
+    with pytest.raises(RewardError, match=message), RewardRunner(["exact_match"], columns=["anser"]):
         pass
 
 

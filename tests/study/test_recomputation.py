@@ -101,6 +101,32 @@ def test_the_pictures_in_the_readme_are_what_the_tables_give(study: str) -> None
     assert f"docs/images/{picture.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_in_the_readme_is_what_the_results_say() -> None:
+    """Every configuration of the pictures has a row; bold is what differs after Holm's correction."""
+    names = {
+        ("advantage alone", "1 of 4"): "the group's advantage alone (1 of 4 trained on)",
+        ("rollouts", "n=2"): "2 rollouts a query", ("rollouts", "n=8"): "8 rollouts a query",
+        **{("trade-off", of): f"64 rollouts in all: {of}" for of in ("(1,64)", "(8,8)", "(16,4)", "(64,1)")},
+        **{("replay", of): f"reward replay at {of}" for of in ("(32,2)", "(64,1)")},
+    }  # fmt: skip
+    read = runpy.run_path(str(ROOT / "studies" / "forest.py"))["rows"]
+    rounds, tokens = (read(ROOT / "studies" / "results" / study) for study in ("paper-rounds", "paper-tokens"))
+    assert rounds.keys() == tokens.keys() == names.keys()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for level, name in names.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        test, train, _, test_tokens, train_tokens = (cell.strip() for cell in line.split("|")[2:-1])
+        for cell, split, found in (
+            (test, "test", rounds), (train, "train", rounds), (test_tokens, "test", tokens),
+            (train_tokens, "train", tokens),
+        ):  # fmt: skip
+            values = found[level][split]
+            said = [float(number) for number in re.findall(r"[+-]\d\.\d+", cell)]
+            keys = ("gain", "low", "high") if split == "test" else ("gain",)
+            assert said == pytest.approx([values[key] for key in keys], abs=0.000501), (level, split)
+            assert cell.startswith("**") == (values["p_holm"] <= 0.05), (level, split)
+
+
 def test_what_not_generating_saves_is_what_the_results_say() -> None:
     folder = ROOT / "studies" / "results"
     found = runpy.run_path(str(ROOT / "studies" / "reached.py"))["reached"](folder / "skipping-tokens")

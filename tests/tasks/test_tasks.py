@@ -150,6 +150,14 @@ def test_forms(tmp_path, form):
         assert score(task, "train", ["4"] * 10) == [float(n == 3) for n in range(10)]
 
 
+def test_held_out_rows_beside_a_test_split_are_said(tmp_path, caplog):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", ROWS[:2])
+    task = load_task("dataset", data_path=str(tmp_path), reward=["exact_match"], options={"test_size": 3})
+    assert len(task.splits["train"]) == 10 and len(task.splits["test"]) == 2
+    assert caplog.messages == ["test_size=3 cannot act: the data have a split test (2 rows)"]
+
+
 def test_a_folder_and_held_out_rows(tmp_path):
     write(tmp_path / "train.jsonl")
     task = load_task("dataset", data_path=str(tmp_path), reward=["exact_match"], options={"test_size": 3}, seed=1)
@@ -316,8 +324,9 @@ def test_refused(arguments, message):
         (
             [{"text": "a", "answer": "b"}],
             {},
-            r"train row 0: no prompt; expected one of .*question.*got \['answer', 'text'\]",
+            r"train row 0: no prompt; expected one of .*question.*got \['answer', 'text'\]$",
         ),
+        ([{"promt": "a", "answer": "b"}], {}, "got .'answer', 'promt'.; did you mean 'promt', prompt_column=promt"),
         (ROWS, {"prompt_column": "promt"}, "unknown prompt_column 'promt'; did you mean 'prompt'"),
         (ROWS, {"answer_column": "gold"}, "unknown answer_column 'gold' .*there are: answer, level, prompt"),
         ([{"prompt": " ", "answer": "b"}], {}, "row 0, column prompt: expected a text, got an empty one"),
@@ -564,6 +573,11 @@ def test_gold_answer():
 
 
 def test_a_task_checks_its_parts():
+    for rows, given in (([1], "1"), ([Example("a", {}), {"prompt": "b"}], "{'prompt': 'b'}")):
+        with pytest.raises(
+            TypeError, match=f"^task 'mine' train row {len(rows) - 1}: expected an Example.* got {given}"
+        ):
+            Task("mine", {"train": rows}, ["exact_match"])
     with pytest.raises(ValueError, match=r"splits \['test'\] hold no examples"):
         Task("mine", {"train": [Example("a", {})], "test": []}, ["exact_match"])
     with pytest.raises(ValueError, match="reward_weights: expected 1"):

@@ -108,9 +108,9 @@ def test_names_that_cannot_be_are_refused_at_once(configure: Callable[..., Confi
 def test_files_that_cannot_be_read_are_named(configure: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"q": 1}')
     for files, message in (
-        ("test=x.jsonl", "has a split 'test'; give the file another name"),
-        ("more=nowhere.jsonl", "there is no file 'nowhere.jsonl'"),
-        (f"bad={tmp_path}/bad.jsonl", "bad.jsonl: dataset train row 0: no prompt"),
+        ("test=x.jsonl", "^evaluation.files: task .* has a split 'test'; give the file another name"),
+        ("more=nowhere.jsonl", "^evaluation.files: there is no file 'nowhere.jsonl'"),
+        (f"bad={tmp_path}/bad.jsonl", "^evaluation.files, .*bad.jsonl: dataset train row 0: no prompt"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(configure(**{"evaluation.files": files}))
