@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft import ops
@@ -63,15 +64,13 @@ def load_policy(name_or_path: str, config: Config, *, base: str | None = None) -
     try:
         with asking(name_or_path):
             policy = Policy.load(name_or_path, dtype=resolve_dtype(config), device=config.device, base=moved)
-    except (ValueError, OSError) as error:
-        if Path(name_or_path).exists():
+    except (ValueError, OSError, ImportError) as error:
+        if Path(name_or_path).exists() or not isinstance(error, OSError | HFValidationError):
             raise
         raise OSError(  # on one line: a study keeps the last lines of what a run printed
             f"model_name_or_path={name_or_path!r} could not be loaded: it is no folder here, and the Hugging Face hub "
-            f"gives none of that name ({type(error).__name__}: {printable(' '.join(str(error).split()), LIMIT)})"
+            f"did not give it ({type(error).__name__}: {printable(' '.join(str(error).split()), LIMIT)})"
         ) from error
-    except ImportError:
-        raise
     except Exception as error:  # a torn file of weights, a tokenizer that is none, sizes that differ, no memory
         raise ValueError(f"the model in {name_or_path} could not be loaded: {_first_line(error)}") from error
     return prepare(policy, config)

@@ -253,4 +253,6 @@ def test_names_and_revisions_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> 
     ]:
         assert out[name][0] == kind and words in out[name][1]
     assert out["command"] != 0 and "Traceback" not in result.stderr
-    assert "bandit-rft: someone/nothing is not a local folder" in result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("bandit-rft: ")]
+    assert said.startswith("bandit-rft: model_name_or_path='someone/nothing' could not be loaded")
+    assert "someone/nothing is not a local folder" in said
