@@ -239,7 +239,7 @@ def _in_order(parser: Parser, arguments: Iterable[str]) -> list[str]:
         name, has_value, value = item.partition("=")
         name = "--" + name[2:].replace("-", "_")
         if name not in options:
-            if with_keys and re.match(r"--(task|advantage)_options\.", name):
+            if with_keys and re.match(r"--(task_options|advantage_options|chat_template_kwargs)\.", name):
                 options[name] = parser.add_argument(name, action=_Key)
             elif with_keys:
                 from bandit_rft.config import unknown_key

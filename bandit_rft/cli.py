@@ -149,7 +149,7 @@ def _dry_run(config: Config, probe: bool) -> int:
 
 def evaluate(given: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint (with its settings) or any model; print a table with intervals, or JSON lines."""
-    from bandit_rft.config import build_config
+    from bandit_rft.config import ConfigError, build_config
     from bandit_rft.inputs import refuse_python_inputs, saved_state
 
     overrides, file = given.overrides, getattr(given, "config", None)
@@ -171,6 +171,8 @@ def evaluate(given: argparse.Namespace) -> int:
     elif "best" in given:
         raise UsageError("--best chooses among the checkpoints of a run: give its folder")
     config = build_config(overrides, file)
+    if not config.evaluation.num_samples and not config.evaluation.greedy:
+        raise ConfigError("evaluation.num_samples=0 with evaluation.greedy=false measures nothing: choose one")
     choose_wait(config.thread_wait)
     refuse_python_inputs(config, found or None, overrides)
     if found and "reward.functions" not in overrides:

@@ -21,6 +21,7 @@ from bandit_rft.advantages import ADVANTAGES
 from bandit_rft.budget import check_schedule
 from bandit_rft.options import (
     STRICT,
+    check_json,
     check_options,
     choices,
     fields_of,
@@ -51,7 +52,7 @@ from bandit_rft.sections import (
 from bandit_rft.tasks import task_option_model
 from bandit_rft.text import html_table
 
-#: Keys whose own keys are up to the task, the advantage or the model's chat template.
+#: Keys whose own keys are up to the task, the advantage or the chat template.
 FREE = ("task_options", "advantage_options", "chat_template_kwargs")
 
 
@@ -215,7 +216,8 @@ class Config(Section):
         check_schedule(self)
         if (model := task_option_model(self.task)) is not None:
             check_options("task_options", f"task={self.task}", model, self.task_options, {})
-        for section in (self.replay, self.rollout, self.update, self.kl, self.reward, self.evaluation, self.objective):
+        check_json("chat_template_kwargs", self.chat_template_kwargs)
+        for section in (self.replay, self.rollout, self.update, self.kl, self.reward, self.objective):
             section.fits(self)
         return self
 
@@ -356,11 +358,10 @@ def build_config(
                 raise ConfigError(f"{key}: {part} is given a value of its own, {node!r}")
         node[last] = read_value(Any, value) if len(path) > 1 and path[0] in FREE and key in texts else value
     advantage = ADVANTAGES.get(tree.get("advantage", Config.advantage))
-    task = task_option_model(tree.get("task", ""))
-    models = {"task_options": task, "advantage_options": advantage.option_model if advantage else None}
-    for key in FREE:
+    task, own = task_option_model(tree.get("task", "")), advantage.option_model if advantage else None
+    for key, model in zip(FREE, (task, own, None), strict=True):
         if isinstance(options := tree.get(key), dict):
-            options |= read_given(models.get(key), {k: v for k, v in options.items() if f"{key}.{k}" in texts})
+            options |= read_given(model, {k: v for k, v in options.items() if f"{key}.{k}" in texts})
     config = _from_tree(tree)
     if not config.output_dir:
         config.output_dir = f"runs/{config.task or 'run'}"
@@ -446,5 +447,4 @@ def to_yaml(config: Config, folder: Path | None = None) -> str:
     tree = asdict(config)
     if folder is not None:
         tree = {**saved_tree(tree, relative_to(folder)), "output_dir": ".", "resume": "auto"}
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

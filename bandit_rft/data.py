@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from bandit_rft.rewards import RewardResult
@@ -51,7 +51,8 @@ class PromptSet:
         max_prompt_length: int,
         limit: int | None = None,
     ):
-        check_template_kwargs(chat_template_kwargs or {}, tokenizer, chat_template)
+        templated = chat_template != "never" or not all(isinstance(example.prompt, str) for example in examples)
+        check_template_kwargs(chat_template_kwargs or {}, tokenizer, templated)
         self.name = name
         self.indices: list[int] = []
         self.tokens: list[list[int]] = []
@@ -84,7 +85,7 @@ class PromptSet:
         return len(self.indices)
 
 
-def check_template_kwargs(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+def check_template_kwargs(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, templated: bool) -> None:
     """Refuse what no prompt would show.
 
     Raises:
@@ -92,10 +93,17 @@ def check_template_kwargs(given: Mapping[str, Any], tokenizer: PreTrainedTokeniz
     """
     if not given:
         return
-    if chat_template == "never" or tokenizer.chat_template is None:
-        why = "chat_template=never" if chat_template == "never" else "the model's tokenizer has no chat template"
+    if not templated or tokenizer.chat_template is None:
+        why = "the model's tokenizer has no chat template" if templated else "chat_template=never"
         raise ValueError(f"chat_template_kwargs: {why}, so nothing reads {', '.join(given)}")
-    read = set(re.findall(r"\w+", tokenizer.get_chat_template(tools=given.get("tools"))))
+    template = str(tokenizer.get_chat_template(tools=given.get("tools")))
+    # What transformers adds to Jinja: a tag around the assistant's turns, and loop controls.
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        read = meta.find_undeclared_variables(parsed) - {"messages"}
+    except TemplateError:  # with other tags still: any of its words
+        read = set(re.findall(r"\w+", template))
     own = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"}
     if unread := [name for name in given if name not in read or name in own]:
         raise ValueError(f"chat_template_kwargs: the tokenizer's chat template does not read {', '.join(unread)}")

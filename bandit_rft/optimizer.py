@@ -100,9 +100,11 @@ class PolicyOptimizer:
         return self._parts[next(i for i, p in enumerate(self.parameters) if p is parameter)]
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, those too that somebody has put in their places."""
         for gradient in self.gradients:
             gradient.zero_()
+        for master, part in zip(self.masters, self._parts, strict=True):
+            master.grad = part
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -116,8 +118,8 @@ class PolicyOptimizer:
 
         Raises:
             FloatingPointError: on a CPU, the norm is not finite. The gradients are forgotten.
-            RuntimeError: a newer optimizer has the parameters, a parameter lies otherwise in memory than it did, or
-                this optimizer is closed.
+            RuntimeError: a newer optimizer has parameters that have a master here, or this one is closed; or a
+                parameter lies otherwise in memory than it did.
         """
         if any(_HOOKS.get(parameter) is not hook for parameter, hook in self._hooks.items()):
             raise RuntimeError("the parameters have a newer optimizer, or this one is closed: make another")
@@ -145,7 +147,7 @@ class PolicyOptimizer:
     def _take_replaced(self) -> None:
         """See that every gradient is in `gradients`: `zero_grad` and a newer optimizer put others in their places."""
         for name, master, part in zip(self.names, self.masters, self._parts, strict=True):
-            if master.stride() != part.stride():  # as somebody has set its data
+            if _layout(master) != _layout(part):  # as somebody has set its data
                 raise RuntimeError(
                     f"{name} has the strides {master.stride()} now, {part.stride()} when it was taken up"
                 )
@@ -241,6 +243,11 @@ def _laid_out_as(master: Tensor, values: Tensor) -> Tensor:
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
     """Of a copy: the same where nothing lies between the tensor's entries."""
     return torch.empty_like(tensor, device="meta").stride()
+
+
+def _layout(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides; where there is one entry, its stride says nothing."""
+    return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _gradients_of(masters: list[nn.Parameter]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import json
 import re
 import types
 import typing
@@ -316,3 +317,15 @@ def check_options(
         raise ValueError(f"{key}.{name} is no option of {owner} (it has: {', '.join(own) or 'none'}){hint}")
     if found := option_problems(model, options, f"{key}."):
         raise ValueError("\n".join(map(str, found)))
+
+
+def check_json(key: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a checkpoint could not keep, such as a date, as which YAML reads 2024-07-26."""
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{key}.{name} must be of text, numbers, true or false, null, lists and mappings; got {value!r}, a "
+                f"{type(value).__name__} (a text in quotes?)"
+            ) from None

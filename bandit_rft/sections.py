@@ -443,7 +443,3 @@ class EvaluationConfig(Section):
     def _named(cls, value: list[str]) -> list[str]:
         named_files(value)
         return value
-
-    def fits(self, config: Config) -> None:
-        if not self.num_samples and not self.greedy:
-            raise ValueError("evaluation.num_samples=0 with evaluation.greedy=false measures nothing: choose one")

@@ -270,8 +270,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"objective": "ppo"}, "objective: expected a mapping of keys, such as objective.kind; got 'ppo'"),
         ({"evaluation": None}, "evaluation: expected a mapping of keys, such as evaluation.splits; got None"),
         (
-            {"evaluation.num_samples": 0, "evaluation.greedy": False},
-            "evaluation.num_samples=0 with evaluation.greedy=false measures nothing",
+            {"chat_template_kwargs": "{date_string: 2024-07-26}"},
+            "chat_template_kwargs.date_string must be of text, numbers, true or false, null, lists and mappings; got "
+            "datetime.date(2024, 7, 26), a date",
         ),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import character_tokenizer
@@ -106,6 +107,14 @@ def test_the_chat_template_reads_what_it_is_given() -> None:
 
     assert texts() == texts(enable_thinking=True) == ["1+1=", "2="]
     assert texts(enable_thinking=False) == ["1+1=so", "2=so"]
+    messages = PromptSet(  # which go through the template in any case
+        "test", rows[1:], tokenizer, chat_template="never", chat_template_kwargs={"enable_thinking": False},
+        max_prompt_length=20,
+    )  # fmt: skip
+    assert tokenizer.decode(messages.tokens[0]) == "2=so"
+    tokenizer.chat_template += "{% generation %}{% endgeneration %}"
+    assert texts(enable_thinking=False) == ["1+1=so", "2=so"]
+    tokenizer.chat_template = THINKING
     assert texts(documents=[{"title": "t", "text": "a"}]) == ["1+1a=", "2a="]
 
 
@@ -116,11 +125,11 @@ def test_the_chat_template_reads_what_it_is_given() -> None:
         (THINKING, "auto", {"enable_thinking": False, "add_generation_prompt": False}, "read add_generation_prompt$"),
         (THINKING, "never", {"enable_thinking": False}, "chat_template=never, so nothing reads enable_thinking"),
         (None, "auto", {"enable_thinking": False}, "no chat template, so nothing reads enable_thinking"),
+        (THINKING, "auto", {"content": 1, "m": 2}, "does not read content, m$"),  # words of the template
+        (THINKING, "auto", {"messages": []}, "does not read messages$"),
     ],
 )
-def test_what_no_template_reads_is_refused(
-    template: str | None, use: str, given: dict[str, bool], message: str
-) -> None:
+def test_what_no_template_reads_is_refused(template: str | None, use: str, given: dict[str, Any], message: str) -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=f"chat_template_kwargs: .*{message}"):

@@ -121,6 +121,24 @@ def test_gradients_of_a_refused_step_are_not_part_of_the_next() -> None:
     assert float(optimizer.step()) == pytest.approx(3**0.5)
 
 
+def test_gradients_in_anothers_place_are_cleared_too() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.0)
+    parameter.grad = None
+    (parameter * torch.nan).sum().backward()
+    optimizer.clear()
+    parameter.sum().backward()
+    assert float(optimizer.step()) == pytest.approx(3**0.5)
+
+
+def test_strides_of_one_entry_say_nothing() -> None:
+    parameter = nn.Parameter(torch.zeros(5, 1))
+    optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.0)
+    parameter.data = torch.ones(1, 5).T
+    parameter.sum().backward()
+    assert float(optimizer.step()) == pytest.approx(5**0.5)
+
+
 def test_no_graph_grows_behind_the_gradients() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = PolicyOptimizer([("w", parameter)], learning_rate=0.1)

@@ -56,6 +56,8 @@ class ShardedOptimizer(PolicyOptimizer):
     def clear(self) -> None:
         """As PolicyOptimizer.clear, the gathered head's gradient too."""
         super().clear()
+        for share, split in zip(self._shares, self._split, strict=True):
+            share.grad = split
         self._policy.forget_head_sums()
 
     def _take_replaced(self) -> None:
@@ -91,7 +93,7 @@ class ShardedOptimizer(PolicyOptimizer):
             ValueError: names or shapes do not belong to this policy.
         """
         shares = dict(zip(self.names, self._shares, strict=True))
-        parts: dict[str, Tensor] = {}
+        parts, masters = dict[str, Tensor](), list[tuple[Tensor, Tensor]]()
         for key, whole in tensors.items():
             name, _, entry = key.rpartition("|")
             if entry == "step" or name not in shares:
@@ -102,7 +104,9 @@ class ShardedOptimizer(PolicyOptimizer):
                 raise ValueError(f"optimizer state {name}: {list(whole.shape)} does not fit {list(share.shape)}")
             part = distribute_tensor(whole.to(self._policy.device), self._policy.mesh, SPLIT, src_data_rank=None)
             if entry == "master":
-                local(share).copy_(local(part))
+                masters.append((local(share), local(part)))
             else:
                 parts[key] = local(part)
         super().load_state_tensors(parts)
+        for own, given in masters:
+            own.copy_(given)

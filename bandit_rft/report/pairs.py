@@ -37,7 +37,7 @@ class Pair:
 
     @property
     def gain(self) -> float:
-        """Change of the reward, with `earned`'s numbers for what could not be scored."""
+        """Change of the reward; what could not be scored earned 0, or as little as the other."""
         before, after = earned([self.before_reward, self.after_reward])
         return after - before
 

@@ -266,11 +266,13 @@ def check_arguments(prompts: Sequence[Sequence[int]], ids: Tensor, n: int, vocab
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, SupportsIndex) or n < 1:
         raise ValueError(f"n must be a whole number >= 1; got {n!r}")
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one list of token ids; got none")
     for i, prompt in enumerate(prompts):
+        if not hasattr(prompt, "__len__"):
+            raise TypeError(f"prompts must be lists of token ids; prompt {i} is {prompt!r:.60}")
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} has no tokens; every prompt needs at least one")
         if not isinstance(prompt[0], SupportsIndex):

@@ -193,6 +193,8 @@ class RolloutEngine:
             served = [n for n in (positions, self._plan.max_length, policy.plan.max_length) if n]
             max_completion_length = min([COMPLETION_LENGTH, *(max(1, n // 2) for n in served)])
         self.max_completion_length = max_completion_length
+        # More tokens may be read than the head has rows for.
+        self._readable = max(policy.vocab_size, getattr(policy.model.get_input_embeddings(), "num_embeddings", 0))
         self._native = self._probe_native()
         # The decoders that stay hold one batch. Another thread, or who is called by a `Watch`, goes without them.
         self._taken = threading.Lock()
@@ -219,7 +221,8 @@ class RolloutEngine:
     ) -> RolloutBatch:  # fmt: skip
         """Draw n completions of each of P prompts, B = P * n in prompt-major order.
 
-        A completion is the same whatever else is in the batch, to float rounding of its log-probabilities.
+        A completion is the same whatever else is in the batch, to float rounding of its log-probabilities; so it is
+        where several threads draw at once, of whom one has the decoders that stay.
 
         Args:
             prompts: P lists of token ids, none of them empty.
@@ -235,7 +238,7 @@ class RolloutEngine:
         Raises:
             TypeError, ValueError: naming the argument; or the model is in train mode and has dropout.
         """
-        check_arguments(prompts, ids, n, self.policy.vocab_size)
+        check_arguments(prompts, ids, n, self._readable)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling; got {sampling!r:.60}")
         total = len(prompts) * n

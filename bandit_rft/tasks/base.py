@@ -48,7 +48,7 @@ class Task:
                 f"reward_weights: expected {len(self.rewards)}, one a reward, got {len(self.reward_weights)}"
             )
         for name, examples in self.splits.items():
-            for row, example in enumerate(examples):
+            for row, example in enumerate(examples if isinstance(examples, list | tuple) else examples[:1]):
                 if not isinstance(example, Example):
                     given = printable(repr(example), 100, one_line=True)
                     raise TypeError(

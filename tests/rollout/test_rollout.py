@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ma
 from bandit_rft import ops
 from bandit_rft.config import Config
 from bandit_rft.model import Policy, UnsupportedModelError
+from bandit_rft.model.surroundings import plain_surroundings
 from bandit_rft.rollout import RolloutEngine, Sampling, Watch, sequence_ids
 from bandit_rft.rollout.engine import COMPLETION_LENGTH
 from bandit_rft.rollout.native import NativeDecoder
@@ -399,6 +401,40 @@ def test_several_threads_draw_with_one_engine(policy: Policy, static: bool) -> N
         assert all(pool.map(draw, list(sizes) * 15))
 
 
+def test_threads_restore_the_default_dtype() -> None:
+    """It is the whole process's: the first to leave must not restore it for the others, nor the last another's."""
+    inside, left = Barrier(2), Event()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+
+        def first() -> None:
+            with plain_surroundings():
+                inside.wait()
+            left.set()
+
+        def second() -> torch.dtype:
+            with plain_surroundings():
+                inside.wait()
+                left.wait()
+                return torch.get_default_dtype()
+
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(first)
+            assert pool.submit(second).result() == torch.float32
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_tokens_that_can_only_be_read_are_read() -> None:
+    model = tiny_llama()
+    model.model.embed_tokens = torch.nn.Embedding(50, 32)  # the head has 45 rows
+    engine = RolloutEngine(Policy(model), max_completion_length=4)
+    assert len(engine.generate([[3, 48]], sequence_ids(0, [0]), seed=1)) == 1
+    with pytest.raises(ValueError, match="prompt 0 has the token 50; the model's are 0 to 49"):
+        engine.generate([[3, 50]], sequence_ids(0, [0]), seed=1)
+
+
 def test_who_is_called_by_a_watch_may_draw(policy: Policy) -> None:
     engine = RolloutEngine(policy, max_completion_length=12)
     ids, plain, other = sequence_ids(0, range(4)), list[RolloutBatch](), sequence_ids(1, range(2))
@@ -452,6 +488,8 @@ def test_bad_arguments(policy: Policy) -> None:
         (["1+1=", [1]], two, {}, "prompts must be lists of token ids, whole numbers; prompt 0 is '1"),
         ([], two[:0], {}, "prompts must hold at least one"),
         (PROMPTS[:2], [0, 1], {}, r"ids must be int64 \[2\], a tensor .*; got \[0, 1\]"),
+        ([3], two, {}, "prompts must be lists of token ids; prompt 0 is 3"),
+        (PROMPTS[:1], two, {"n": True}, "n must be a whole number >= 1; got True"),
         (PROMPTS[:2], two, {"n": 0}, "n must be a whole number >= 1; got 0"),
         (PROMPTS[:2], two, {"sampling": 3}, "sampling must be a Sampling; got 3"),
     ):
