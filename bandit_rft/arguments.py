@@ -239,12 +239,12 @@ def _in_order(parser: Parser, arguments: Iterable[str]) -> list[str]:
         name, has_value, value = item.partition("=")
         name = "--" + name[2:].replace("-", "_")
         if name not in options:
-            if with_keys and re.match(r"--(task_options|advantage_options|chat_template_kwargs)\.", name):
-                options[name] = parser.add_argument(name, action=_Key)
-            elif with_keys:
-                from bandit_rft.config import unknown_key
+            if with_keys:
+                from bandit_rft.config import FREE, unknown_key
 
-                raise UsageError(unknown_key(name[2:]))
+                if not name[2:].startswith(tuple(f"{key}." for key in FREE)):
+                    raise UsageError(unknown_key(name[2:]))
+                options[name] = parser.add_argument(name, action=_Key)
             else:
                 from bandit_rft.options import nearest
 

@@ -37,6 +37,13 @@ def earned(rewards: Sequence[float | None]) -> list[float]:
     return [min(0.0, lowest) if reward is None else reward for reward in rewards]
 
 
+def first_earned(samples: Sequence[int], rewards: Sequence[float | None], greedy: bool = False) -> list[float]:
+    """What each question's first sample `earned`, or its greedy answer, which is sample -1, of stored completions."""
+    drawn = [(sample, reward) for sample, reward in zip(samples, rewards, strict=True) if (sample < 0) == greedy]
+    numbers = earned([reward for _, reward in drawn])
+    return [number for (sample, _), number in zip(drawn, numbers, strict=True) if sample <= 0]
+
+
 def reward_interval(rewards: Sequence[float]) -> Interval | None:
     """Interval of the mean reward of independent questions: Wilson's where all earned 0 or 1; None for none."""
     count = len(rewards)

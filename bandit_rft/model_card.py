@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bandit_rft.intervals import Interval, earned, reward_interval
+from bandit_rft.intervals import Interval, first_earned, reward_interval
 from bandit_rft.text import printable
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def _interval(evaluations: Path, number: int, split: str, kind: str) -> tuple[In
             columns = file.read(columns=["sample", "reward"]).to_pydict()
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None, True
-    rows = zip(columns["sample"], columns["reward"], strict=True)
-    drawn = [(sample, reward) for sample, reward in rows if (sample >= 0) == (kind == "pass@1")]
-    rewards = earned([reward for _, reward in drawn])
-    found = [reward for (sample, _), reward in zip(drawn, rewards, strict=True) if sample <= 0]
+    found = first_earned(columns["sample"], columns["reward"], greedy=kind != "pass@1")
     return reward_interval(found), all(reward in (0.0, 1.0) for reward in found)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bandit_rft.intervals import earned
+from bandit_rft.intervals import first_earned
 from bandit_rft.report.pairs import OF_BINARY, OF_OTHERS, Pair, evaluation_files, first_and_last, is_binary, showcase
 from bandit_rft.report.stats import Interval, mean_interval, wilson
 
@@ -185,9 +185,7 @@ def _load_evaluations(run: Run, files: dict[str, list[tuple[int, Path]]]) -> Non
             continue
         samples = table.get("sample") or [0] * len(table["query"])
         scores = [None if r is None or not abs(r) < 1e100 else float(r) for r in table["reward"]]
-        drawn = [(sample, score) for sample, score in zip(samples, scores, strict=True) if sample >= 0]
-        numbers = earned([score for _, score in drawn])
-        rewards = [reward for (sample, _), reward in zip(drawn, numbers, strict=True) if sample == 0]
+        rewards = first_earned(samples, scores)
         mean = math.fsum(rewards) / len(rewards) if rewards else 0.0
         variance = math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1)
         binary = is_binary(table["reward"])
